@@ -1,0 +1,212 @@
+"""Parameters and tokens to log-probs and values: the one forward of sampler, scorer and update.
+
+B: rows.  T: columns.  C: columns of a chunk.  D: hidden size.  V: vocabulary.
+N: max_new_tokens.  K: kept ids of a truncated distribution.
+The only cast of parameters to the compute dtype stands here.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from jaxrl_fp16.masking import align, left_align, zero_where_masked
+from jaxrl_fp16.models.critic import Critic
+from jaxrl_fp16.models.layers import matmul
+
+LOGIT_BYTES = 2**26  # float32 logits that exist at once; larger gained no speed, smaller starves the matmul
+
+
+def cast_to_compute(params, policy):
+    """Kernels and head in the policy's compute dtype; embedding, norms and biases stay float32.
+
+    A tied model gets its head here too, the embedding cast: the embedding itself
+    is gathered in float32, because its gradient is a scatter-add.
+    """
+    if "body" in params:
+        return {**_cast_kernels(params, policy), "body": cast_to_compute(params["body"], policy)}
+    head = params.get("head", params["embedding"]).astype(policy.compute_dtype)
+    return {**_cast_kernels(params, policy), "head": head}
+
+
+def _cast_kernels(params, policy):
+    def cast(path, leaf):
+        return leaf.astype(policy.compute_dtype) if path[-1].key == "kernel" else leaf
+
+    return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def in_compute_dtype(model, policy):
+    """The module with its residual stream in the policy's compute dtype."""
+    if isinstance(model, Critic):
+        return model.clone(body=in_compute_dtype(model.body, policy))
+    return model.clone(dtype=policy.compute_dtype)
+
+
+def hidden_states(model, params, tokens, mask, policy):
+    """Final hidden states [B,T,D] in the compute dtype, left-aligned, and the `(order, inverse)` of the alignment.
+
+    Column `c` of the result is the row's `c`-th real token.
+    """
+    order, inverse = left_align(mask)
+    tokens = jnp.where(align(mask, order).astype(bool), align(tokens, order), 0)
+    hidden = in_compute_dtype(model, policy).apply({"params": cast_to_compute(params, policy)}, tokens)
+    return hidden, (order, inverse)
+
+
+def logits_of(hidden, head):
+    """float32 [B,T,V] from hidden states [B,T,D] and head [V,D], both in the compute dtype."""
+    return matmul("btd,vd->btv", hidden, head)
+
+
+def logits(model, params, tokens, mask, policy):
+    """float32 [B,T,V]: what each real token predicts for its successor. All at once: for small batches."""
+    hidden, (_, inverse) = hidden_states(model, params, tokens, mask, policy)
+    return align(logits_of(hidden, cast_to_compute(params, policy)["head"]), inverse)
+
+
+def logprob_of(logits, token, support=None):
+    """float32 [...]: log-prob of `token` int32 [...] under float32 `logits` [...,V].
+
+    With `support` int32 [...,K] (kept ids, filled with -1) the distribution is
+    renormalised over the kept ids; a position that keeps none uses them all. The
+    sampler and the scorer both call this.
+    """
+    chosen = jnp.take_along_axis(logits, token[..., None], axis=-1)[..., 0]
+    normaliser = jax.nn.logsumexp(logits, axis=-1)
+    if support is None:
+        return chosen - normaliser
+    kept = jnp.take_along_axis(logits, jnp.maximum(support, 0), axis=-1)
+    any_kept = support[..., :1] >= 0
+    # A row that keeps nothing is given finite scores, so that its unused logsumexp has a finite gradient.
+    kept = jnp.where(support >= 0, kept, jnp.where(any_kept, -jnp.inf, 0.0))
+    return chosen - jnp.where(any_kept[..., 0], jax.nn.logsumexp(kept, axis=-1), normaliser)
+
+
+def entropy_of(logits):
+    """float32 [...]: entropy in nats of float32 `logits` [...,V]."""
+    logprobs = jax.nn.log_softmax(logits, axis=-1)
+    return -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
+
+
+def token_logprobs(model, params, tokens, mask, *, policy, temperature=1.0, support=None):
+    """Log-prob of `tokens[:, t]` given the row's earlier real tokens, float32 [B,T].
+
+    tokens int32 [B,T], mask bool or 0/1 [B,T] of real tokens (padding may stand
+    anywhere), support int32 [B,N,K] for the last N columns as the sampler returned
+    it. 0 at each row's first real token and where mask is 0. Temperature 0 scores
+    at temperature 1, as the greedy sampler reports.
+    """
+    logprobs, _ = score(model, params, tokens, mask, policy, temperature, support)
+    return logprobs
+
+
+def score(model, params, tokens, mask, policy, temperature=1.0, support=None, with_entropy=False):
+    """`token_logprobs` and, if asked, each token's entropy, both float32 [B,T]; the latter is zeros otherwise.
+
+    Logits are made in chunks of columns, forward and backward, and never exist at once.
+    """
+    hidden, (order, inverse) = hidden_states(model, params, tokens, mask, policy)
+    head = cast_to_compute(params, policy)["head"]
+    present = align(mask, order).astype(bool)
+    targets = _next(jnp.where(present, align(tokens, order), 0))
+    if support is not None:
+        unkept = jnp.full((tokens.shape[0], tokens.shape[1] - support.shape[1], support.shape[2]), -1)
+        support = _next(align(jnp.concatenate([unkept, support], axis=1), order))
+    results = _chunked(temperature or 1.0, with_entropy, hidden, head, targets, support)
+    # A row's first real token has no earlier one: its place in the shifted array is the last column's.
+    scored = present & (jnp.arange(tokens.shape[1]) > 0)
+    return tuple(align(zero_where_masked(jnp.roll(x, 1, axis=1), scored), inverse) for x in results)
+
+
+def _next(x):
+    return jnp.roll(x, -1, axis=1)
+
+
+def token_values(critic, params, tokens, mask, *, policy):
+    """float32 [B,T]: the critic's value of the state in which `tokens[:, t]` was chosen.
+
+    That is its output at the row's previous real token; 0 at the first one and where mask is 0.
+    """
+    outputs, (order, inverse) = hidden_states(critic, params, tokens, mask, policy)
+    scored = align(mask, order).astype(bool) & (jnp.arange(tokens.shape[1]) > 0)
+    return align(zero_where_masked(jnp.roll(outputs, 1, axis=1), scored), inverse)
+
+
+# -- log-probs in chunks -------------------------------------------------------------------------
+
+
+def _read(temperature, with_entropy, logits, targets, support):
+    logits = logits / temperature
+    logprobs = logprob_of(logits, targets, support)
+    return logprobs, entropy_of(logits) if with_entropy else jnp.zeros_like(logprobs)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _chunked(temperature, with_entropy, hidden, head, targets, support):
+    """(logprobs, entropies) float32 [B,T] of `targets` int32 [B,T], from hidden [B,T,D] and head [V,D]."""
+
+    def read_chunk(chunk):
+        hidden, targets, support = chunk
+        return _read(temperature, with_entropy, logits_of(hidden, head), targets, support)
+
+    chunks, join = _split(hidden, head, targets, support)
+    return join(lax.map(read_chunk, chunks))
+
+
+def _chunked_forward(temperature, with_entropy, *arrays):
+    return _chunked(temperature, with_entropy, *arrays), arrays
+
+
+def _chunked_backward(temperature, with_entropy, saved, cotangents):
+    hidden, head, targets, support = saved
+
+    def chunk_gradient(grad_head, chunk):
+        hidden, targets, support, *given = chunk
+        _, pull = jax.vjp(
+            lambda logits: _read(temperature, with_entropy, logits, targets, support), logits_of(hidden, head)
+        )
+        (grad_logits,) = pull(tuple(given))
+        grad_logits = grad_logits.astype(head.dtype)
+        # Summed over chunks in float32 and rounded once, after the last.
+        grad_head = grad_head + matmul("btv,btd->vd", grad_logits, hidden)
+        return grad_head, matmul("btv,vd->btd", grad_logits, head).astype(hidden.dtype)
+
+    chunks, join = _split(hidden, head, targets, support, *cotangents)
+    grad_head, grad_hidden = lax.scan(chunk_gradient, jnp.zeros(head.shape, jnp.float32), chunks)
+    return join(grad_hidden), grad_head.astype(head.dtype), None, None
+
+
+_chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _split(hidden, head, *arrays):
+    """Arrays [B,T,...] as chunks [T/C,B,C,...], and the function that joins such chunks again.
+
+    Cut along columns, so that rows stay where a mesh has put them.
+    """
+    rows, columns = hidden.shape[:2]
+    width = max(1, LOGIT_BYTES // (4 * rows * head.shape[0]))
+    count = -(-columns // width)
+    width = -(-columns // count)
+
+    def cut(x):
+        x = jnp.pad(x, ((0, 0), (0, count * width - columns)) + ((0, 0),) * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(rows, count, width, *x.shape[2:]), 1, 0)
+
+    def join(chunks):
+        def one(x):
+            return jnp.moveaxis(x, 0, 1).reshape(rows, count * width, *x.shape[3:])[:, :columns]
+
+        return jax.tree.map(one, chunks)
+
+    return jax.tree.map(cut, (hidden, *arrays)), join
+
+
+__all__ = [
+    "cast_to_compute", "hidden_states", "logits_of", "logits", "logprob_of", "entropy_of",
+    "token_logprobs", "score", "token_values",
+]

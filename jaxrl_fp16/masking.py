@@ -1,0 +1,57 @@
+"""Masks over rows of tokens.
+
+B: rows.  T: columns.  A mask is bool or 0/1; where it is 0 a value may be
+anything, NaN too, and reaches neither a result nor a gradient.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+
+def zero_where_masked(x, mask):
+    """`x` in float32 with 0 where `mask` is 0. `jnp.where` before any arithmetic
+    keeps a NaN behind the mask out of the gradient too."""
+    return jnp.where(mask.astype(bool), x, 0.0).astype(jnp.float32)
+
+
+def masked_sum(x, mask, axis=None):
+    """Float32 sum of `x` over the entries where `mask` is 1."""
+    return jnp.sum(zero_where_masked(x, mask), axis=axis)
+
+
+def masked_mean(x, mask, axis=None):
+    """Float32 mean of `x` over the entries where `mask` is 1; 0 where there are none."""
+    count = jnp.sum(mask.astype(bool), axis=axis)
+    return masked_sum(x, mask, axis) / jnp.maximum(count, 1)
+
+
+def positions(mask):
+    """int32 [B,T]: how many real tokens stand before each column of its row."""
+    return jnp.cumsum(mask.astype(jnp.int32), axis=-1) - mask.astype(jnp.int32)
+
+
+def through_first_end(tokens, mask, end_ids):
+    """bool [B,T]: `mask` up to and with each row's first token out of `end_ids`."""
+    is_end = jnp.isin(tokens, jnp.asarray(end_ids)) & mask.astype(bool)
+    ends_before = jnp.cumsum(is_end, axis=-1) - is_end
+    return mask.astype(bool) & (ends_before == 0)
+
+
+def left_align(mask):
+    """The gather that moves each row's real tokens to its start, and its inverse.
+
+    Column `c` of an aligned array holds the row's `c`-th real token, so that a
+    column is a position whatever the caller's padding. Returns `(order, inverse)`,
+    int32 [B,T], for `jnp.take_along_axis(x, order, axis=1)`.
+    """
+    order = jnp.argsort(~mask.astype(bool), axis=-1, stable=True)
+    return order, jnp.argsort(order, axis=-1)
+
+
+def align(x, order):
+    """`x` [B,T,...] with each row gathered by `order` [B,T]."""
+    return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
+
+
+__all__ = ["zero_where_masked", "masked_sum", "masked_mean", "positions", "through_first_end", "left_align", "align"]

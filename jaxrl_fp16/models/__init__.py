@@ -1,0 +1,31 @@
+"""Model families, the decoder that they share, and its way from and to Hugging Face folders."""
+
+from jaxrl_fp16.models.critic import Critic, critic_params
+from jaxrl_fp16.models.decoder import Cache, Decoder, DecoderConfig
+from jaxrl_fp16.models.export import save_pretrained
+from jaxrl_fp16.models.families import FAMILIES
+from jaxrl_fp16.models.family import Family, Tensor
+from jaxrl_fp16.models.hf import PretrainedError, check_range, load_pretrained, read_config
+from jaxrl_fp16.models.init import init_params, param_axes, param_shapes, param_shardings
+from jaxrl_fp16.models.layers import RopeScaling
+
+__all__ = [
+    "Cache",
+    "Critic",
+    "Decoder",
+    "DecoderConfig",
+    "FAMILIES",
+    "Family",
+    "PretrainedError",
+    "RopeScaling",
+    "Tensor",
+    "check_range",
+    "critic_params",
+    "init_params",
+    "load_pretrained",
+    "param_axes",
+    "param_shapes",
+    "param_shardings",
+    "read_config",
+    "save_pretrained",
+]

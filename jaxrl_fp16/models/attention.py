@@ -1,0 +1,226 @@
+"""One causal attention for sampler, scorer and gradient program.
+
+B: rows.  T: queries.  S: key slots.  H: query heads.  K: key-value heads.
+G = H / K: query heads that share one.  E: head dim.  C: keys in a block.
+A key's slot is its position in its row, whatever the padding of the caller's
+arrays, so that every program reduces over the same blocks in the same order.
+Scores and softmax are float32; queries, keys, values and probabilities enter a
+matmul in the compute dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from jaxrl_fp16.models.layers import matmul
+
+BLOCK = 64
+
+AttentionKind = Literal["blockwise", "plain", "cudnn"]
+
+
+def attend(kind, q, k, v):
+    """Causal attention within full rows: query `t` sees keys `0..t`.
+
+    q [B,T,H,E], k and v [B,K,T,E], all in the compute dtype -> [B,T,H,E].
+    Columns after a row's last token hold whatever they hold: no earlier query sees them.
+    """
+    return KINDS[kind][0](q, k, v)
+
+
+def attend_cache(kind, q, k, v, positions):
+    """One query a row against its cache: the query at `positions` int32 [B] sees slots `0..position`.
+
+    q [B,1,H,E], k and v [B,K,S,E] as `store` keeps them, S a multiple of BLOCK -> [B,1,H,E].
+    """
+    return KINDS[kind][1](q, k, v, positions)
+
+
+def store(x):
+    """How a cache keeps `x`: as it is, and bfloat16 as its bits (uint16).
+
+    XLA's CPU backend would convert a whole bfloat16 cache to float32 and back at each write.
+    """
+    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+
+
+def _restore(x, dtype):
+    return lax.bitcast_convert_type(x, dtype)
+
+
+# -- blockwise: the online softmax of FlashAttention (2205.14135) ------------------------------
+
+
+def _group(q, num_kv_heads):
+    """[B,T,H,E] -> [B,K,G,T,E]"""
+    rows, queries, heads, width = q.shape
+    q = q.reshape(rows, queries, num_kv_heads, heads // num_kv_heads, width)
+    return q.transpose(0, 2, 3, 1, 4)
+
+
+def _ungroup(x):
+    """[B,K,G,T,E] -> [B,T,H,E]"""
+    rows, kv_heads, shared, queries, width = x.shape
+    return x.transpose(0, 3, 1, 2, 4).reshape(rows, queries, kv_heads * shared, width)
+
+
+def _scores(q, k, visible):
+    """float32 [B,K,G,T,C] of q [B,K,G,T,E] and k [B,K,C,E]; -inf where `visible` is false."""
+    scores = matmul("bkgte,bkce->bkgtc", q, k) * q.shape[-1] ** -0.5
+    return jnp.where(visible, scores, -jnp.inf)
+
+
+def _start(q):
+    """The carry before any key: running maximum, sum of exponentials, weighted values."""
+    floor = jnp.full(q.shape[:-1], jnp.finfo(jnp.float32).min)  # finite: a masked block gives exp(-inf), not exp(nan)
+    return floor, jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape, jnp.float32)
+
+
+def _absorb(carry, q, k, v, visible):
+    """One block of keys into the carry. A block with nothing visible changes no bit of it."""
+    peak, total, mixed = carry
+    scores = _scores(q, k, visible)
+    new_peak = jnp.maximum(peak, jnp.max(scores, axis=-1))
+    weights = jnp.exp(scores - new_peak[..., None])
+    fade = jnp.exp(peak - new_peak)
+    total = total * fade + jnp.sum(weights, axis=-1)
+    mixed = mixed * fade[..., None] + matmul("bkgtc,bkce->bkgte", weights.astype(v.dtype), v)
+    return new_peak, total, mixed
+
+
+def _block_of(x, j):
+    """Columns of block `j`; they are the last axis but one in every array here."""
+    return lax.dynamic_slice_in_dim(x, j * BLOCK, BLOCK, axis=x.ndim - 2)
+
+
+def _pad_to_blocks(x):
+    return jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, -x.shape[-2] % BLOCK), (0, 0)))
+
+
+def _visible(queries, j):
+    """bool [...,C]: which keys of block `j` the positions `queries` int32 [...] may see."""
+    return j * BLOCK + jnp.arange(BLOCK) <= queries[..., None]
+
+
+def _blockwise_cache(q, k, v, positions):
+    grouped = _group(q, k.shape[1])
+    queries = positions[:, None, None, None]
+
+    def body(j, carry):
+        key, value = (_restore(_block_of(x, j), q.dtype) for x in (k, v))
+        return _absorb(carry, grouped, key, value, _visible(queries, j))
+
+    blocks = jnp.max(positions) // BLOCK + 1
+    _, total, mixed = lax.fori_loop(0, blocks, body, _start(grouped))
+    return _ungroup(mixed / total[..., None]).astype(q.dtype)
+
+
+def _blockwise(q, k, v):
+    length = q.shape[1]
+    grouped, keys, values = (_pad_to_blocks(x) for x in (_group(q, k.shape[1]), k, v))
+    return _ungroup(_blocks(grouped, keys, values))[:, :length]
+
+
+@jax.custom_vjp
+def _blocks(q, k, v):
+    """q [B,K,G,T,E], k and v [B,K,T,E], T a multiple of BLOCK -> [B,K,G,T,E]."""
+    return _blocks_forward(q, k, v)[0]
+
+
+def _blocks_forward(q, k, v):
+    def queries_of_block(i):
+        chunk, at = _block_of(q, i), i * BLOCK + jnp.arange(BLOCK)
+
+        def body(j, carry):
+            return _absorb(carry, chunk, _block_of(k, j), _block_of(v, j), _visible(at, j))
+
+        peak, total, mixed = lax.fori_loop(0, i + 1, body, _start(chunk))
+        return (mixed / total[..., None]).astype(q.dtype), (peak + jnp.log(total))[..., None]
+
+    out, log_total = (_join(x) for x in lax.map(queries_of_block, jnp.arange(q.shape[-2] // BLOCK)))
+    return out, (q, k, v, out, log_total)
+
+
+def _blocks_backward(saved, cotangent):
+    q, k, v, out, log_total = saved
+    # FlashAttention's D: what the softmax's normaliser takes back from each query.
+    shared = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
+    scale, blocks = q.shape[-1] ** -0.5, q.shape[-2] // BLOCK
+
+    def keys_of_block(grad_q, j):
+        key, value = _block_of(k, j), _block_of(v, j)
+
+        def body(i, carry):
+            grad_q, grad_k, grad_v = carry
+            chunk, given = _block_of(q, i), _block_of(cotangent, i)
+            visible = _visible(i * BLOCK + jnp.arange(BLOCK), j)
+            weights = jnp.exp(_scores(chunk, key, visible) - _block_of(log_total, i))
+            grad_weights = matmul("bkgte,bkce->bkgtc", given, value)
+            grad_scores = weights * (grad_weights - _block_of(shared, i)) * scale
+            grad_scores, weights = grad_scores.astype(q.dtype), weights.astype(q.dtype)
+            grad_v = grad_v + matmul("bkgtc,bkgte->bkce", weights, given)
+            grad_k = grad_k + matmul("bkgtc,bkgte->bkce", grad_scores, chunk)
+            change = _block_of(grad_q, i) + matmul("bkgtc,bkce->bkgte", grad_scores, key)
+            return lax.dynamic_update_slice_in_dim(grad_q, change, i * BLOCK, axis=3), grad_k, grad_v
+
+        zero = jnp.zeros(key.shape, jnp.float32)
+        grad_q, grad_k, grad_v = lax.fori_loop(j, blocks, body, (grad_q, zero, zero))
+        return grad_q, (grad_k.astype(k.dtype), grad_v.astype(v.dtype))
+
+    grad_q, grads = lax.scan(keys_of_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(blocks))
+    return grad_q.astype(q.dtype), *(_join(x) for x in grads)
+
+
+def _join(x):
+    """Blocks stacked in front, [T/C,...,C,E], as one array [...,T,E]."""
+    x = jnp.moveaxis(x, 0, -3)
+    return x.reshape(*x.shape[:-3], -1, x.shape[-1])
+
+
+_blocks.defvjp(_blocks_forward, _blocks_backward)
+
+
+# -- plain: one softmax over all keys, kept for comparison ---------------------------------------
+
+
+def _plain_over(q, k, v, visible):
+    scores = _scores(_group(q, k.shape[1]), k, visible)
+    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
+    return _ungroup(matmul("bkgtc,bkce->bkgte", weights, v)).astype(q.dtype)
+
+
+def _plain(q, k, v):
+    at = jnp.arange(q.shape[1])
+    return _plain_over(q, k, v, at <= at[:, None])
+
+
+def _plain_cache(q, k, v, positions):
+    k, v = _restore(k, q.dtype), _restore(v, q.dtype)
+    return _plain_over(q, k, v, (jnp.arange(k.shape[2]) <= positions[:, None])[:, None, None, None])
+
+
+# -- cudnn: NVIDIA's fused kernel, half precision only -------------------------------------------
+
+
+def _cudnn(q, k, v):
+    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, implementation="cudnn")
+
+
+def _cudnn_cache(q, k, v, positions):
+    # `is_causal` would align the one query with key 0: the keys' length bounds what it sees.
+    k, v = (_restore(x, q.dtype).swapaxes(1, 2) for x in (k, v))
+    return jax.nn.dot_product_attention(q, k, v, key_value_seq_lengths=positions + 1, implementation="cudnn")
+
+
+KINDS = {
+    "blockwise": (_blockwise, _blockwise_cache),
+    "plain": (_plain, _plain_cache),
+    "cudnn": (_cudnn, _cudnn_cache),
+}
+
+__all__ = ["BLOCK", "AttentionKind", "attend", "attend_cache", "store"]

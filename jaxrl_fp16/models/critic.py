@@ -1,0 +1,35 @@
+"""PPO's critic: a decoder's body with one scalar out."""
+
+from __future__ import annotations
+
+from flax import linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxrl_fp16.models.decoder import Decoder
+from jaxrl_fp16.models.layers import Projection
+
+
+class Critic(nn.Module):
+    """float32 [B,T]: the value of the state after each token of left-aligned `tokens` int32 [B,T]."""
+
+    body: Decoder
+
+    @nn.compact
+    def __call__(self, tokens):
+        hidden = self.body(tokens)
+        width = self.body.config.hidden_size
+        return Projection("btd,dn->btn", (width, 1), width, (1,), name="value")(hidden)[..., 0]
+
+
+def critic_params(body_params):
+    """Parameters of a `Critic` whose body starts as a copy of `body_params` and whose values start at 0.
+
+    A copy: both train states are donated, and a buffer can be donated once.
+    """
+    body = jax.tree.map(jnp.copy, body_params)
+    width = body["embedding"].shape[1]
+    return {"body": body, "value": {"kernel": jnp.zeros((width, 1)), "bias": jnp.zeros((1,))}}
+
+
+__all__ = ["Critic", "critic_params"]

@@ -1,0 +1,196 @@
+"""A decoder-only transformer for every family: one block, scanned over stacked layers.
+
+B: rows.  T: columns.  S: cache slots.  L: layers.  D: hidden size.
+H: query heads.  K: key-value heads.  E: head dim.  V: vocabulary.
+Rows are left-aligned here: a token's column is its position and its cache slot.
+`forward.py` aligns what callers bring, and casts the kernels.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Any
+
+from annotated_types import Ge, Gt
+from flax import linen as nn
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from jaxrl_fp16.config import Doc
+from jaxrl_fp16.models import attention
+from jaxrl_fp16.models.families import FAMILIES
+from jaxrl_fp16.models.layers import GatedMLP, Projection, RMSNorm, RopeScaling, rope_angles, rotate
+
+
+@dataclasses.dataclass(frozen=True)
+class DecoderConfig:
+    """A decoder's shape. Fields left None take the family's value."""
+
+    family: Annotated[str, Doc("a key of FAMILIES: qwen2, qwen3, llama")]
+    vocab_size: Annotated[int, Ge(1), Doc("rows of the embedding")]
+    hidden_size: Annotated[int, Ge(1), Doc("width of the residual stream")]
+    intermediate_size: Annotated[int, Ge(1), Doc("width inside the MLP")]
+    num_layers: Annotated[int, Ge(1), Doc("blocks")]
+    num_heads: Annotated[int, Ge(1), Doc("query heads")]
+    num_kv_heads: Annotated[int, Ge(1), Doc("key-value heads; divides num_heads")]
+    head_dim: Annotated[int, Ge(2), Doc("width of a head; even")]
+    rope_theta: Annotated[float | None, Gt(0), Doc("base of the rotary frequencies")] = None
+    rope_scaling: Annotated[RopeScaling | None, Doc("Llama 3's stretching of them")] = None
+    norm_eps: Annotated[float | None, Gt(0), Doc("added to the mean square")] = None
+    tie_embeddings: Annotated[bool | None, Doc("the head is the embedding transposed")] = None
+    qkv_bias: Annotated[bool | None, Doc("bias on query, key and value projections")] = None
+    output_bias: Annotated[bool | None, Doc("bias on attention's output projection")] = None
+    mlp_bias: Annotated[bool | None, Doc("bias on the MLP's projections")] = None
+    qk_norm: Annotated[bool | None, Doc("RMSNorm on each query and key head")] = None
+    max_positions: Annotated[int | None, Ge(1), Doc("longest sequence the weights were made for")] = None
+
+    def __post_init__(self):
+        if self.family not in FAMILIES:
+            raise ValueError(f"model family {self.family!r} is unknown; allowed: {', '.join(FAMILIES)}")
+        for name, value in FAMILIES[self.family].defaults.items():
+            if getattr(self, name) is None:
+                object.__setattr__(self, name, value)  # the dataclass is frozen for everyone after this
+        if self.num_heads % self.num_kv_heads:
+            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}; allowed: even numbers, rotary angles turn pairs")
+
+
+@struct.dataclass
+class Cache:
+    """Keys and values of one layer, in the compute dtype as `attention.store` keeps it; slot = position."""
+
+    keys: jax.Array    # [B,K,S,E]; [L,B,K,S,E] as a prefill returns them
+    values: jax.Array  # likewise
+
+
+class Attention(nn.Module):
+    """Self-attention with rotary positions, grouped heads (2305.13245) and, in Qwen3, normalised heads."""
+
+    config: DecoderConfig
+    kind: str
+
+    @nn.compact
+    def __call__(self, x, angles, cache, positions):
+        c = self.config
+        q = self._heads("q", c.num_heads)(x)
+        k = self._heads("k", c.num_kv_heads)(x)
+        v = self._heads("v", c.num_kv_heads)(x).astype(x.dtype)
+        if c.qk_norm:
+            q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
+        q, k = rotate(q, angles).astype(x.dtype), rotate(k, angles).astype(x.dtype)
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
+        if positions is None:
+            mixed, cache = attention.attend(self.kind, q, k, v), Cache(attention.store(k), attention.store(v))
+        else:
+            cache = Cache(_write(cache.keys, positions, k), _write(cache.values, positions, v))
+            mixed = attention.attend_cache(self.kind, q, cache.keys, cache.values, positions)
+        shape, inner = (c.num_heads, c.head_dim, c.hidden_size), c.num_heads * c.head_dim
+        bias = (c.hidden_size,) if c.output_bias else None
+        return Projection("bthe,hed->btd", shape, inner, bias, name="o")(mixed), cache
+
+    def _heads(self, name, heads):
+        c = self.config
+        bias = (heads, c.head_dim) if c.qkv_bias else None
+        return Projection("btd,dhe->bthe", (c.hidden_size, heads, c.head_dim), c.hidden_size, bias, name=name)
+
+
+def _write(stored, positions, new):
+    """`stored` [B,K,S,E] with `new` [B,K,1,E] in each row's slot: a scatter into the loop's carry, done in place."""
+    at = stored.at[jnp.arange(len(positions)), :, positions]
+    return at.set(attention.store(new[:, :, 0]), mode="promise_in_bounds", unique_indices=True)
+
+
+class Block(nn.Module):
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`, each sum rounded once to the compute dtype.
+
+    Returns the new `x` and, where `keep` or a cache is given, this layer's keys and values.
+    """
+
+    config: DecoderConfig
+    kind: str
+    keep: bool = False
+
+    @nn.compact
+    def __call__(self, x, angles, cache=None, positions=None):
+        c = self.config
+        normed = RMSNorm(c.norm_eps, name="attention_norm")(x).astype(x.dtype)
+        mixed, cache = Attention(c, self.kind, name="attention")(normed, angles, cache, positions)
+        x = (x + mixed).astype(x.dtype)
+        normed = RMSNorm(c.norm_eps, name="mlp_norm")(x).astype(x.dtype)
+        x = (x + GatedMLP(c.intermediate_size, c.mlp_bias, name="mlp")(normed)).astype(x.dtype)
+        return x, cache if self.keep else None
+
+
+class Decoder(nn.Module):
+    """Tokens to final hidden states; `forward.py` turns those into logits and log-probs.
+
+    attention: which kernel every program uses. remat: keep only each layer's
+    input for the backward pass and compute the rest again. dtype: the residual
+    stream's; `forward.py` sets it from the policy.
+    """
+
+    config: DecoderConfig
+    attention: attention.AttentionKind = "blockwise"
+    remat: bool = True
+    dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(self, tokens, keep_cache=False):
+        """`tokens` int32 [B,T], left-aligned -> hidden [B,T,D] and, with `keep_cache`, a `Cache` [L,B,K,T,E]."""
+        c = self.config
+        initial = nn.initializers.normal(c.hidden_size**-0.5)
+        embedding = self.param("embedding", initial, (c.vocab_size, c.hidden_size), jnp.float32)
+        if not c.tie_embeddings:
+            # Made here, beside the embedding; `forward.cast_to_compute` says what the head is.
+            self.param("head", initial, (c.vocab_size, c.hidden_size), jnp.float32)
+        x = embed(embedding, tokens, self.dtype)
+        x, cache = self._layers(keep_cache)(x, _angles(c, jnp.arange(tokens.shape[1])[None]))
+        x = RMSNorm(c.norm_eps, name="final_norm")(x).astype(self.dtype)
+        return (x, cache) if keep_cache else x
+
+    def _layers(self, keep):
+        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        scanned = nn.scan(
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=nn.broadcast,
+            length=self.config.num_layers,
+        )
+        return scanned(self.config, self.attention, keep, name="layers")
+
+
+def embed(embedding, tokens, dtype):
+    """Rows of the float32 table, then cast: the gradient is a scatter-add, which float16 would saturate."""
+    return jnp.take(embedding, tokens, axis=0).astype(dtype)
+
+
+def _angles(config, positions):
+    return rope_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+
+
+def unstack_layers(params, num_layers):
+    """The stacked layers as a list of trees, for `decode_step`: sliced once, not at every step."""
+    return [jax.tree.map(lambda x: x[i], params["layers"]) for i in range(num_layers)]
+
+
+def decode_step(model, params, layers, token, caches, positions):
+    """The decoder on one token a row: the same modules, layer after layer.
+
+    token int32 [B] at `positions` int32 [B]; `layers` from `unstack_layers`;
+    `caches` a list of one `Cache` [B,K,S,E] a layer -> hidden [B,1,D] and the caches, written.
+    """
+    c = model.config
+    x = embed(params["embedding"], token[:, None], model.dtype)
+    angles = _angles(c, positions[:, None])
+    block, written = Block(c, model.attention, keep=True), []
+    for layer, cache in zip(layers, caches, strict=True):
+        x, cache = block.apply({"params": layer}, x, angles, cache, positions)
+        written.append(cache)
+    x = RMSNorm(c.norm_eps).apply({"params": params["final_norm"]}, x).astype(model.dtype)
+    return x, written
+
+
+__all__ = ["DecoderConfig", "Cache", "Decoder", "unstack_layers", "decode_step"]

@@ -1,0 +1,191 @@
+"""A Hugging Face folder -> a Decoder and its float32 parameters.
+
+Here: one of our arrays, layers stacked along a leading axis.  There: one tensor
+of the folder.  Nothing is downloaded, no code of the folder runs, and the host
+never holds a second copy: each array, or each device's part of it, is filled
+from the mapped files layer by layer.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_fp16.models.config_json import read_json
+from jaxrl_fp16.models.decoder import Decoder, DecoderConfig
+from jaxrl_fp16.models.families import FAMILIES
+from jaxrl_fp16.models.init import at, param_shapes, param_shardings, put
+from jaxrl_fp16.models.weight_files import PretrainedError, find_tensors
+from jaxrl_fp16.parallel.sharding import to_host
+
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+ALIGNMENT = 64  # bytes; JAX on CPU takes an array so aligned as it is, without a copy
+
+
+def load_pretrained(folder, *, attention="blockwise", remat=True, mesh=None, compute_dtype="float32"):
+    """Reads a Hugging Face model folder: `config.json` and safetensors, whole or in shards.
+
+    Args:
+      folder: its path.
+      attention, remat: of the Decoder.
+      mesh: where given, each device reads and holds its part of every array.
+      compute_dtype: the policy's; a weight beyond its range is refused.
+
+    Returns:
+      (Decoder, parameters as a nested dict of float32 arrays). The model's own
+      data types, float32, float16 or bfloat16, are cast tensor by tensor.
+
+    Raises:
+      PretrainedError: a ValueError; the folder, a file or a tensor is not what
+        `config.json` asks for.
+    """
+    folder = Path(folder)
+    config = read_config(folder)
+    model = Decoder(config, attention=attention, remat=remat)
+    shapes = param_shapes(model)
+    stored = find_tensors(folder)
+    table = FAMILIES[config.family].tensors(config)
+    _check_tensors(folder, config, stored, _expected(config, table, shapes))
+    shardings = None if mesh is None else param_shardings(model, mesh)
+    params = {}
+    for tensor in table:
+        shape = at(shapes, tensor.path).shape
+        sharding = None if mesh is None else at(shardings, tensor.path)
+        put(params, tensor.path, _load(tensor, shape, sharding, stored, config.num_layers))
+    check_range(model, params, compute_dtype, source=folder)
+    return model, params
+
+
+def read_config(folder):
+    """The DecoderConfig that a model folder's `config.json` describes."""
+    folder = Path(folder)
+    path = folder / "config.json"
+    if not folder.is_dir():
+        raise PretrainedError(f"model folder {folder} does not exist; allowed: a local folder, nothing is downloaded")
+    if not path.is_file():
+        raise PretrainedError(f"{path} is missing; allowed: a model folder as Transformers saves it")
+    try:
+        found = read_json(path)
+    except ValueError as error:
+        raise PretrainedError(str(error)) from error
+    name = found.get("model_type")
+    if not isinstance(name, str) or name not in FAMILIES:
+        raise PretrainedError(f"{path}: model_type is {name!r}; allowed: {', '.join(FAMILIES)}")
+    try:
+        return DecoderConfig(family=name, **FAMILIES[name].read(found))
+    except ValueError as error:
+        raise PretrainedError(f"{path}: {error}") from error
+
+
+def check_range(model, params, dtype, source="parameters"):
+    """PretrainedError if any value of a Decoder's `params` is NaN, infinite, or beyond the range of `dtype`.
+
+    One reduction on the device; the error names the tensor as Hugging Face does, after `source`.
+    """
+    limit = float(jnp.finfo(dtype).max)
+    peaks = _peaks(params)
+    for tensor in FAMILIES[model.config.family].tensors(model.config):
+        found = to_host(at(peaks, tensor.path))
+        per_layer = found if tensor.stacked else [found.max()]
+        for name, peak in zip(tensor.names(model.config.num_layers), per_layer, strict=True):
+            if not peak <= limit:  # a NaN compares false
+                raise PretrainedError(f"{source}: tensor {name} holds {peak:g}; allowed: finite values up to "
+                                      f"{limit:g}, the range of {jnp.dtype(dtype).name}")
+
+
+@jax.jit
+def _peaks(params):
+    """Largest magnitude along all but the first axis of each array. NaN wins over any number."""
+    return jax.tree.map(lambda x: jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim))), params)
+
+
+# -- what must be there -------------------------------------------------------------------------
+
+
+def _expected(config, table, shapes):
+    """Tensor name -> shape there."""
+    expected = {}
+    for tensor in table:
+        shape = at(shapes, tensor.path).shape
+        shape = tensor.shape_there(shape[1:] if tensor.stacked else shape)
+        expected.update(dict.fromkeys(tensor.names(config.num_layers), shape))
+    return expected
+
+
+def _check_tensors(folder, config, stored, expected):
+    """PretrainedError unless the stored tensors are those that the config asks for, each of its shape."""
+    asked = f"config.json ({config.family}, {config.num_layers} layers)"
+    missing = [name for name in expected if name not in stored]
+    if missing:
+        raise PretrainedError(f"{folder}: tensor {missing[0]} is missing, with {len(missing) - 1} others; "
+                              f"allowed: all {len(expected)} tensors that {asked} asks for")
+    for name, tensor in stored.items():
+        if name.endswith("rotary_emb.inv_freq"):
+            continue  # a constant that Transformers saved until 4.31
+        if name == HEAD and config.tie_embeddings:
+            _check_tied(folder, tensor, stored[EMBEDDING])
+        elif name not in expected:
+            raise PretrainedError(f"{folder}: tensor {name} in {tensor.file.name} is unknown; "
+                                  f"allowed: the {len(expected)} tensors that {asked} asks for")
+        elif tensor.shape != expected[name]:
+            raise PretrainedError(f"{folder}: tensor {name} has shape {list(tensor.shape)}; "
+                                  f"allowed: {list(expected[name])}, as {asked} asks for")
+
+
+def _check_tied(folder, head, embedding):
+    """A tied model may store its head as well, if it is the embedding."""
+    if head.shape == embedding.shape:
+        arrays = [np.empty(head.shape, np.float32) for _ in range(2)]
+        for tensor, array in zip((head, embedding), arrays):
+            tensor.read_into(array, tuple(slice(0, size) for size in head.shape))
+        if np.array_equal(*arrays):
+            return
+    raise PretrainedError(f"{folder}: tensor {HEAD} differs from {EMBEDDING} while config.json says "
+                          f"tie_word_embeddings; allowed: equal ones, or no {HEAD}")
+
+
+# -- from files to devices ----------------------------------------------------------------------
+
+
+def _load(tensor, shape, sharding, stored, num_layers):
+    """One array here, each device's part of it read once; on the default device if `sharding` is None."""
+    if sharding is None:
+        bounds = tuple((0, size) for size in shape)
+        return jax.block_until_ready(jax.device_put(_read_part(tensor, shape, bounds, stored, num_layers)))
+    holders = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
+        holders.setdefault(bounds, []).append(device)
+    parts = []
+    for bounds, devices in holders.items():
+        part = _read_part(tensor, shape, bounds, stored, num_layers)
+        parts += [jax.device_put(part, device) for device in devices]
+        jax.block_until_ready(parts)  # else the parts of all devices would wait in host memory
+    return jax.make_array_from_single_device_arrays(shape, sharding, parts)
+
+
+def _read_part(tensor, shape, bounds, stored, num_layers):
+    """float32: the part of an array here within `bounds`, (start, stop) for each axis."""
+    part = _aligned([stop - start for start, stop in bounds])
+    index = [slice(*bound) for bound in bounds]
+    names = tensor.names(num_layers)
+    layers, layer_shape = part[None], shape
+    if tensor.stacked:
+        layers, layer_shape, names = part, shape[1:], names[index.pop(0)]
+    for layer, name in zip(layers, names, strict=True):
+        stored[name].read_into(tensor.as_there(layer), tensor.index_there(index, layer_shape))
+    return part
+
+
+def _aligned(shape):
+    """An uninitialised float32 array that begins at a multiple of ALIGNMENT bytes."""
+    size = 4 * int(np.prod(shape))
+    room = np.empty(size + ALIGNMENT, np.uint8)
+    start = -room.ctypes.data % ALIGNMENT
+    return room[start:start + size].view(np.float32).reshape(shape)
+
+
+__all__ = ["load_pretrained", "read_config", "check_range", "PretrainedError"]

@@ -1,0 +1,69 @@
+"""A model's parameters as shapes, as logical axes, as shardings, and as fresh values."""
+
+from __future__ import annotations
+
+import jax
+from jax.sharding import PartitionSpec
+import jax.numpy as jnp
+
+from jaxrl_fp16.models.critic import Critic
+from jaxrl_fp16.models.families import FAMILIES
+from jaxrl_fp16.parallel.sharding import tree_shardings
+
+
+def init_params(model, key, mesh=None):
+    """Random float32 parameters of a Decoder or Critic, a nested dict; with a `mesh`, created divided over it.
+
+    The values hang on `key` alone, not on the mesh.
+    """
+    shardings = None if mesh is None else param_shardings(model, mesh)
+    return jax.jit(_initializer(model), out_shardings=shardings)(key)
+
+
+def param_shapes(model):
+    """The same pytree with a ShapeDtypeStruct for each array; nothing is allocated."""
+    return jax.eval_shape(_initializer(model), jax.random.key(0))
+
+
+def param_axes(model):
+    """The same pytree with a PartitionSpec of logical axes (keys of `parallel.RULES`) for each array."""
+    if isinstance(model, Critic):
+        value = {"kernel": PartitionSpec("embed", None), "bias": PartitionSpec(None)}
+        return {"body": param_axes(model.body), "value": value}
+    axes = {}
+    for tensor in FAMILIES[model.config.family].tensors(model.config):
+        stacking = ("layers",) if tensor.stacked else ()
+        put(axes, tensor.path, PartitionSpec(*stacking, *tensor.axes))
+    return axes
+
+
+def param_shardings(model, mesh):
+    """The same pytree with a NamedSharding for each array."""
+    return tree_shardings(param_axes(model), param_shapes(model), mesh)
+
+
+def put(tree, path, leaf):
+    """Sets the leaf of a nested dict that stands at `path`, a tuple of keys."""
+    for key in path[:-1]:
+        tree = tree.setdefault(key, {})
+    tree[path[-1]] = leaf
+
+
+def at(tree, path):
+    """The leaf of a nested dict that stands at `path`."""
+    for key in path:
+        tree = tree[key]
+    return tree
+
+
+def _initializer(model):
+    # Flax learns the shapes from a forward of one token. Its kernel leaves no parameter; XLA drops the forward.
+    model = model.clone(body=_with_plain(model.body)) if isinstance(model, Critic) else _with_plain(model)
+    return lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
+
+
+def _with_plain(decoder):
+    return decoder.clone(attention="plain", remat=False)
+
+
+__all__ = ["init_params", "param_shapes", "param_axes", "param_shardings", "put", "at"]

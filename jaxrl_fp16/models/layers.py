@@ -1,0 +1,144 @@
+"""The dense parts of a decoder, each rounded once.
+
+B: rows.  T: columns.  D: hidden size.  H: heads.  E: head dim.  F: intermediate size.
+Matmul inputs are in the compute dtype and accumulate in float32; norms, rotary
+angles and biases are float32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Annotated, Any
+
+from annotated_types import Gt
+from flax import linen as nn
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from jaxrl_fp16.config import Doc
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def matmul(spec, a, b):
+    """`einsum(spec, a, b)` of two arrays of one compute dtype, accumulated and returned in float32.
+
+    Its gradient keeps to the same rule: the cotangent is cast to the compute
+    dtype, so that no float32 x float16 product appears in the backward pass.
+    """
+    return _einsum(spec, a, b)
+
+
+def _einsum(spec, a, b):
+    if a.dtype != b.dtype:
+        raise TypeError(f"matmul of {a.dtype} and {b.dtype}; allowed: one compute dtype for both")
+    # A GPU would round float32 inputs to TF32 otherwise.
+    precision = lax.Precision.HIGHEST if a.dtype == jnp.float32 else lax.Precision.DEFAULT
+    return jnp.einsum(spec, a, b, preferred_element_type=jnp.float32, precision=precision)
+
+
+def _matmul_forward(spec, a, b):
+    return _einsum(spec, a, b), (a, b)
+
+
+def _matmul_backward(spec, saved, cotangent):
+    a, b = saved
+    inputs, out = spec.split("->")
+    left, right = inputs.split(",")
+    cotangent = cotangent.astype(a.dtype)
+    grad_a = _einsum(f"{out},{right}->{left}", cotangent, b)
+    grad_b = _einsum(f"{left},{out}->{right}", a, cotangent)
+    return grad_a.astype(a.dtype), grad_b.astype(b.dtype)
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+class Projection(nn.Module):
+    """`x @ kernel (+ bias)` in float32, not yet rounded: what follows decides where.
+
+    `axes` are the einsum letters of input, kernel and output; `shape` the kernel's.
+    """
+
+    spec: str
+    shape: tuple[int, ...]
+    fan_in: int
+    bias_shape: tuple[int, ...] | None = None
+
+    @nn.compact
+    def __call__(self, x):
+        normal = nn.initializers.normal(self.fan_in**-0.5)
+        kernel = self.param("kernel", normal, self.shape, jnp.float32)
+        y = matmul(self.spec, x, kernel)
+        if self.bias_shape is not None:
+            y = y + self.param("bias", nn.initializers.zeros, self.bias_shape, jnp.float32)
+        return y
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * scale` in float32 (1910.07467); the caller rounds the result.
+
+    A division by the square root: `rsqrt` rounds differently from one shape to another.
+    """
+
+    eps: float
+
+    @nn.compact
+    def __call__(self, x):
+        scale = self.param("scale", nn.initializers.ones, (x.shape[-1],), jnp.float32)
+        x = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+        return x / jnp.sqrt(mean_square + self.eps) * scale
+
+
+class GatedMLP(nn.Module):
+    """`down(silu(gate(x)) * up(x))` (2002.05202), float32 [B,T,D]: the residual sum rounds it."""
+
+    intermediate_size: int
+    bias: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        width, inner = x.shape[-1], self.intermediate_size
+        project = partial(Projection, "btd,df->btf", (width, inner), width, (inner,) if self.bias else None)
+        hidden = nn.silu(project(name="gate")(x)) * project(name="up")(x)
+        down = Projection("btf,fd->btd", (inner, width), inner, (width,) if self.bias else None, name="down")
+        return down(hidden.astype(x.dtype))
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+    """Llama 3's stretching of the rotary frequencies (2407.21783); a wavelength is in tokens."""
+
+    factor: Annotated[float, Gt(0), Doc("long wavelengths are stretched by it")]
+    low_freq_factor: Annotated[float, Gt(0), Doc("wavelengths above original/low are long")]
+    high_freq_factor: Annotated[float, Gt(0), Doc("wavelengths below original/high are left alone")]
+    original_max_position: Annotated[int, Gt(0), Doc("context length before stretching, tokens")]
+
+    def stretch(self, frequencies):
+        """float32 [E/2] -> float32 [E/2]; a linear blend between the two bounds."""
+        wavelengths = 2 * jnp.pi / frequencies
+        low, high = self.low_freq_factor, self.high_freq_factor
+        blend = (self.original_max_position / wavelengths - low) / (high - low)
+        blend = jnp.clip(blend, 0.0, 1.0)
+        return frequencies * (blend + (1 - blend) / self.factor)
+
+
+def rope_angles(positions, head_dim, theta, scaling=None):
+    """float32 [..., E/2]: rotary angles of int32 `positions` [...] (2104.09864), E the head dim."""
+    exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
+    frequencies = 1.0 / (theta**exponents)
+    if scaling is not None:
+        frequencies = scaling.stretch(frequencies)
+    return positions[..., None].astype(jnp.float32) * frequencies
+
+
+def rotate(x, angles):
+    """float32 `x` [B,T,H,E] turned by `angles` [B or 1,T,E/2]; halves are paired, as Hugging Face's weights are."""
+    cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    first, second = jnp.split(x, 2, axis=-1)
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+
+
+__all__ = ["matmul", "Projection", "RMSNorm", "GatedMLP", "RopeScaling", "rope_angles", "rotate"]

@@ -1,0 +1,31 @@
+"""The mesh of devices, how arrays lie on it, and the start of a run in several processes."""
+
+from jaxrl_fp16.parallel.distributed import initialize_distributed
+from jaxrl_fp16.parallel.mesh import MESH_AXES, MeshConfig, make_mesh
+from jaxrl_fp16.parallel.sharding import (
+    RULES,
+    axes_sharding,
+    batch_sharding,
+    replicated,
+    row_shards,
+    shard_batch,
+    state_shardings,
+    to_host,
+    tree_shardings,
+)
+
+__all__ = [
+    "initialize_distributed",
+    "MESH_AXES",
+    "MeshConfig",
+    "make_mesh",
+    "RULES",
+    "axes_sharding",
+    "batch_sharding",
+    "replicated",
+    "row_shards",
+    "shard_batch",
+    "state_shardings",
+    "to_host",
+    "tree_shardings",
+]

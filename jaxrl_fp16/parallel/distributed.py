@@ -1,0 +1,85 @@
+"""Starting one run in several processes, one for each host or GPU."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+
+import jax
+
+ENVIRONMENT = {
+    "coordinator": "JAXRL_COORDINATOR",
+    "num_processes": "JAXRL_NUM_PROCESSES",
+    "process_id": "JAXRL_PROCESS_ID",
+}
+
+
+def initialize_distributed(coordinator=None, num_processes=None, process_id=None, timeout=300, heartbeat=60):
+    """Joins the run's other processes; does nothing where there are none. Before any other use of JAX.
+
+    Args:
+      coordinator: `host:port` of process 0, or `auto`: SLURM, Open MPI, Kubernetes
+        and TPU pods are asked for all three. Default: the variable JAXRL_COORDINATOR.
+      num_processes, process_id: how many there are, and which one this is, from 0.
+        Default: JAXRL_NUM_PROCESSES and JAXRL_PROCESS_ID. JAX itself reads
+        neither from the environment.
+      timeout: seconds to wait for the others at the start.
+      heartbeat: seconds of silence after which a process counts as dead and the others stop.
+
+    Returns:
+      True if this process now belongs to a run of several.
+
+    Raises:
+      ValueError: some of the three are given and others are not, or they make no sense.
+    """
+    given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
+    given = {name: os.environ.get(ENVIRONMENT[name]) if value is None else value for name, value in given.items()}
+    timeouts = dict(initialization_timeout=timeout, heartbeat_timeout_seconds=heartbeat)
+    if all(value is None for value in given.values()):
+        return False
+    if given["coordinator"] == "auto":
+        jax.distributed.initialize(**timeouts)
+        return jax.process_count() > 1
+    address, count, index = _checked(given)
+    jax.distributed.initialize(
+        coordinator_address=address,
+        num_processes=count,
+        process_id=index,
+        # JAX would listen on every interface, even for a run within this host.
+        coordinator_bind_address=address if _is_loopback(address) else None,
+        **timeouts,
+    )
+    return count > 1
+
+
+def _checked(given):
+    missing = [name for name, value in given.items() if value is None]
+    if missing:
+        hint = ", ".join(f"{name} ({ENVIRONMENT[name]})" for name in missing)
+        raise ValueError(f"a run of several processes lacks {hint}; allowed: all of {', '.join(given)}, or none")
+    address = str(given["coordinator"])
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise ValueError(f"coordinator is {address!r}; allowed: host:port, or auto")
+    count, index = (_integer(name, given[name]) for name in ("num_processes", "process_id"))
+    if not 0 <= index < count:
+        raise ValueError(f"process_id is {index}; allowed: 0 to num_processes - 1, here {count - 1}")
+    return address, count, index
+
+
+def _integer(name, value):
+    try:
+        return int(value)
+    except ValueError:
+        raise ValueError(f"{name} is {value!r}; allowed: an integer") from None
+
+
+def _is_loopback(address):
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return host == "localhost" or ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+__all__ = ["ENVIRONMENT", "initialize_distributed"]

@@ -1,0 +1,53 @@
+"""The devices as a grid of three axes: data x fsdp x tensor."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated
+
+from annotated_types import Ge
+import jax
+from jax.sharding import AxisType
+
+from jaxrl_fp16.config import Doc
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+    """How many devices each way of dividing the work gets. Their product is the number of devices."""
+
+    data: Annotated[int, Ge(-1), Doc("copies of the parameters, each with its own rows; -1: what is left")] = -1
+    fsdp: Annotated[int, Ge(1), Doc("devices that share the parameters, each with its own rows")] = 1
+    tensor: Annotated[int, Ge(1), Doc("devices that share each layer's heads and widths, on the same rows")] = 1
+
+    def __post_init__(self):
+        for name, least in (("data", -1), ("fsdp", 1), ("tensor", 1)):
+            value = getattr(self, name)
+            if value < least or value == 0:
+                raise ValueError(f"{name} is {value}; allowed: integers >= 1{', or -1' if least < 0 else ''}")
+
+    def shape(self, devices):
+        """(data, fsdp, tensor) for that many devices; ValueError if they do not fit."""
+        shared = self.fsdp * self.tensor
+        data = devices // shared if self.data == -1 else self.data
+        if data * shared != devices or data == 0:
+            asked = "what is left" if self.data == -1 else self.data
+            raise ValueError(
+                f"mesh of data {asked} x fsdp {self.fsdp} x tensor {self.tensor} does not fit {devices} devices; "
+                + (f"allowed: fsdp x tensor, here {shared}, divides {devices}" if self.data == -1
+                   else f"allowed: a product of {devices}, here it is {data * shared}")
+            )
+        return data, self.fsdp, self.tensor
+
+
+def make_mesh(config=MeshConfig(), devices=None):
+    """A `jax.sharding.Mesh` of `devices` (default: all, over all processes) with MESH_AXES as axes."""
+    devices = jax.devices() if devices is None else list(devices)
+    shape = config.shape(len(devices))
+    # Auto: XLA decides how intermediate values are divided, from how parameters and rows are.
+    return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
+
+
+__all__ = ["MESH_AXES", "MeshConfig", "make_mesh"]

@@ -1,0 +1,131 @@
+"""Which mesh axis divides which dimension of which array.
+
+Models name the dimensions of their parameters by logical axes (`embed`,
+`heads`, ...); RULES maps those to mesh axes. A dimension that its mesh axis does
+not divide stays whole on every device: with 2 key-value heads and a tensor axis
+of 4, each device holds both heads.
+"""
+
+from __future__ import annotations
+
+import jax
+from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
+import numpy as np
+
+RULES = {
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "mlp": "tensor",
+    "rows": ("data", "fsdp"),
+    # Whole everywhere: they are small, or, the stacked layers, walked through by a scan.
+    "head_dim": None,
+    "norm": None,
+    "layers": None,
+}
+
+
+def axes_sharding(axes, shape, mesh):
+    """The NamedSharding of an array: `axes` has a logical axis (a key of RULES, or None) for each dimension."""
+    if len(axes) != len(shape):
+        raise ValueError(f"{len(axes)} logical axes {tuple(axes)} for shape {tuple(shape)}; allowed: one for each")
+    return NamedSharding(mesh, PartitionSpec(*(_mesh_axis(axis, size, mesh) for axis, size in zip(axes, shape))))
+
+
+def _mesh_axis(axis, size, mesh):
+    if axis is not None and axis not in RULES:
+        raise ValueError(f"logical axis {axis!r} is unknown; allowed: {', '.join(RULES)}")
+    found = RULES.get(axis)
+    return None if found is None or size % _count(found, mesh) else found
+
+
+def _count(mesh_axis, mesh):
+    names = (mesh_axis,) if isinstance(mesh_axis, str) else mesh_axis
+    return int(np.prod([mesh.shape[name] for name in names]))
+
+
+def tree_shardings(axes, shapes, mesh):
+    """`axes_sharding` leaf by leaf; `axes` is a pytree of PartitionSpecs of logical axes."""
+    return jax.tree.map(lambda axis, leaf: axes_sharding(axis, leaf.shape, mesh), axes, shapes)
+
+
+def replicated(mesh):
+    """The sharding of an array that every device holds whole."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def batch_sharding(mesh):
+    """The sharding of arrays [B,...]: their rows are divided over data and fsdp."""
+    return NamedSharding(mesh, PartitionSpec(RULES["rows"]))
+
+
+def row_shards(mesh):
+    """Into how many parts the rows of a batch are divided."""
+    return _count(RULES["rows"], mesh)
+
+
+def shard_batch(tree, mesh):
+    """Every array [B,...] of a pytree with its rows divided over the mesh; scalars go whole to every device.
+
+    Each process passes the same global rows and keeps its own part. Raises
+    ValueError when rows do not divide.
+    """
+    parts = row_shards(mesh)
+
+    def place(x):
+        if np.ndim(x) == 0:
+            return _put(x, replicated(mesh))
+        if x.shape[0] % parts:
+            raise ValueError(f"{x.shape[0]} rows do not divide over data {mesh.shape['data']} x fsdp "
+                             f"{mesh.shape['fsdp']}; allowed: multiples of {parts}")
+        return _put(x, batch_sharding(mesh))
+
+    return jax.tree.map(place, tree)
+
+
+def _put(x, sharding):
+    if isinstance(x, jax.Array) or sharding.is_fully_addressable:
+        return jax.device_put(x, sharding)
+    # `device_put` of a host array would first compare it over all processes.
+    x = np.asarray(x)
+    return jax.make_array_from_callback(x.shape, sharding, lambda index: x[index])
+
+
+def state_shardings(state_shapes, param_shardings):
+    """Shardings for a train state with `.params`, each leaf a ShapeDtypeStruct (or array).
+
+    Parameters take `param_shardings`. So does whatever mirrors them: a leaf whose
+    path ends in a parameter's path and whose shape is that parameter's, as Adam's
+    moments are, wherever optax has wrapped them. Everything else is replicated.
+    """
+    known = {}
+    leaves = jax.tree_util.tree_leaves_with_path(state_shapes.params)
+    for (path, leaf), sharding in zip(leaves, jax.tree.leaves(param_shardings), strict=True):
+        known[_names(path), leaf.shape] = sharding
+    whole = replicated(next(iter(known.values())).mesh)
+
+    def choose(path, leaf):
+        names = _names(path)
+        endings = (names[start:] for start in range(len(names)))  # the longest first
+        return next((known[end, leaf.shape] for end in endings if (end, leaf.shape) in known), whole)
+
+    return jax.tree_util.tree_map_with_path(choose, state_shapes)
+
+
+def _names(path):
+    return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
+
+
+def to_host(x):
+    """A NumPy array with the whole of `x`, gathered if it is spread over processes (then all must call)."""
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+        return np.asarray(multihost_utils.process_allgather(x, tiled=True))
+    return np.asarray(x)
+
+
+__all__ = [
+    "RULES", "axes_sharding", "tree_shardings", "replicated", "batch_sharding", "row_shards", "shard_batch",
+    "state_shardings", "to_host",
+]

@@ -1,0 +1,62 @@
+"""Advantages, importance weights, losses, KL and mismatch: pure functions on arrays, in float32."""
+
+from jaxrl_fp16.rl.advantages import BASELINES, gae, group_advantages, overlong_penalty, rewards_on_last_token
+from jaxrl_fp16.rl.algorithms import (
+    PRESETS,
+    AlgorithmConfig,
+    check_algorithm,
+    get_algorithm,
+    needs_critic,
+    needs_reference,
+    needs_scorer,
+)
+from jaxrl_fp16.rl.importance import (
+    IMPORTANCES,
+    LEVELS,
+    LOG_RATIO_LIMIT,
+    Importance,
+    Normalizer,
+    clamp_log_ratio,
+    finish_metrics,
+    importance_weights,
+    merge_metrics,
+    normalizer_of,
+)
+from jaxrl_fp16.rl.kl import KL_ESTIMATORS, k1, k2, k3, kl_penalized_rewards
+from jaxrl_fp16.rl.losses import AGGREGATIONS, LOSSES, policy_loss, value_loss
+from jaxrl_fp16.rl.mismatch import mismatch_metrics
+
+__all__ = [
+    "AGGREGATIONS",
+    "BASELINES",
+    "IMPORTANCES",
+    "KL_ESTIMATORS",
+    "LEVELS",
+    "LOG_RATIO_LIMIT",
+    "LOSSES",
+    "PRESETS",
+    "AlgorithmConfig",
+    "Importance",
+    "Normalizer",
+    "check_algorithm",
+    "clamp_log_ratio",
+    "finish_metrics",
+    "gae",
+    "get_algorithm",
+    "group_advantages",
+    "importance_weights",
+    "k1",
+    "k2",
+    "k3",
+    "kl_penalized_rewards",
+    "merge_metrics",
+    "mismatch_metrics",
+    "needs_critic",
+    "needs_reference",
+    "needs_scorer",
+    "normalizer_of",
+    "overlong_penalty",
+    "policy_loss",
+    "rewards_on_last_token",
+    "value_loss",
+]

@@ -1,0 +1,125 @@
+"""The tasks by name, their configuration, and how one is opened."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from typing import Annotated, Callable, ContextManager, Iterator, Literal, Sequence
+
+from annotated_types import Ge, Gt
+
+from jaxrl_fp16.tasks import arithmetic, math
+from jaxrl_fp16.tasks.arithmetic import ArithmeticConfig
+from jaxrl_fp16.tasks.examples import Example, load_examples, load_hub_examples
+from jaxrl_fp16.tasks.rewards import Grade, Rewards, inline_grader, open_custom_grader
+from jaxrl_fp16.tasks.templates import Template, get_template, render
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """Section `task`: problems, prompts and rewards."""
+
+    name: str = "arithmetic"                    # a key of TASKS
+    path: str | None = None                     # JSONL file of problems, for `math`
+    hub: str | None = None                      # or a Hub data set; needs the extra `hub`
+    split: str = "train"                        # of the Hub data set
+    problem_field: str = "problem"
+    answer_field: str = "answer"
+    solution_field: str | None = None           # a target text for supervised training
+    template: str | None = None                 # a name, or a text with field names; None: the task's own
+    system: str | None = None                   # system text, with template `chat`
+    # where a response's answer stands; None: as the template says, or the task (`arithmetic`: text)
+    answer_from: Literal["boxed", "boxed_after_think", "answer_tag", "last_number", "text"] | None = None
+    reward_file: str | None = None              # Python file with a reward function of one's own
+    reward_function: str = "reward"             # its name there
+    arithmetic: ArithmeticConfig = ArithmeticConfig()
+    seed: int = 0                               # of generated problems
+    train_size: Annotated[int, Ge(1)] | None = None    # None: all rows; 100,000 generated problems
+    heldout_size: Annotated[int, Ge(0)] | None = None  # None: no row; 256 generated problems
+    deadline_seconds: Annotated[float, Gt(0)] = 10.0   # for one answer, or one group (reward_file)
+    workers: Annotated[int, Ge(1)] = 4          # grading processes at most
+    memory_mb: Annotated[int, Ge(256)] = 2048   # address space of each
+    max_response_chars: Annotated[int, Ge(1)] = 200_000  # longer responses score 0 (`math`)
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """An open task. `dataclasses.replace(task, heldout=..., template=...)` shares its grader."""
+
+    name: str
+    train: Sequence[Example]        # may be made when looked at
+    heldout: Sequence[Example]
+    template: Template
+    grade: Grade
+
+    def rewards(self, prompts: Sequence[str], responses: Sequence[Sequence[str]],
+                examples: Sequence[Example]) -> Rewards:
+        """Rewards of groups: prompts [n], responses [n][group], examples [n]."""
+        return self.grade(self.template, prompts, responses, examples)
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskKind:
+    """What makes a task: one of these, in a row of TASKS."""
+
+    template: str               # where the config names none
+    answer_from: str | None     # likewise; None: as the template says
+    problems: Callable[[TaskConfig], tuple[Sequence[Example], Sequence[Example]]]  # train, held out
+    grader: Callable[[TaskConfig], ContextManager[Grade]]
+
+
+def _arithmetic_problems(config: TaskConfig):
+    return (arithmetic.train_problems(config.arithmetic, config.seed, config.train_size or 100_000),
+            arithmetic.held_out_problems(config.arithmetic, config.seed,
+                                         256 if config.heldout_size is None else config.heldout_size))
+
+
+def _math_problems(config: TaskConfig):
+    if (config.path is None) == (config.hub is None):
+        raise ValueError("task 'math' needs either task.path, a JSONL file, or task.hub, a Hub data set; "
+                         f"path is {config.path!r} and hub is {config.hub!r}")
+    fields = (config.problem_field, config.answer_field, config.solution_field)
+    examples = (load_hub_examples(config.hub, config.split, *fields) if config.path is None
+                else load_examples(config.path, *fields))
+    return math.split(examples, config.train_size, config.heldout_size or 0)
+
+
+def _math_grader(config: TaskConfig):
+    return math.open_math_grader(config.workers, config.deadline_seconds, config.memory_mb,
+                                 config.max_response_chars)
+
+
+TASKS: dict[str, TaskKind] = {
+    "arithmetic": TaskKind("none", "text", _arithmetic_problems,
+                           lambda config: contextlib.nullcontext(inline_grader(arithmetic.reward))),
+    "math": TaskKind("chat", None, _math_problems, _math_grader),
+}
+
+
+@contextlib.contextmanager
+def open_task(config: TaskConfig) -> Iterator[Task]:
+    """Gives a `Task`, with its grading processes if it needs any; they end with the context.
+
+    Raises `ValueError`, before any process starts, for an unknown task or template and for data at fault, and
+    for a reward file that cannot be loaded.
+    """
+    if config.name not in TASKS:
+        raise ValueError(f"task.name is {config.name!r}; allowed: {', '.join(sorted(TASKS))}")
+    kind = TASKS[config.name]
+    template = get_template(config.template or kind.template, config.system,
+                            config.answer_from or kind.answer_from)
+    train, heldout = kind.problems(config)
+    if template.text is not None:
+        render(template, train[0])  # an unknown field name is refused here
+    with _open_grader(config, kind) as grade:
+        yield Task(config.name, train, heldout, template, grade)
+
+
+def _open_grader(config: TaskConfig, kind: TaskKind) -> ContextManager[Grade]:
+    if config.reward_file is None:
+        return kind.grader(config)
+    return open_custom_grader(config.reward_file, config.reward_function, config.workers,
+                              config.deadline_seconds, config.memory_mb)
+
+
+__all__ = ["Task", "TaskConfig", "TaskKind", "TASKS", "open_task"]

@@ -1,0 +1,143 @@
+"""Prompt templates: the text around a problem, and where its answer is read.
+
+A template is data. The five named ones are strings that published models and results depend on, character for
+character, from sail-sg/Precision-RL (MIT); `chat` is the tokenizer's own; any text with field names is a
+template too. Texts hold their begin-of-text token where one is due, so they are encoded without adding
+another.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from typing import Callable
+
+from jaxrl_fp16.tasks.examples import Example
+
+
+@dataclasses.dataclass(frozen=True)
+class Template:
+    """How a problem becomes a prompt and a response becomes an answer."""
+
+    name: str
+    text: str | None            # with `{q}` or `{field}` where a value goes; None: the tokenizer's own
+    reads: str = "boxed"        # a key of READERS
+    system: str | None = None   # system text, for `chat` alone
+
+
+BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
+R1 = (
+    "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The "
+    "Assistant first thinks about the reasoning process in the mind and then provides the User with the "
+    "answer. The reasoning process is enclosed within <think> </think> and answer is enclosed within "
+    "<answer> </answer> tags, respectively, i.e., <think> reasoning process here </think> "
+    "<answer> answer here </answer>."
+    "\nUser: {q}\nAssistant: <think>"
+)
+
+TEMPLATES = {template.name: template for template in (
+    Template("r1_distill_qwen",
+             "<｜begin▁of▁sentence｜><｜User｜>{q} " + BOXED + "\n<｜Assistant｜><think>\n",
+             reads="boxed_after_think"),
+    Template("qwen_math", "<|im_start|>system\n" + BOXED + "<|im_end|>\n<|im_start|>user\n{q}<|im_end|>\n"
+                          "<|im_start|>assistant\n"),
+    Template("qwen3", "<|im_start|>user\nQuestion: {q}\n" + BOXED + "<|im_end|>\n<|im_start|>assistant\n"),
+    Template("r1", R1, reads="answer_tag"),
+    Template("none", "{q}"),
+    Template("chat", None),
+)}
+
+# A field name in braces, unless a LaTeX command stands before it: `\boxed{answer}` is text, not a field.
+FIELD = re.compile(r"(\\[A-Za-z]+)?\{([A-Za-z_]\w*)\}")
+
+
+def get_template(spec: str, system: str | None = None, reads: str | None = None) -> Template:
+    """The template of a name out of TEMPLATES, or one made of a text with field names such as
+    `"{question}\\nAnswer:"`. `reads` overrides where the answer is read."""
+    if spec in TEMPLATES:
+        template = TEMPLATES[spec]
+    elif any(not command for command, _ in FIELD.findall(spec)):
+        template = Template("text", spec)
+    else:
+        raise ValueError(f"template {spec!r} is neither a text with a field name such as '{{problem}}' "
+                         f"nor one of {', '.join(TEMPLATES)}")
+    if system is not None and template.text is not None:
+        raise ValueError(f"a system text goes with template 'chat' alone, not with {spec!r}")
+    if reads is not None and reads not in READERS:
+        raise ValueError(f"answers are read by one of {', '.join(READERS)}, not {reads!r}")
+    return dataclasses.replace(template, system=system, reads=reads or template.reads)
+
+
+def render(template: Template, example: Example, tokenizer=None) -> str:
+    """The prompt of an example. `chat` needs the tokenizer, the others do not look at it."""
+    if template.text is None:
+        return _render_chat(template, example, tokenizer)
+    values = {**example.fields, "problem": example.problem, "q": example.problem}
+
+    def fill(match: re.Match) -> str:
+        command, name = match.groups()
+        if command:
+            return match.group()
+        if name not in values:
+            raise ValueError(f"template names the field {name!r}; known: {', '.join(sorted(values))}")
+        return str(values[name])
+
+    return FIELD.sub(fill, template.text)  # one pass: braces inside a problem stay what they are
+
+
+def _render_chat(template: Template, example: Example, tokenizer) -> str:
+    if getattr(tokenizer, "chat_template", None) is None:
+        raise ValueError("template 'chat' needs a tokenizer with a chat template; this one has none: "
+                         f"choose another of {', '.join(name for name in TEMPLATES if name != 'chat')}")
+    system = [] if template.system is None else [{"role": "system", "content": template.system}]
+    return tokenizer.apply_chat_template(system + [{"role": "user", "content": example.problem}],
+                                         tokenize=False, add_generation_prompt=True)
+
+
+def read_answer(template: Template, response: str) -> str:
+    """The answer in a response; "" where there is none."""
+    return READERS[template.reads](response).strip()
+
+
+def last_boxed(text: str) -> str:
+    """The content of the last `\\boxed{}` whose braces close; escaped braces do not count."""
+    boxed, best, stack = "", -1, []
+    for token in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
+        if token.group().endswith("{") and not token.group() == "\\{":
+            stack.append(token)
+        elif token.group() == "}" and stack:
+            opened = stack.pop()
+            if len(opened.group()) > 1 and opened.start() > best:
+                best, boxed = opened.start(), text[opened.end():token.start()]
+    return boxed
+
+
+def boxed_after_think(text: str) -> str:
+    """The last box after the end of the thoughts; thoughts without an end hold no answer."""
+    return last_boxed(text.partition("</think>")[2])
+
+
+def answer_tag(text: str) -> str:
+    """What stands in the last closed `<answer>`, or in its last box where it has one."""
+    body, closed, _ = text.rpartition("</answer>")
+    _, opened, inside = body.rpartition("<answer>")
+    if not (closed and opened):
+        return ""
+    return last_boxed(inside) if "\\boxed" in inside else inside
+
+
+def last_number(text: str) -> str:
+    """The last number of a text, without thousands separators."""
+    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
+    return numbers[-1].replace(",", "") if numbers else ""
+
+
+READERS: dict[str, Callable[[str], str]] = {
+    "boxed": last_boxed,
+    "boxed_after_think": boxed_after_think,
+    "answer_tag": answer_tag,
+    "last_number": last_number,
+    "text": lambda text: text,
+}
+
+__all__ = ["Template", "TEMPLATES", "READERS", "get_template", "render", "read_answer", "last_boxed"]

@@ -1,0 +1,280 @@
+"""Checkpoints of a whole training state, checked before they are believed.
+
+    checkpoints/
+      100/                what is here was finished: folders get this name last
+        state/            the arrays, written by orbax
+        about.json        step, the leaves' dtypes and shapes, the caller's extra values
+        config.yaml       the resolved config
+        manifest.json     BLAKE2 of every other file
+      200.partial/        a save that is under way, or was killed
+
+Orbax alone casts to the dtype it is asked for, takes an empty folder for a
+checkpoint, and reads a flipped bit as a number; the table of leaves, the name
+and the manifest are there for these three.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import concurrent.futures
+import dataclasses
+import json
+import os
+from pathlib import Path
+import shutil
+from typing import Annotated, Any
+
+from annotated_types import Ge
+import jax
+import jax.numpy as jnp
+import orbax.checkpoint as ocp
+
+from jaxrl_fp16.config import Doc
+from jaxrl_fp16.training import manifest
+
+ABOUT, CONFIG, STATE = "about.json", "config.yaml", "state"
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that could not be written or does not fit; one line."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig:
+    every: Annotated[int, Ge(0), Doc("steps from one checkpoint to the next; 0: the last step only")] = 50
+    keep: Annotated[int, Ge(1), Doc("how many of the newest checkpoints stay")] = 2
+
+
+class Checkpoints:
+    """The checkpoints of one run. A context manager; leaving it waits for the save under way.
+
+    Saving copies the state to the host, then writes in the background. An error there is
+    raised by the next call, or on leaving.
+
+    Args:
+      folder: where they lie; made by the first save.
+      config: how many stay.
+      resolved: the run's config as YAML, kept inside each checkpoint.
+      say: takes a line for a person.
+    """
+
+    def __init__(self, folder: str | os.PathLike, config: CheckpointConfig = CheckpointConfig(), *,
+                 resolved: str = "", say: Callable[[str], None] = print):
+        self.folder = Path(folder).absolute()
+        self._config, self._resolved, self._say = config, resolved, say
+        self._checkpointer = ocp.StandardCheckpointer()
+        self._finisher = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
+        self._pending: tuple[int, concurrent.futures.Future] | None = None
+        self._current: set[int] = set()         # steps that this object wrote or read
+        self._damaged: set[int] = set()
+        self._told: set[str] = set()            # unfinished folders that were spoken of
+
+    def __enter__(self) -> Checkpoints:
+        return self
+
+    def __exit__(self, kind, error, trace) -> None:
+        try:
+            self.wait()
+        except CheckpointError as failure:
+            if error is None:
+                raise
+            self._say(str(failure))         # beside the error that is on its way
+        finally:
+            self._finisher.shutdown()
+            self._checkpointer.close()
+
+    def due(self, step: int) -> bool:
+        """Whether the config wants a checkpoint after `step` iterations."""
+        return self._config.every > 0 and step % self._config.every == 0
+
+    def steps(self) -> list[int]:
+        """The steps that have a finished checkpoint not known to be damaged, oldest first."""
+        found = {int(path.name) for path in self.folder.glob("[0-9]*") if _is_finished(path)}
+        return sorted(found - self._damaged)
+
+    def latest(self) -> int | None:
+        """The newest of `steps()`, its content not yet verified; None without any."""
+        self.wait()
+        self._tell_unfinished()
+        return max(self.steps(), default=None)
+
+    def wait(self) -> None:
+        """Returns when no save is under way; raises CheckpointError if it failed."""
+        if self._pending is None:
+            return
+        (step, future), self._pending = self._pending, None
+        try:
+            future.result()
+        except Exception as error:
+            raise self._failed(step, error) from error
+        self._current.add(step)
+
+    def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None) -> bool:
+        """Starts writing a checkpoint, once the one before is finished.
+
+        Args:
+          step: iterations done.
+          state: a pytree of arrays, sharded or not; typed PRNG keys are arrays too. It may be
+            donated as soon as this returns.
+          extra: values that JSON holds, such as the position in the data.
+
+        Returns:
+          True; False, with a line that says so, if this object wrote or restored that step before.
+
+        Raises:
+          CheckpointError: this save or the one before could not be written, or a checkpoint of
+            that step is there already, from a run that went further.
+          ValueError: a leaf is no array, or `extra` is not JSON.
+        """
+        self.wait()
+        if step in self._current:
+            self._say(f"the checkpoint of step {step} is there already and stays as it is")
+            return False
+        if step in self.steps():
+            raise CheckpointError(f"{self.folder / str(step)}: exists already; allowed: a new step or folder")
+        leaves = _leaves(state)
+        about = {"step": step, "leaves": _table(leaves), "extra": dict(extra or {})}
+        about = json.dumps(about, allow_nan=False)
+        arrays = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf
+                  for name, leaf in leaves.items() if leaf.size}    # orbax takes no array without elements
+        partial = self.folder / f"{step}.partial"
+        try:
+            if jax.process_index() == 0:
+                self._begin(partial, about)
+            self._checkpointer.save(partial / STATE, arrays)
+        except Exception as error:
+            shutil.rmtree(partial, ignore_errors=True)      # gives a full disk its room back
+            raise self._failed(step, error) from error
+        self._pending = step, self._finisher.submit(self._finish, step, partial)
+        return True
+
+    def restore(self, template: Any, step: int | None = None) -> tuple[Any, dict[str, Any], int]:
+        """Reads the newest checkpoint whose files are as they were written, or the one of `step`.
+
+        Args:
+          template: a pytree like the saved one, of arrays or `jax.ShapeDtypeStruct`s, whose
+            shardings the result gets: those of another mesh than the saved one's, if they are.
+
+        Returns:
+          `(state, extra, step)`.
+
+        Raises:
+          CheckpointError: there is none, or names, shapes or dtypes of its leaves are not the template's.
+        """
+        self.wait()
+        self._tell_unfinished()
+        there = self.steps()
+        for candidate in reversed(there) if step is None else [step] if step in there else []:
+            path = self.folder / str(candidate)
+            if not (problem := manifest.find_damage(path)):
+                self._current.add(candidate)
+                return *self._read(path, template), candidate
+            self._damaged.add(candidate)
+            self._say(f"{path}: damaged, {problem}; skipped")
+        wanted = "" if step is None else f" of step {step}"
+        others = ", ".join(map(str, self.steps())) or "none"
+        raise CheckpointError(f"{self.folder}: no sound checkpoint{wanted}; steps that have one: {others}")
+
+    def _begin(self, partial: Path, about: str) -> None:
+        for leftover in self.folder.glob("*.partial"):      # of a process that was killed
+            shutil.rmtree(leftover)
+        partial.mkdir(parents=True)
+        (partial / ABOUT).write_text(about, encoding="utf-8")
+        (partial / CONFIG).write_text(self._resolved, encoding="utf-8")
+
+    def _finish(self, step: int, partial: Path) -> None:
+        """Runs in the background: waits for orbax, seals the folder, names it, removes the oldest."""
+        try:
+            self._checkpointer.wait_until_finished()
+            if jax.process_index() != 0:
+                return
+            manifest.write_manifest(partial)
+            final = self.folder / str(step)
+            if final.exists():      # unfinished or damaged; `save` has refused to follow a sound one
+                os.replace(final, final.with_suffix(".damaged"))
+                self._damaged.discard(step)
+            os.replace(partial, final)
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
+        for old in self.steps()[:-self._config.keep]:
+            doomed = self.folder / f"{old}.partial"         # what is half removed must not look finished
+            os.replace(self.folder / str(old), doomed)
+            shutil.rmtree(doomed)
+
+    def _tell_unfinished(self) -> None:
+        for path in sorted(self.folder.glob("[0-9]*")):
+            if not _is_finished(path) and path.suffix != ".damaged" and path.name not in self._told:
+                self._told.add(path.name)
+                self._say(f"{path}: not a finished checkpoint; skipped")
+
+    def _read(self, path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
+        about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
+        leaves = _leaves(template)
+        _check_table(path, about["leaves"], _table(leaves))
+        targets = {name: _target(leaf) for name, leaf in leaves.items() if leaf.size}
+        arrays = self._checkpointer.restore(path / STATE, targets)
+        restored = [_like(leaf, arrays.get(name)) for name, leaf in leaves.items()]
+        return jax.tree.unflatten(jax.tree.structure(template), restored), about["extra"]
+
+    def _failed(self, step: int, error: Exception) -> CheckpointError:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        good = max(self.steps(), default=None)
+        kept = "there is no other" if good is None else f"the last good one is {self.folder / str(good)}"
+        return CheckpointError(f"checkpoint of step {step} could not be written ({reason}); {kept}")
+
+
+def _is_finished(path: Path) -> bool:
+    return path.name.isdecimal() and (path / manifest.NAME).is_file()
+
+
+# --- leaves -------------------------------------------------------------------------------------------
+
+def _leaves(tree: Any) -> dict[str, Any]:
+    """The arrays by their dotted path: a flat dict outlives changes of the containers' types."""
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        name = jax.tree_util.keystr(path, simple=True, separator=".")
+        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
+            raise ValueError(f"{name}: {type(leaf).__name__} is not allowed in a state; allowed: an array")
+        if name in leaves:
+            raise ValueError(f"{name}: two leaves of this path")
+        leaves[name] = leaf
+    return leaves
+
+
+def _table(leaves: Mapping[str, Any]) -> dict[str, list]:
+    return {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in leaves.items()}
+
+
+def _check_table(path: Path, saved: Mapping[str, list], wanted: Mapping[str, list]) -> None:
+    def text(entry):
+        return "nothing" if entry is None else f"{entry[0]}{entry[1]}"
+    wrong = [f"{name} is {text(saved.get(name))}, wanted is {text(wanted.get(name))}"
+             for name in {**saved, **wanted} if saved.get(name) != wanted.get(name)]
+    if wrong:
+        more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+        raise CheckpointError(f"{path}: of another model or optimizer: {'; '.join(wrong[:3])}{more}")
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _target(leaf: Any) -> jax.ShapeDtypeStruct:
+    """What orbax shall restore for a template's leaf; a key's sharding fits its data too."""
+    data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
+
+
+def _like(leaf: Any, data: jax.Array | None) -> jax.Array:
+    """Restored data as the template's leaf is: a typed key, or the array itself."""
+    if data is None:
+        return jnp.zeros(leaf.shape, leaf.dtype)
+    if not _is_key(leaf):
+        return data
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(jnp.empty((), leaf.dtype)))
+
+
+__all__ = ["CheckpointConfig", "CheckpointError", "Checkpoints"]

@@ -1,0 +1,71 @@
+"""Generated problems: right, repeatable, disjoint, short; and their reward."""
+
+import re
+
+import pytest
+
+from jaxrl_fp16.tasks.arithmetic import (ALPHABET, KINDS, ArithmeticConfig, held_out_problems, reward,
+                                         train_problems)
+
+ALL = ArithmeticConfig(kinds=tuple(KINDS), digits=2, terms=3)
+
+
+def test_answers_and_steps_are_right():
+    kinds = set()
+    for example in train_problems(ALL, seed=1, size=300):
+        text = example.problem.removesuffix("=")
+        assert re.fullmatch(r"[0-9+\-*%()]+", text) and set(example.solution) <= set(ALPHABET)
+        # Leading zeros never occur, so Python reads the text as it was meant.
+        assert eval(text) == int(example.answer) >= 0  # noqa: S307 (digits and operators alone)
+        steps = example.solution.split(",")
+        assert steps[-1] == example.answer
+        kinds.add(example.fields["kind"])
+        if example.fields["kind"] == "chain":
+            numbers = re.findall(r"[+-]?\d+", text)
+            totals = [sum(map(int, numbers[:count])) for count in range(2, len(numbers) + 1)]
+            assert [int(step) for step in steps] == totals
+        if example.fields["kind"] == "multiply" and len(steps) > 1:
+            assert sum(map(int, steps[:-1])) == int(steps[-1])
+    assert kinds == set(KINDS)
+
+
+def test_problems_are_a_pure_function_of_seed_and_index():
+    problems = train_problems(ALL, seed=7, size=50)
+    assert problems[13] == train_problems(ALL, seed=7, size=50)[13]
+    assert problems[-1] == problems[49] and problems[2:4] == [problems[2], problems[3]]
+    assert len(problems) == 50 and len(list(problems)) == 50
+    assert problems[:] != train_problems(ALL, seed=8, size=50)[:]
+    with pytest.raises(IndexError):
+        problems[50]
+
+
+def test_the_stream_is_pinned():
+    """A change of these would change every published run on this task."""
+    problems = train_problems(ArithmeticConfig(), seed=0, size=3)
+    assert [(example.problem, example.solution) for example in problems] == [
+        ("87+79-3=", "166,163"), ("45+74-49=", "119,70"), ("11-2+96=", "9,105")]
+
+
+def test_held_out_problems_are_new_and_different():
+    small = ArithmeticConfig(kinds=("add",), digits=1)
+    train = {example.problem for example in train_problems(small, seed=0, size=2000)}
+    held_out = [example.problem for example in held_out_problems(small, seed=3, size=1000)]
+    assert train.isdisjoint(held_out) and len(set(held_out)) == len(held_out)
+    assert len(train) + len(held_out) == 100  # both sides are found whole
+    assert len(held_out_problems(ArithmeticConfig(), seed=0, size=256)) == 256
+    assert held_out_problems(ArithmeticConfig(), seed=0, size=0) == ()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_are_short(kind):
+    config = ArithmeticConfig(kinds=(kind,))
+    problems = train_problems(config, seed=0, size=500)
+    assert max(len(example.problem) for example in problems) <= config.max_prompt_chars <= 12
+    assert max(len(example.solution) for example in problems) <= 14
+
+
+def test_reward_needs_the_result_and_the_format():
+    responses = ["85,66", "66", "85,67", "85,66,", "85, 66", "",
+                 "85,066", "66\n", "x66", "1,2,3,66", "-66", "٦٦"]
+    rewards = reward(["37+48-19="] * 12, responses, [{"answer": "66"}] * 12)
+    assert rewards == [1, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0]

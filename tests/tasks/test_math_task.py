@@ -1,0 +1,93 @@
+"""The math task on real problems, with real grading, and on hostile answers."""
+
+import os
+from pathlib import Path
+import random
+import time
+
+import numpy as np
+import pytest
+
+from jaxrl_fp16.tasks import Example, TaskConfig, load_examples, open_task
+from jaxrl_fp16.tasks.answers import gold_answers
+
+DATA = Path(os.environ.get("JAXRL_FP16_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data folder {DATA}; JAXRL_FP16_DATA names one")
+DEADLINE = 2.0
+
+
+@pytest.fixture(scope="module")
+def task(tmp_path_factory):
+    path = tmp_path_factory.mktemp("math") / "problems.jsonl"
+    path.write_text("".join(f'{{"problem": "{n}?", "answer": "{n}"}}\n' for n in range(5)))
+    config = TaskConfig(name="math", path=str(path), template="qwen3", heldout_size=2, train_size=2,
+                        deadline_seconds=DEADLINE, workers=2)
+    with open_task(config) as task:
+        yield task
+
+
+def grade(task, *pairs):
+    """Rewards of one response `\\boxed{answer}` for each (gold, answer)."""
+    return task.rewards([""] * len(pairs), [[f"So \\boxed{{{answer}}}."] for _, answer in pairs],
+                        [Example("", gold) for gold, _ in pairs])
+
+
+def test_the_file_is_split(task):
+    assert [example.problem for example in task.train] == ["0?", "1?"]
+    assert [example.problem for example in task.heldout] == ["3?", "4?"]
+
+
+@needs_data
+@pytest.mark.parametrize("name, count", [("math_sanity_1460", 100), ("math500", 100), ("aime24", 30),
+                                         ("amc23", 83), ("minerva", 272), ("gsm8k_test", 100)])
+def test_gold_answers_score_1(task, name, count):
+    examples = random.Random(0).sample(load_examples(DATA / f"{name}.jsonl"), count)
+    for pick in (0, -1):
+        rewards = grade(task, *((example.answer, gold_answers(example.answer)[pick]) for example in examples))
+        wrong = [examples[index].answer for index in np.flatnonzero(rewards.values[:, 0] != 1)]
+        assert not wrong and rewards.valid.all() and rewards.timeouts == 0
+
+
+@needs_data
+def test_wrong_answers_score_0_and_grading_is_quick(task):
+    examples = load_examples(DATA / "math500.jsonl")[:150]
+    responses = [[f"\\boxed{{1 + ({gold})}}", f"It is {gold}.", f"\\boxed{{{gold}}} no, \\boxed{{-77.77}}",
+                  f"\\boxed{{{gold}}}"] for gold in (example.answer for example in examples)]
+    start = time.perf_counter()
+    rewards = task.rewards([""] * len(examples), responses, examples)
+    seconds = time.perf_counter() - start
+    np.testing.assert_array_equal(rewards.values, np.tile(np.float32([0, 0, 0, 1]), (150, 1)))
+    assert seconds < 600 / 100  # half of the rate that is aimed at: the machine may be busy
+
+
+def test_algebra_decides_where_text_does_not(task):
+    right = [("\\frac{\\sqrt{3}}{3}", "\\frac{1}{\\sqrt{3}}"), ("5", "x=5"), ("x^2-1", "(x-1)(x+1)")]
+    wrong = [("(1,2)", "[1,2]"), ("\\sqrt{2}", "1.4"), ("p - q", "q - p")]
+    np.testing.assert_array_equal(grade(task, *right, *wrong).values[:, 0], [1, 1, 1, 0, 0, 0])
+
+
+def test_hostile_answers_score_0_in_time_and_run_nothing(task, tmp_path):
+    mark = tmp_path / "mark"
+    code = f"__import__('os').mkdir('{mark}')"
+    hostile = ["9^{387420489}", "9^{9^{9^{9}}}", "{" * 3000 + "}" * 3000, "{" * 400 + "5" + "}" * 400,
+               "7" * 10**6, "1" * 999, code, f"\\text{{{code}}}", f"5; {code}", "(" * 900,
+               "\\frac{1}{" * 100 + "}" * 100, "\\" * 999, "100000!!!!", "1e999999999", "\0"]
+    start = time.perf_counter()
+    rewards = grade(task, *(("5", answer) for answer in hostile))
+    # Two workers share what hangs, and replacing one takes a moment.
+    assert time.perf_counter() - start < (rewards.timeouts + 1) // 2 * (DEADLINE + 1) + 4
+    assert rewards.valid.all() and not rewards.values.any() and 1 <= rewards.timeouts <= 6
+    assert rewards.first_error == f"no answer within {DEADLINE:g} s" and not mark.exists()
+    assert grade(task, ("5", "5"), ("\\sqrt{4}", "2")).values.sum() == 2
+
+
+def test_one_hostile_answer_is_cut_off_at_the_deadline(task):
+    grade(task, ("\\sqrt{4}", "2"))  # a worker is ready
+    start = time.perf_counter()
+    assert grade(task, ("5", "9^{387420489}")).timeouts == 1
+    assert time.perf_counter() - start < DEADLINE + 1
+
+
+def test_long_responses_score_0(task):
+    responses = [["\\boxed{5}", "\\boxed{5}" + " " * 200_000]]
+    assert task.rewards([""], responses, [Example("", "5")]).values.tolist() == [[1, 0]]

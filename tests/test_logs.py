@@ -1,0 +1,194 @@
+import io
+import json
+import math
+import os
+import subprocess
+import sys
+import time
+import types
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import rich.console
+
+from jaxrl_fp16 import logs
+from jaxrl_fp16.logs import LoggingConfig, RunLog, read_metrics, truncate
+
+QUIET = LoggingConfig(tensorboard=False)
+
+
+def plain_console():
+    return rich.console.Console(file=io.StringIO(), width=120)
+
+
+def terminal():
+    return rich.console.Console(file=io.StringIO(), width=100, force_terminal=True, legacy_windows=False,
+                                _environ={"TERM": "xterm"})
+
+
+def lines(path):
+    return [json.loads(line, parse_constant=pytest.fail) for line in path.read_text().splitlines()]
+
+
+def test_metrics_are_strict_json_flushed_by_the_line(tmp_path):
+    with RunLog(tmp_path / "run", QUIET, steps=2, console=plain_console()) as log:
+        log.metrics(1, {"a": 1, "b": np.float32(0.5), "c": jnp.float16(2), "d": jnp.int32(3), "e": True, "f": "text",
+                        "g": [1, np.int64(2)], "h": None, "i": np.array([4.0])})
+        assert lines(tmp_path / "run/metrics.jsonl") == [
+            {"step": 1, "a": 1, "b": 0.5, "c": 2.0, "d": 3, "e": True, "f": "text", "g": [1, 2], "h": None, "i": 4.0}]
+        log.metrics(2, {"nan": math.nan, "up": np.float32(np.inf), "down": jnp.float16(-jnp.inf)})
+    record = lines(tmp_path / "run/metrics.jsonl")[1]
+    assert record == {"step": 2, "nan": "NaN", "up": "Infinity", "down": "-Infinity"}
+    read = read_metrics(tmp_path / "run")[1]
+    assert math.isnan(read["nan"]) and read["up"] == math.inf and read["down"] == -math.inf
+
+
+@pytest.mark.parametrize("value", [object(), np.zeros(2), {1, 2}])
+def test_a_metric_that_is_no_scalar_is_refused_by_name(tmp_path, value):
+    with RunLog(tmp_path, QUIET, console=plain_console()) as log, pytest.raises(ValueError, match="loss: .*allowed"):
+        log.metrics(1, {"loss": value})
+    assert (tmp_path / "metrics.jsonl").read_text() == ""
+
+
+def test_samples_keep_the_first_few_of_each_step(tmp_path):
+    with RunLog(tmp_path, LoggingConfig(tensorboard=False, samples=2), console=plain_console()) as log:
+        log.samples(3, ({"text": f"line\n{i} é \u2028 \ud800", "reward": np.float32(i)} for i in range(9)))
+        log.samples(4, [])
+    records = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_bytes().splitlines(keepends=False)]
+    assert [(r["step"], r["reward"]) for r in records] == [(3, 0.0), (3, 1.0)]
+    assert records[0]["text"].startswith("line\n0 é \u2028 ")
+
+
+def test_truncate_cuts_back_to_a_step_and_drops_half_lines(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 2, "late": 1}\n{"st')
+    (tmp_path / "samples.jsonl").write_text('{"step": 2}\n[1]\n{"step": 2}')
+    truncate(tmp_path, 2)
+    assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "late": 1}\n'
+    assert (tmp_path / "samples.jsonl").read_text() == '{"step": 2}\n{"step": 2}\n'
+    assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "samples.jsonl"]
+    truncate(tmp_path / "absent", 2)
+
+
+def test_a_resumed_run_appends(tmp_path):
+    for step in (1, 2):
+        with RunLog(tmp_path, QUIET, resumed=step - 1, console=plain_console()) as log:
+            log.metrics(step, {})
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_tensorboard_events_are_written(tmp_path, caplog):
+    with RunLog(tmp_path, LoggingConfig(), resumed=4, console=plain_console()) as log:
+        log.metrics(5, {"loss": 0.25, "bad": math.nan, "name": "x"})
+    events, = tmp_path.glob("events.out.tfevents.*")
+    assert b"loss" in events.read_bytes() and b"bad" not in events.read_bytes() and not caplog.records
+
+
+def test_a_failing_sink_is_dropped_with_one_line(tmp_path, monkeypatch):
+    written = []
+
+    def fail(step, numbers):
+        written.append(step)
+        raise ConnectionError("gone")
+    monkeypatch.setattr(logs, "_open_tensorboard", lambda folder, resumed: (fail, fail))
+    console = plain_console()
+    with RunLog(tmp_path, LoggingConfig(), console=console) as log:
+        log.metrics(1, {"a": 1})
+        log.metrics(2, {"a": 2})
+    assert written == [1] and len(read_metrics(tmp_path)) == 2
+    assert console.file.getvalue().count("tensorboard failed and is dropped") == 1
+
+
+def test_wandb_that_is_absent_is_refused_before_anything_starts():
+    if logs.importlib.util.find_spec("wandb"):
+        pytest.skip("wandb is installed here")
+    with pytest.raises(ValueError, match=r"wandb: true needs .*allowed: false"):
+        LoggingConfig(wandb=True)
+
+
+def test_wandb_gets_config_and_metrics(tmp_path, monkeypatch):
+    calls = []
+    run = types.SimpleNamespace(log=lambda values, step: calls.append((step, values)),
+                                finish=lambda: calls.append("finish"))
+    stub = types.ModuleType("wandb")
+    stub.__spec__ = types.SimpleNamespace()
+    stub.init = lambda **options: calls.append(options["config"]) or run
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    config = LoggingConfig(tensorboard=False, wandb=True)
+    with RunLog(tmp_path, config, facts={"seed": 1}, console=plain_console()) as log:
+        log.metrics(1, {"a": 1, "text": "x"})
+    assert calls == [{"seed": 1}, (1, {"a": 1.0}), "finish"]
+
+
+def test_only_the_primary_process_writes(tmp_path):
+    console = plain_console()
+    with RunLog(tmp_path / "run", LoggingConfig(), primary=False, console=console) as log:
+        log.metrics(1, {"a": 1})
+        log.samples(1, [{"text": "x"}])
+        log.say("hello")
+    assert not (tmp_path / "run").exists() and console.file.getvalue() == ""
+
+
+def test_without_a_terminal_some_steps_are_plain_lines(tmp_path):
+    console = plain_console()
+    with RunLog(tmp_path, LoggingConfig(tensorboard=False, every=4), steps=10, console=console) as log:
+        for step in range(1, 11):
+            log.metrics(step, {"reward": step / 10, "loss_scale": 65536.0, "mismatch/kl_k3": math.nan})
+    shown = console.file.getvalue()
+    assert [line.split("/")[0].split()[1] for line in shown.splitlines()] == ["1", "4", "8", "10"]
+    assert "\x1b" not in shown and "\r" not in shown
+    first, second, *_, last = shown.splitlines()
+    assert first == "step  1/10  reward 0.100  KL nan  scale 65,536"
+    assert second.endswith("left 0:00:00") and "left" not in last
+
+
+def test_on_a_terminal_one_line_lives_below_what_is_said(tmp_path):
+    console = terminal()
+    with RunLog(tmp_path, QUIET, steps=3, console=console) as log:
+        for step in (1, 2, 3):
+            log.metrics(step, {"reward": 0.5})
+            log.say(f"said [{step}]")
+    shown = console.file.getvalue()
+    assert "step 1/3" in shown and "step 3/3" in shown and "said [2]" in shown and "\x1b[2K" in shown
+
+
+def test_table_and_brackets_are_shown_as_they_are():
+    console = plain_console()
+    RunLog(None, QUIET, console=console).table("what [happened]", ["metric", "before"], [["[red]reward", 0.5]])
+    assert all(text in console.file.getvalue() for text in ("what [happened]", "metric", "[red]reward", "0.5"))
+
+
+def test_announce_speaks_only_of_what_takes_long():
+    console = plain_console()
+    log = RunLog(None, QUIET, console=console)
+    with log.announce("compiling the sampler", after=5):
+        pass
+    assert console.file.getvalue() == ""
+    with log.announce("compiling the update", after=0.02):
+        for _ in range(500):
+            if console.file.getvalue():
+                break
+            time.sleep(0.01)
+        assert console.file.getvalue() == "compiling the update ...\n"
+    assert console.file.getvalue().splitlines()[1].startswith("compiling the update: 0.")
+    with pytest.raises(RuntimeError, match="boom"), log.announce("x", after=5):
+        raise RuntimeError("boom")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX pipes")
+def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
+    code = """if True:
+        import sys
+        from jaxrl_fp16.logs import LoggingConfig, RunLog
+        with RunLog(sys.argv[1], LoggingConfig(tensorboard=False, every=1), steps=300) as log:
+            for step in range(1, 301):
+                log.metrics(step, {"reward": 1.0, "note": "x" * 1000})
+        """
+    writer = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                              cwd=logs.Path(__file__).parents[1])
+    writer.stdout.readline()
+    writer.stdout.close()
+    errors = writer.stderr.read()
+    writer.stderr.close()
+    assert writer.wait() == 0 and errors == b""
+    assert len(read_metrics(tmp_path)) == 300

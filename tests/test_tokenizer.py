@@ -1,0 +1,191 @@
+"""Tokenizers from folders, from an alphabet and from the training script; text to arrays and back."""
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from jaxrl_fp16 import tokenizer as tk
+from jaxrl_fp16.tasks import ALPHABET, Example, get_template, render
+
+ROOT = Path(__file__).resolve().parents[1]
+DATA = Path(os.environ.get("JAXRL_FP16_DATA", ROOT.parent / "shared" / "data"))
+needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data folder {DATA}; JAXRL_FP16_DATA names one")
+R1_TOKENS = ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"]
+TEXTS = ["The sum of 12 and 345 is 357.", "Zwölf Bären, 3 € — 漢字 🙂\n\n\tx  y ", "\\frac{1}{2} \\boxed{}", ""]
+
+
+@pytest.fixture(scope="module")
+def script():
+    spec = importlib.util.spec_from_file_location("train_tokenizer", ROOT / "launch" / "train_tokenizer.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def folder(script, tmp_path_factory):
+    """A byte-level tokenizer trained on a few texts."""
+    folder = tmp_path_factory.mktemp("tokenizer")
+    (folder / "data.jsonl").write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in TEXTS * 3))
+    assert script.main(["--data", str(folder / "data.jsonl"), "--vocab-size", "300", "--out", str(folder),
+                        "--special-token", *R1_TOKENS]) == 0
+    return folder
+
+
+@pytest.fixture(scope="module")
+def byte_level(folder):
+    return tk.load_tokenizer(folder)
+
+
+def test_characters_round_trip_through_transformers(tmp_path):
+    text = "(12+3)%9=15,6 \nz"
+    tokenizer = tk.character_tokenizer(ALPHABET + " \nz")
+    tk.save_tokenizer(tokenizer, tmp_path)
+    again = tk.load_tokenizer(tmp_path)
+    ids = tk.encode(tokenizer, [text])[0]
+    assert len(ids) == len(text) and tk.encode(again, [text])[0] == ids
+    assert again.decode(ids) == tokenizer.decode(ids) == text
+    assert (again.pad_token_id, again.eos_token_id, again.unk_token_id) == (0, 1, 2)
+    assert tk.vocabulary_size(again) == 3 + len(ALPHABET) + 3
+    assert tk.encode(again, ["1é2"])[0][1] == again.unk_token_id
+    assert b"".join(tk.token_bytes(again)[index] for index in ids) == text.encode()
+
+
+@pytest.mark.parametrize("alphabet", ["", "aa"])
+def test_a_bad_alphabet_is_refused(alphabet):
+    with pytest.raises(ValueError, match="different characters"):
+        tk.character_tokenizer(alphabet)
+
+
+def test_byte_level_round_trip(byte_level):
+    rows = tk.encode(byte_level, TEXTS)
+    assert [byte_level.decode(row) for row in rows] == TEXTS and rows[-1] == []
+    pieces = tk.token_bytes(byte_level)
+    assert [b"".join(pieces[index] for index in row).decode() for row in rows] == TEXTS
+    assert len(tk.token_bytes(byte_level, size=512)) == 512 and tk.token_bytes(byte_level, size=512)[-1] == b""
+    special = byte_level.convert_tokens_to_ids("</think>")
+    assert pieces[special] == b"</think>" and tk.encode(byte_level, ["</think>"]) == [[special]]
+
+
+def test_the_folder_is_what_transformers_of_both_generations_read(folder):
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in config
+    assert (config["eos_token"], config["pad_token"]) == ("<|im_end|>", "<|endoftext|>")
+
+
+def test_the_same_data_give_the_same_tokenizer(script, folder, tmp_path):
+    script.main(["--data", str(folder / "data.jsonl"), "--vocab-size", "300", "--out", str(tmp_path),
+                 "--special-token", *R1_TOKENS])
+    assert (tmp_path / "tokenizer.json").read_bytes() == (folder / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize("lines, size, message", [
+    ('{"a": "b"}', 100, "--vocab-size is 100"), ("{", 300, "line 1: not JSON"), ("[]", 300, "a JSON object")])
+def test_the_script_refuses_bad_input(script, tmp_path, capsys, lines, size, message):
+    (tmp_path / "data.jsonl").write_text(lines)
+    out = tmp_path / "out"
+    assert script.main(["--data", str(tmp_path / "data.jsonl"), "--vocab-size", str(size), "--out", str(out)]) == 2
+    assert message in capsys.readouterr().err and not out.exists()
+
+
+@needs_data
+def test_training_on_real_problems(script, tmp_path):
+    script.main(["--data", str(DATA / "math500.jsonl"), "--vocab-size", "1000", "--out", str(tmp_path)])
+    tokenizer = tk.load_tokenizer(tmp_path)
+    with open(DATA / "minerva.jsonl", encoding="utf-8") as lines:
+        texts = [json.loads(line)["problem"] for line in lines]
+    rows = tk.encode(tokenizer, texts)
+    assert [tokenizer.decode(row) for row in rows] == texts
+    assert tk.vocabulary_size(tokenizer) == 1000 and sum(map(len, rows)) < 0.6 * sum(map(len, texts))
+
+
+@pytest.mark.parametrize("where", ["jinja", "config"])
+def test_chat_template_from_either_file(byte_level, tmp_path, where):
+    tk.save_tokenizer(byte_level, tmp_path)
+    if where == "config":
+        jinja = tmp_path / "chat_template.jinja"
+        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": jinja.read_text()}))
+        jinja.unlink()
+    tokenizer = tk.load_tokenizer(tmp_path)
+    prompt = render(get_template("chat", system="Be brief."), Example("1+1? {x}", "2"), tokenizer)
+    assert prompt == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1? {x}<|im_end|>\n"
+                      "<|im_start|>assistant\n")
+    marks = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")]
+    assert [index for index in tk.encode(tokenizer, [prompt])[0] if index in marks] == [*marks, *marks, marks[0]]
+
+
+def test_faulty_folders_are_refused(byte_level, tmp_path):
+    with pytest.raises(ValueError, match="no tokenizer.json"):
+        tk.load_tokenizer(tmp_path)
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ValueError, match="cannot be read"):
+        tk.load_tokenizer(tmp_path)
+    tk.save_tokenizer(byte_level, tmp_path)
+    (tmp_path / "tokenizer_config.json").write_text("{}")
+    with pytest.raises(ValueError, match="no end-of-text token"):
+        tk.load_tokenizer(tmp_path)
+
+
+def test_ids_of_ends_and_padding(byte_level):
+    end = byte_level.eos_token_id
+    assert tk.end_ids(byte_level) == tk.end_ids(byte_level, {}) == (end,)
+    assert tk.end_ids(byte_level, {"eos_token_id": 7}) == (end, 7)
+    assert tk.end_ids(byte_level, {"eos_token_id": [7, end, 8]}) == (end, 7, 8)
+    assert tk.pad_id(byte_level) == byte_level.pad_token_id != end
+    without = tk.character_tokenizer("ab")
+    without.pad_token = None
+    assert tk.pad_id(without) == without.eos_token_id
+
+
+def test_the_vocabulary_must_fit_the_embedding(byte_level):
+    tk.check_vocabulary(byte_level, tk.vocabulary_size(byte_level))
+    with pytest.raises(ValueError, match="ids up to 299.*255 rows"):
+        tk.check_vocabulary(byte_level, 255)
+
+
+def test_encode_prompts():
+    tokenizer = tk.character_tokenizer("123+=")
+    tokens, mask, kept = tk.encode_prompts(tokenizer, ["1+2=", "11+22=", "", "3="], 4)
+    assert tokens.dtype == np.int32 and mask.dtype == kept.dtype == bool
+    np.testing.assert_array_equal(kept, [True, False, False, True])
+    np.testing.assert_array_equal(tokens, [[3, 6, 4, 7], [0] * 4, [0] * 4, [0, 0, 5, 7]])
+    np.testing.assert_array_equal(mask, [[1, 1, 1, 1], [0] * 4, [0] * 4, [0, 0, 1, 1]])
+    assert tk.encode_prompts(tokenizer, [], 4).tokens.shape == (0, 4)
+
+
+def test_encode_pairs():
+    tokenizer = tk.character_tokenizer("123+=")
+    pairs = tk.encode_pairs(tokenizer, ["1+2=", "1+1=", "1="], ["3", "22", ""], 6)
+    np.testing.assert_array_equal(pairs.kept, [True, False, True])
+    np.testing.assert_array_equal(pairs.tokens, [[3, 6, 4, 7, 5, 1], [0] * 6, [3, 7, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(pairs.mask, [[1] * 6, [0] * 6, [1, 1, 1, 0, 0, 0]])
+    np.testing.assert_array_equal(pairs.loss_mask, [[0, 0, 0, 0, 1, 1], [0] * 6, [0, 0, 1, 0, 0, 0]])
+    assert tk.encode_pairs(tokenizer, ["1"], ["2"], 3).kept.all()
+
+
+def test_decode_responses(byte_level):
+    text = "so </think> \\boxed{ 3 } , 漢"
+    row = tk.encode(byte_level, [text])[0]
+    tokens = np.array([[5, *row, byte_level.eos_token_id, byte_level.pad_token_id],
+                       [5] + [byte_level.pad_token_id] * (len(row) + 2)])
+    mask = np.zeros(tokens.shape, bool)
+    mask[0, 1:-1] = True
+    assert tk.decode_responses(byte_level, tokens, mask) == [text, ""]
+    assert tk.decode_responses(byte_level, tokens, mask, ends=[row[-1], byte_level.eos_token_id])[0] == (
+        byte_level.decode([index for index in row if index != row[-1]]))
+
+
+def test_sentencepiece_bytes():
+    from tokenizers import Tokenizer, decoders, models
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "</s>", "▁the", "<0xE2>", "<0x0A>", "é", "<0x>"]
+    backend = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, [], unk_token="<unk>"))
+    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+    assert tk.token_bytes(tokenizer) == [b"<unk>", b"</s>", b" the", b"\xe2", b"\n", "é".encode(), b"<0x>"]

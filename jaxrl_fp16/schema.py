@@ -68,9 +68,12 @@ def type_text(hint) -> str:
     """A type in a person's words, with its bounds or choices: `integer >= 1`, `cpu | gpu`."""
     plain = bare(hint)
     container, arguments = typing.get_origin(plain), typing.get_args(plain)
+    bounds = " and ".join(f"{sign} {getattr(item, name)}" for item in getattr(hint, "__metadata__", ())
+                          for name, sign in _SIGNS.items() if getattr(item, name, None) is not None)
     if container in (typing.Union, types.UnionType):
-        text = " or ".join(type_text(member) for member in arguments)
-    elif container is typing.Literal:
+        texts = [type_text(member) for member in arguments]     # the bounds are of what is not null
+        return " or ".join(text if text == "null" or not bounds else f"{text} {bounds}" for text in texts)
+    if container is typing.Literal:
         text = " | ".join(str(choice) for choice in arguments)
     elif dataclasses.is_dataclass(plain):
         text = f"a section of {', '.join(field.name for field in dataclasses.fields(plain))}"
@@ -79,9 +82,7 @@ def type_text(hint) -> str:
         text = f"list of {f'{len(arguments)} x ' if fixed else ''}{type_text(arguments[0])}"
     else:
         text = _NAMES.get(container or plain, str(plain))
-    bounds = [f"{sign} {getattr(item, name)}" for item in getattr(hint, "__metadata__", ())
-              for name, sign in _SIGNS.items() if getattr(item, name, None) is not None]
-    return f"{text} {' and '.join(bounds)}" if bounds else text
+    return f"{text} {bounds}" if bounds else text
 
 
 def describe(cls: type, prefix: str = "", defaults: Any = None) -> list[Field]:

@@ -48,7 +48,7 @@ stamp() {
 
 has_extra() { [[ -f "$STAMPS/$1" ]] && [[ "$(stamp 2>/dev/null)" == "$(cat "$STAMPS/$1")" ]]; }
 
-run_pip() { "$VENV/bin/python" -m pip --disable-pip-version-check --quiet "$@"; }
+run_pip() { "$VENV/bin/python" -m pip --disable-pip-version-check -qq "$@"; } # errors only
 
 version_of() { "$1" -c 'import sys; print(*sys.version_info[:2], sep=".")'; }
 

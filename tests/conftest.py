@@ -6,7 +6,8 @@ import pytest
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") is None:
         return
-    import jax      # only where a test asks for it: a JAX that has looked for devices cannot be configured any more
+    import jax  # only where a test asks for it: a JAX that knows its devices cannot be configured any more
+
     try:
         jax.devices("gpu")
     except RuntimeError as error:

@@ -23,8 +23,9 @@ def plain_console():
 
 
 def terminal():
-    return rich.console.Console(file=io.StringIO(), width=100, force_terminal=True, legacy_windows=False,
-                                _environ={"TERM": "xterm"})
+    return rich.console.Console(
+        file=io.StringIO(), width=100, force_terminal=True, legacy_windows=False, _environ={"TERM": "xterm"}
+    )
 
 
 def lines(path):
@@ -33,10 +34,34 @@ def lines(path):
 
 def test_metrics_are_strict_json_flushed_by_the_line(tmp_path):
     with RunLog(tmp_path / "run", QUIET, steps=2, console=plain_console()) as log:
-        log.metrics(1, {"a": 1, "b": np.float32(0.5), "c": jnp.float16(2), "d": jnp.int32(3), "e": True, "f": "text",
-                        "g": [1, np.int64(2)], "h": None, "i": np.array([4.0])})
+        log.metrics(
+            1,
+            {
+                "a": 1,
+                "b": np.float32(0.5),
+                "c": jnp.float16(2),
+                "d": jnp.int32(3),
+                "e": True,
+                "f": "text",
+                "g": [1, np.int64(2)],
+                "h": None,
+                "i": np.array([4.0]),
+            },
+        )
         assert lines(tmp_path / "run/metrics.jsonl") == [
-            {"step": 1, "a": 1, "b": 0.5, "c": 2.0, "d": 3, "e": True, "f": "text", "g": [1, 2], "h": None, "i": 4.0}]
+            {
+                "step": 1,
+                "a": 1,
+                "b": 0.5,
+                "c": 2.0,
+                "d": 3,
+                "e": True,
+                "f": "text",
+                "g": [1, 2],
+                "h": None,
+                "i": 4.0,
+            }
+        ]
         log.metrics(2, {"nan": math.nan, "up": np.float32(np.inf), "down": jnp.float16(-jnp.inf)})
     record = lines(tmp_path / "run/metrics.jsonl")[1]
     assert record == {"step": 2, "nan": "NaN", "up": "Infinity", "down": "-Infinity"}
@@ -46,7 +71,10 @@ def test_metrics_are_strict_json_flushed_by_the_line(tmp_path):
 
 @pytest.mark.parametrize("value", [object(), np.zeros(2), {1, 2}])
 def test_a_metric_that_is_no_scalar_is_refused_by_name(tmp_path, value):
-    with RunLog(tmp_path, QUIET, console=plain_console()) as log, pytest.raises(ValueError, match="loss: .*allowed"):
+    with (
+        RunLog(tmp_path, QUIET, console=plain_console()) as log,
+        pytest.raises(ValueError, match="loss: .*allowed"),
+    ):
         log.metrics(1, {"loss": value})
     assert (tmp_path / "metrics.jsonl").read_text() == ""
 
@@ -55,13 +83,17 @@ def test_samples_keep_the_first_few_of_each_step(tmp_path):
     with RunLog(tmp_path, LoggingConfig(tensorboard=False, samples=2), console=plain_console()) as log:
         log.samples(3, ({"text": f"line\n{i} é \u2028 \ud800", "reward": np.float32(i)} for i in range(9)))
         log.samples(4, [])
-    records = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_bytes().splitlines(keepends=False)]
+    records = [
+        json.loads(line) for line in (tmp_path / "samples.jsonl").read_bytes().splitlines(keepends=False)
+    ]
     assert [(r["step"], r["reward"]) for r in records] == [(3, 0.0), (3, 1.0)]
     assert records[0]["text"].startswith("line\n0 é \u2028 ")
 
 
 def test_truncate_cuts_back_to_a_step_and_drops_half_lines(tmp_path):
-    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 2, "late": 1}\n{"st')
+    (tmp_path / "metrics.jsonl").write_text(
+        '{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 2, "late": 1}\n{"st'
+    )
     (tmp_path / "samples.jsonl").write_text('{"step": 2}\n[1]\n{"step": 2}')
     truncate(tmp_path, 2)
     assert (tmp_path / "metrics.jsonl").read_text() == '{"step": 1}\n{"step": 2}\n{"step": 2, "late": 1}\n'
@@ -80,7 +112,7 @@ def test_a_resumed_run_appends(tmp_path):
 def test_tensorboard_events_are_written(tmp_path, caplog):
     with RunLog(tmp_path, LoggingConfig(), resumed=4, console=plain_console()) as log:
         log.metrics(5, {"loss": 0.25, "bad": math.nan, "name": "x"})
-    events, = tmp_path.glob("events.out.tfevents.*")
+    (events,) = tmp_path.glob("events.out.tfevents.*")
     assert b"loss" in events.read_bytes() and b"bad" not in events.read_bytes() and not caplog.records
 
 
@@ -90,6 +122,7 @@ def test_a_failing_sink_is_dropped_with_one_line(tmp_path, monkeypatch):
     def fail(step, numbers):
         written.append(step)
         raise ConnectionError("gone")
+
     monkeypatch.setattr(logs, "_open_tensorboard", lambda folder, resumed: (fail, fail))
     console = plain_console()
     with RunLog(tmp_path, LoggingConfig(), console=console) as log:
@@ -108,8 +141,9 @@ def test_wandb_that_is_absent_is_refused_before_anything_starts():
 
 def test_wandb_gets_config_and_metrics(tmp_path, monkeypatch):
     calls = []
-    run = types.SimpleNamespace(log=lambda values, step: calls.append((step, values)),
-                                finish=lambda: calls.append("finish"))
+    run = types.SimpleNamespace(
+        log=lambda values, step: calls.append((step, values)), finish=lambda: calls.append("finish")
+    )
     stub = types.ModuleType("wandb")
     stub.__spec__ = types.SimpleNamespace()
     stub.init = lambda **options: calls.append(options["config"]) or run
@@ -154,8 +188,12 @@ def test_on_a_terminal_one_line_lives_below_what_is_said(tmp_path):
 
 def test_table_and_brackets_are_shown_as_they_are():
     console = plain_console()
-    RunLog(None, QUIET, console=console).table("what [happened]", ["metric", "before"], [["[red]reward", 0.5]])
-    assert all(text in console.file.getvalue() for text in ("what [happened]", "metric", "[red]reward", "0.5"))
+    RunLog(None, QUIET, console=console).table(
+        "what [happened]", ["metric", "before"], [["[red]reward", 0.5]]
+    )
+    assert all(
+        text in console.file.getvalue() for text in ("what [happened]", "metric", "[red]reward", "0.5")
+    )
 
 
 def test_announce_speaks_only_of_what_takes_long():
@@ -184,8 +222,12 @@ def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
             for step in range(1, 301):
                 log.metrics(step, {"reward": 1.0, "note": "x" * 1000})
         """
-    writer = subprocess.Popen([sys.executable, "-c", code, tmp_path], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                              cwd=logs.Path(__file__).parents[1])
+    writer = subprocess.Popen(
+        [sys.executable, "-c", code, tmp_path],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        cwd=logs.Path(__file__).parents[1],
+    )
     writer.stdout.readline()
     writer.stdout.close()
     errors = writer.stderr.read()

@@ -15,7 +15,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("JAXRL_FP16_DATA", ROOT.parent / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data folder {DATA}; JAXRL_FP16_DATA names one")
 R1_TOKENS = ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"]
-TEXTS = ["The sum of 12 and 345 is 357.", "Zwölf Bären, 3 € — 漢字 🙂\n\n\tx  y ", "\\frac{1}{2} \\boxed{}", ""]
+TEXTS = ["The sum of 12 and 345 is 357.", "Zwölf Bären, 3 € — 漢字 🙂\n\n\tx  y ",
+         "\\frac{1}{2} \\boxed{}", ""]
 
 
 @pytest.fixture(scope="module")
@@ -30,7 +31,8 @@ def script():
 def folder(script, tmp_path_factory):
     """A byte-level tokenizer trained on a few texts."""
     folder = tmp_path_factory.mktemp("tokenizer")
-    (folder / "data.jsonl").write_text("".join(json.dumps({"text": text, "n": 1}) + "\n" for text in TEXTS * 3))
+    rows = (json.dumps({"text": text, "n": 1}) for text in TEXTS * 3)
+    (folder / "data.jsonl").write_text("\n".join(rows))
     assert script.main(["--data", str(folder / "data.jsonl"), "--vocab-size", "300", "--out", str(folder),
                         "--special-token", *R1_TOKENS]) == 0
     return folder
@@ -66,7 +68,8 @@ def test_byte_level_round_trip(byte_level):
     assert [byte_level.decode(row) for row in rows] == TEXTS and rows[-1] == []
     pieces = tk.token_bytes(byte_level)
     assert [b"".join(pieces[index] for index in row).decode() for row in rows] == TEXTS
-    assert len(tk.token_bytes(byte_level, size=512)) == 512 and tk.token_bytes(byte_level, size=512)[-1] == b""
+    padded = tk.token_bytes(byte_level, size=512)
+    assert len(padded) == 512 and padded[:300] == pieces and padded[-1] == b""
     special = byte_level.convert_tokens_to_ids("</think>")
     assert pieces[special] == b"</think>" and tk.encode(byte_level, ["</think>"]) == [[special]]
 
@@ -87,8 +90,8 @@ def test_the_same_data_give_the_same_tokenizer(script, folder, tmp_path):
     ('{"a": "b"}', 100, "--vocab-size is 100"), ("{", 300, "line 1: not JSON"), ("[]", 300, "a JSON object")])
 def test_the_script_refuses_bad_input(script, tmp_path, capsys, lines, size, message):
     (tmp_path / "data.jsonl").write_text(lines)
-    out = tmp_path / "out"
-    assert script.main(["--data", str(tmp_path / "data.jsonl"), "--vocab-size", str(size), "--out", str(out)]) == 2
+    data, out = str(tmp_path / "data.jsonl"), tmp_path / "out"
+    assert script.main(["--data", data, "--vocab-size", str(size), "--out", str(out)]) == 2
     assert message in capsys.readouterr().err and not out.exists()
 
 
@@ -108,15 +111,16 @@ def test_chat_template_from_either_file(byte_level, tmp_path, where):
     tk.save_tokenizer(byte_level, tmp_path)
     if where == "config":
         jinja = tmp_path / "chat_template.jinja"
-        config = json.loads((tmp_path / "tokenizer_config.json").read_text())
-        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": jinja.read_text()}))
+        path = tmp_path / "tokenizer_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": jinja.read_text()}))
         jinja.unlink()
     tokenizer = tk.load_tokenizer(tmp_path)
     prompt = render(get_template("chat", system="Be brief."), Example("1+1? {x}", "2"), tokenizer)
     assert prompt == ("<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\n1+1? {x}<|im_end|>\n"
                       "<|im_start|>assistant\n")
     marks = [tokenizer.convert_tokens_to_ids(token) for token in ("<|im_start|>", "<|im_end|>")]
-    assert [index for index in tk.encode(tokenizer, [prompt])[0] if index in marks] == [*marks, *marks, marks[0]]
+    found = [index for index in tk.encode(tokenizer, [prompt])[0] if index in marks]
+    assert found == [*marks, *marks, marks[0]]
 
 
 def test_faulty_folders_are_refused(byte_level, tmp_path):
@@ -186,6 +190,7 @@ def test_sentencepiece_bytes():
 
     pieces = ["<unk>", "</s>", "▁the", "<0xE2>", "<0x0A>", "é", "<0x>"]
     backend = Tokenizer(models.BPE({piece: n for n, piece in enumerate(pieces)}, [], unk_token="<unk>"))
-    backend.decoder = decoders.Sequence([decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()])
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    backend.decoder = decoders.Sequence(steps)
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
     assert tk.token_bytes(tokenizer) == [b"<unk>", b"</s>", b" the", b"\xe2", b"\n", "é".encode(), b"<0x>"]

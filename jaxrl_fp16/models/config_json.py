@@ -27,7 +27,7 @@ def read_json(path):
     """The object in a JSON file; ValueError for anything else, a repeated key included."""
     text = Path(path).read_bytes()
     if text.startswith(b"version https://git-lfs"):
-        raise ValueError(f"{path} is a Git LFS pointer; allowed: the file itself, as `git lfs pull` fetches it")
+        raise ValueError(f"{path} is a Git LFS pointer; allowed: the file, as `git lfs pull` fetches it")
     try:
         found = json.loads(text.decode("utf-8"), object_pairs_hook=_without_repeats)
     except (ValueError, RecursionError) as error:
@@ -77,11 +77,11 @@ def read_rope(config):
                          f"allowed: none, leave the key out")
     fields = {"rope_theta": read_value(rope, "rope_theta", float), "rope_scaling": None}
     if stretched:
-        scaling = RopeScaling(**{field: read_value(rope, key, kind) for key, (field, kind) in _SCALING.items()})
-        if scaling.high_freq_factor <= scaling.low_freq_factor:
-            raise ValueError(f"high_freq_factor is {scaling.high_freq_factor}; allowed: above low_freq_factor, "
-                             f"here {scaling.low_freq_factor}")
-        fields["rope_scaling"] = scaling
+        values = {field: read_value(rope, key, kind) for key, (field, kind) in _SCALING.items()}
+        if values["high_freq_factor"] <= values["low_freq_factor"]:
+            raise ValueError(f"high_freq_factor is {values['high_freq_factor']}; allowed: above "
+                             f"low_freq_factor, here {values['low_freq_factor']}")
+        fields["rope_scaling"] = RopeScaling(**values)
     return fields
 
 
@@ -106,7 +106,8 @@ def write_rope(theta, scaling):
     """The keys of config.json for `rope_theta` and `rope_scaling` of a DecoderConfig, in both dialects."""
     settings = {"rope_type": "default"}
     if scaling is not None:
-        settings = {"rope_type": "llama3", **{key: getattr(scaling, field) for key, (field, _) in _SCALING.items()}}
+        settings = {key: getattr(scaling, field) for key, (field, _) in _SCALING.items()}
+        settings["rope_type"] = "llama3"
     return {
         "rope_theta": theta,
         "rope_scaling": None if scaling is None else settings,

@@ -50,7 +50,7 @@ def save_pretrained(folder, model, params, dtype="float16", tokenizer=None, gene
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES.values())}")
     if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} exists and is not empty; allowed: a new or empty folder, or overwrite=True")
+        raise FileExistsError(f"{folder} is not empty; allowed: a new or empty folder, or overwrite=True")
     _check_params(model, params)
     check_range(model, params, dtype, source=f"export to {folder}")
     ids, generation = _generation(tokenizer, generation_config)
@@ -71,11 +71,15 @@ def save_pretrained(folder, model, params, dtype="float16", tokenizer=None, gene
 def _check_params(model, params):
     if not isinstance(model, Decoder):
         raise ValueError(f"a {type(model).__name__} cannot be exported; allowed: a Decoder")
-    asked, given = ({jax.tree_util.keystr(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-                    for tree in (param_shapes(model), params))
+    asked, given = _shapes(param_shapes(model)), _shapes(params)
     for path in asked | given:
         if asked.get(path) != given.get(path):
-            raise ValueError(f"parameter {path} has shape {given.get(path)}; allowed: {asked.get(path)}, by the model")
+            raise ValueError(f"parameter {path} has shape {given.get(path)}; allowed: {asked.get(path)}")
+
+
+def _shapes(tree):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
 
 
 def _generation(tokenizer, given):
@@ -99,11 +103,14 @@ def _write_weights(place, model, params, dtype, shard_bytes):
     where, total = {}, 0
     for number, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {there: _tensor_there(tensor, at(params, tensor.path), layer, dtype) for there, tensor, layer in shard}
+        tensors = {}
+        for there, tensor, layer in shard:
+            tensors[there] = _tensor_there(tensor, at(params, tensor.path), layer, dtype)
         where.update(dict.fromkeys(tensors, name))
         total += sum(array.nbytes for array in tensors.values())
         if place is not None:
-            save_file(tensors, place / name, metadata={"format": "pt"})  # Transformers 4 refuses a file without it
+            # Transformers 4 refuses a file that does not say which library's layout it has.
+            save_file(tensors, place / name, metadata={"format": "pt"})
     if place is not None and len(shards) > 1:
         _write_json(place / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 

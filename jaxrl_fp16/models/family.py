@@ -68,7 +68,7 @@ class Tensor:
         return tuple(slices)
 
     def as_there(self, array):
-        """An array here as it stands there. Of a contiguous NumPy array: a view, so writing to it fills `array`."""
+        """An array here as it stands there. Of a contiguous NumPy array a view: filling it fills `array`."""
         order = [axis for group in self.groups for axis in group]
         return array.transpose(order).reshape(self.shape_there(array.shape))
 

@@ -64,7 +64,8 @@ def read_config(folder):
     folder = Path(folder)
     path = folder / "config.json"
     if not folder.is_dir():
-        raise PretrainedError(f"model folder {folder} does not exist; allowed: a local folder, nothing is downloaded")
+        raise PretrainedError(f"model folder {folder} does not exist; allowed: a local folder, "
+                              f"nothing is downloaded")
     if not path.is_file():
         raise PretrainedError(f"{path} is missing; allowed: a model folder as Transformers saves it")
     try:
@@ -139,7 +140,7 @@ def _check_tied(folder, head, embedding):
     """A tied model may store its head as well, if it is the embedding."""
     if head.shape == embedding.shape:
         arrays = [np.empty(head.shape, np.float32) for _ in range(2)]
-        for tensor, array in zip((head, embedding), arrays):
+        for tensor, array in zip((head, embedding), arrays, strict=True):
             tensor.read_into(array, tuple(slice(0, size) for size in head.shape))
         if np.array_equal(*arrays):
             return

@@ -12,9 +12,9 @@ from jaxrl_fp16.parallel.sharding import tree_shardings
 
 
 def init_params(model, key, mesh=None):
-    """Random float32 parameters of a Decoder or Critic, a nested dict; with a `mesh`, created divided over it.
+    """Random float32 parameters of a Decoder or Critic, a nested dict.
 
-    The values hang on `key` alone, not on the mesh.
+    With a `mesh` they are created divided over it; the values hang on `key` alone.
     """
     shardings = None if mesh is None else param_shardings(model, mesh)
     return jax.jit(_initializer(model), out_shardings=shardings)(key)
@@ -57,7 +57,7 @@ def at(tree, path):
 
 
 def _initializer(model):
-    # Flax learns the shapes from a forward of one token. Its kernel leaves no parameter; XLA drops the forward.
+    # Flax learns the shapes from a forward of one token, which XLA then drops: no kernel needs to run here.
     model = model.clone(body=_with_plain(model.body)) if isinstance(model, Critic) else _with_plain(model)
     return lambda key: model.init(key, jnp.zeros((1, 1), jnp.int32))["params"]
 

@@ -102,7 +102,8 @@ def tensors(config):
     if not config.tie_embeddings:
         table.append(Tensor("lm_head.weight", ("head",), ("vocab", "embed")))
     if config.output_bias:
-        table.append(Tensor(f"{layer}.self_attn.o_proj.bias", ("layers", "attention", "o", "bias"), ("norm",)))
+        path = ("layers", "attention", "o", "bias")
+        table.append(Tensor(f"{layer}.self_attn.o_proj.bias", path, ("norm",)))
     for name, heads in (("q", "heads"), ("k", "kv_heads"), ("v", "kv_heads")):
         there, here = f"{layer}.self_attn.{name}_proj", ("layers", "attention", name)
         table.append(Tensor(f"{there}.weight", (*here, "kernel"), ("embed", heads, "head_dim"), "to_heads"))

@@ -16,6 +16,7 @@ from safetensors import SafetensorError, safe_open
 from jaxrl_fp16.models.config_json import read_json
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+WEIGHTS = f"{SINGLE}, or {INDEX} and its shards"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 CHUNK_BYTES = 2**25  # read at once, so that the largest tensor too costs little beside its place in memory
@@ -44,11 +45,12 @@ class StoredTensor:
             for start in range(rows.start, rows.stop, step):
                 stop = min(start + step, rows.stop)
                 # Cast before the assignment: a cast that also transposes runs at half the speed.
-                out[start - rows.start:stop - rows.start] = stored[(slice(start, stop), *rest)].astype(np.float32)
+                values = stored[(slice(start, stop), *rest)].astype(np.float32, copy=False)
+                out[start - rows.start:stop - rows.start] = values
 
 
 def find_tensors(folder):
-    """Every tensor of a model folder by name: of `model.safetensors`, or of the shards that its index lists."""
+    """Every tensor of a model folder by name: of its one file, or of the shards that its index lists."""
     if (folder / SINGLE).is_file():
         return _read_header(folder / SINGLE)
     if (folder / INDEX).is_file():
@@ -56,8 +58,8 @@ def find_tensors(folder):
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise PretrainedError(f"{folder} holds pickled weights only ({pickles[0]}), which are never opened; "
-                              f"allowed: {SINGLE}, or {INDEX} and its shards")
-    raise PretrainedError(f"{folder} holds no weights; allowed: {SINGLE}, or {INDEX} and its shards")
+                              f"allowed: {WEIGHTS}")
+    raise PretrainedError(f"{folder} holds no weights; allowed: {WEIGHTS}")
 
 
 def _read_shards(folder):
@@ -66,15 +68,15 @@ def _read_shards(folder):
     for shard in sorted(set(where.values())):
         for name, tensor in _read_header(folder / shard).items():
             if name in found:
-                raise PretrainedError(f"{folder}: tensor {name} stands in {found[name].file.name} and in {shard}; "
-                                      f"allowed: one place")
+                raise PretrainedError(f"{folder}: tensor {name} stands in {found[name].file.name} and in "
+                                      f"{shard}; allowed: one place")
             if where.get(name) != shard:
                 raise PretrainedError(f"{folder / shard}: tensor {name} is unknown to {INDEX}; "
                                       f"allowed: the tensors that it lists")
             found[name] = tensor
     for name, shard in where.items():
         if name not in found:
-            raise PretrainedError(f"{folder / shard}: tensor {name} is missing; {INDEX} says that it is there")
+            raise PretrainedError(f"{folder / shard}: tensor {name} is missing; {INDEX} says it is there")
     return found
 
 
@@ -99,7 +101,8 @@ def _read_header(path):
         raise PretrainedError(f"{path} is missing; allowed: every shard that {INDEX} lists")
     with path.open("rb") as file:
         if file.read(40).startswith(b"version https://git-lfs"):
-            raise PretrainedError(f"{path} is a Git LFS pointer; allowed: the weights, as `git lfs pull` fetches them")
+            raise PretrainedError(f"{path} is a Git LFS pointer; allowed: the weights, as `git lfs pull` "
+                                  f"fetches them")
     try:
         with safe_open(path, "numpy") as file:
             found = {}
@@ -111,7 +114,8 @@ def _read_header(path):
                               f"allowed: a whole one, fetch it again") from error
     for name, tensor in found.items():
         if tensor.dtype not in DTYPES:
-            raise PretrainedError(f"{path}: tensor {name} is stored as {tensor.dtype}; allowed: {', '.join(DTYPES)}")
+            raise PretrainedError(f"{path}: tensor {name} is stored as {tensor.dtype}; "
+                                  f"allowed: {', '.join(DTYPES)}")
     return found
 
 

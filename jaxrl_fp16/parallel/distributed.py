@@ -33,7 +33,8 @@ def initialize_distributed(coordinator=None, num_processes=None, process_id=None
       ValueError: some of the three are given and others are not, or they make no sense.
     """
     given = {"coordinator": coordinator, "num_processes": num_processes, "process_id": process_id}
-    given = {name: os.environ.get(ENVIRONMENT[name]) if value is None else value for name, value in given.items()}
+    for name, variable in ENVIRONMENT.items():
+        given[name] = os.environ.get(variable) if given[name] is None else given[name]
     timeouts = dict(initialization_timeout=timeout, heartbeat_timeout_seconds=heartbeat)
     if all(value is None for value in given.values()):
         return False
@@ -56,7 +57,8 @@ def _checked(given):
     missing = [name for name, value in given.items() if value is None]
     if missing:
         hint = ", ".join(f"{name} ({ENVIRONMENT[name]})" for name in missing)
-        raise ValueError(f"a run of several processes lacks {hint}; allowed: all of {', '.join(given)}, or none")
+        raise ValueError(f"a run of several processes lacks {hint}; "
+                         f"allowed: all of {', '.join(given)}, or none")
     address = str(given["coordinator"])
     host, _, port = address.rpartition(":")
     if not host or not port.isdigit():

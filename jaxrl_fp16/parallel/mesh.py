@@ -18,9 +18,9 @@ MESH_AXES = ("data", "fsdp", "tensor")
 class MeshConfig:
     """How many devices each way of dividing the work gets. Their product is the number of devices."""
 
-    data: Annotated[int, Ge(-1), Doc("copies of the parameters, each with its own rows; -1: what is left")] = -1
+    data: Annotated[int, Ge(-1), Doc("copies of the model, each with its own rows; -1: what is left")] = -1
     fsdp: Annotated[int, Ge(1), Doc("devices that share the parameters, each with its own rows")] = 1
-    tensor: Annotated[int, Ge(1), Doc("devices that share each layer's heads and widths, on the same rows")] = 1
+    tensor: Annotated[int, Ge(1), Doc("devices that share the heads and widths, on the same rows")] = 1
 
     def __post_init__(self):
         for name, least in (("data", -1), ("fsdp", 1), ("tensor", 1)):
@@ -33,12 +33,11 @@ class MeshConfig:
         shared = self.fsdp * self.tensor
         data = devices // shared if self.data == -1 else self.data
         if data * shared != devices or data == 0:
-            asked = "what is left" if self.data == -1 else self.data
-            raise ValueError(
-                f"mesh of data {asked} x fsdp {self.fsdp} x tensor {self.tensor} does not fit {devices} devices; "
-                + (f"allowed: fsdp x tensor, here {shared}, divides {devices}" if self.data == -1
-                   else f"allowed: a product of {devices}, here it is {data * shared}")
-            )
+            asked, allowed = self.data, f"a product of {devices}, here it is {data * shared}"
+            if asked == -1:
+                asked, allowed = "what is left", f"fsdp x tensor, here {shared}, divides {devices}"
+            raise ValueError(f"mesh of data {asked} x fsdp {self.fsdp} x tensor {self.tensor} "
+                             f"does not fit {devices} devices; allowed: {allowed}")
         return data, self.fsdp, self.tensor
 
 

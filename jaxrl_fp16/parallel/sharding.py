@@ -28,10 +28,12 @@ RULES = {
 
 
 def axes_sharding(axes, shape, mesh):
-    """The NamedSharding of an array: `axes` has a logical axis (a key of RULES, or None) for each dimension."""
+    """An array's NamedSharding; `axes` has a logical axis (a key of RULES, or None) for each dimension."""
     if len(axes) != len(shape):
-        raise ValueError(f"{len(axes)} logical axes {tuple(axes)} for shape {tuple(shape)}; allowed: one for each")
-    return NamedSharding(mesh, PartitionSpec(*(_mesh_axis(axis, size, mesh) for axis, size in zip(axes, shape))))
+        raise ValueError(f"{len(axes)} logical axes {tuple(axes)} for shape {tuple(shape)}; "
+                         f"allowed: one for each dimension")
+    found = [_mesh_axis(axis, size, mesh) for axis, size in zip(axes, shape, strict=True)]
+    return NamedSharding(mesh, PartitionSpec(*found))
 
 
 def _mesh_axis(axis, size, mesh):

@@ -127,7 +127,9 @@ def open_verifier() -> Callable[[str, str], bool]:
         return parse(text)
 
     def parse(text: str):
-        return math_verify.parse(f"\\boxed{{{text.strip().strip('$')}}}", latex, parsing_timeout=None)
+        # First match: what cannot be read as a whole is not searched for parts that can.
+        return math_verify.parse(f"\\boxed{{{text.strip().strip('$')}}}", latex, parsing_timeout=None,
+                                 extraction_mode="first_match")
 
     def verify(gold: str, answer: str) -> bool:
         return bool(math_verify.verify(parse_gold(gold), parse(answer), timeout_seconds=None))

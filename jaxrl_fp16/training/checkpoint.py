@@ -133,8 +133,11 @@ class Checkpoints:
         if step in self.steps():
             raise CheckpointError(f"{self.folder / str(step)}: exists already; allowed: a new step or folder")
         leaves = _leaves(state)
-        about = {"step": step, "leaves": _table(leaves), "extra": dict(extra or {})}
-        about = json.dumps(about, allow_nan=False)
+        about = {"step": step, "leaves": _table(leaves), "extra": extra or {}}
+        try:
+            about = json.dumps(about, allow_nan=False)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"extra: only JSON values are allowed in a checkpoint ({error})") from None
         arrays = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf
                   for name, leaf in leaves.items() if leaf.size}    # orbax takes no array without elements
         partial = self.folder / f"{step}.partial"
@@ -191,7 +194,9 @@ class Checkpoints:
             manifest.write_manifest(partial)
             final = self.folder / str(step)
             if final.exists():      # unfinished or damaged; `save` has refused to follow a sound one
-                os.replace(final, final.with_suffix(".damaged"))
+                aside = final.with_suffix(".damaged")
+                shutil.rmtree(aside, ignore_errors=True)
+                os.replace(final, aside)
                 self._damaged.discard(step)
             os.replace(partial, final)
         except BaseException:

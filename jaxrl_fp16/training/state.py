@@ -8,6 +8,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
+from jaxrl_fp16.parallel import state_shardings
 from jaxrl_fp16.precision import LossScale
 
 
@@ -35,4 +36,14 @@ def init_train_state(params, optimizer, loss_scale, key, *, copy=True):
     return TrainState(params, optimizer.init(params), loss_scale, jnp.zeros((), jnp.int32), key)
 
 
-__all__ = ["TrainState", "init_train_state"]
+def create_train_state(params, optimizer, loss_scale, key, param_shardings):
+    """`init_train_state` with `params` handed over and every array made where the mesh wants it."""
+
+    def make(params, key):
+        return init_train_state(params, optimizer, loss_scale, key, copy=False)
+
+    shardings = state_shardings(jax.eval_shape(make, params, key), param_shardings)
+    return jax.jit(make, donate_argnums=0, out_shardings=shardings)(params, key)
+
+
+__all__ = ["TrainState", "init_train_state", "create_train_state"]

@@ -24,7 +24,7 @@ def guarded_step(loss_fn, optimizer, state, batch, microbatch_size, *, empty=Fal
     """
     loss, grads, aux = _accumulate(loss_fn, state, split_rows(batch, microbatch_size))
     grads = state.loss_scale.unscale(grads)
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     finite, empty = jnp.isfinite(norm), jnp.asarray(empty)
     taken = finite & ~empty
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)

@@ -2,6 +2,7 @@
 
 import functools
 import json
+from pathlib import Path
 import re
 import shutil
 import subprocess
@@ -10,25 +11,27 @@ import textwrap
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxrl_fp16.models import (
-    FAMILIES, Decoder, DecoderConfig, PretrainedError, RopeScaling, check_range, init_params, load_pretrained,
+    FAMILIES, Decoder, DecoderConfig, PretrainedError, RopeScaling, check_range, load_pretrained,
     param_shapes, read_config, save_pretrained,
 )
 from jaxrl_fp16.models.family import TRANSFORMS, Tensor
 
-SHAPE = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=8)
+SHAPE = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2,
+             head_dim=8)
 GATE = "model.layers.1.mlp.gate_proj.weight"
 
 
 @functools.cache
 def small(family="qwen2", **fields):
     model = Decoder(DecoderConfig(family=family, **SHAPE | fields))
-    return model, init_params(model, jax.random.key(0))
+    generator = np.random.default_rng(0)
+    return model, jax.tree.map(lambda leaf: jnp.asarray(generator.normal(size=leaf.shape), jnp.float32),
+                               param_shapes(model))
 
 
 @pytest.fixture(scope="module")
@@ -128,10 +131,10 @@ def test_the_model_gets_what_the_caller_says(single):
 def test_half_precision_rounds_once(tmp_path, dtype):
     model, params = small("qwen3")
     save_pretrained(tmp_path / "out", model, params, dtype=dtype)
-    stored = load_file(tmp_path / "out" / "model.safetensors") if dtype == "float16" else None
-    assert stored is None or {array.dtype.name for array in stored.values()} == {"float16"}
-    half = jax.tree.map(lambda x: np.asarray(x).astype(ml_dtypes.bfloat16 if dtype == "bfloat16" else np.float16), params)
-    assert_equal_trees(load_pretrained(tmp_path / "out")[1], jax.tree.map(lambda x: x.astype(np.float32), half))
+    rounded = jax.tree.map(lambda x: np.asarray(x).astype(dtype).astype(np.float32), params)
+    assert_equal_trees(load_pretrained(tmp_path / "out")[1], rounded)
+    stored = (tmp_path / "out" / "model.safetensors").stat().st_size
+    assert stored < 2.5 * sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 def test_tensors_larger_than_what_is_read_at_once(saved, monkeypatch):
@@ -186,7 +189,7 @@ def test_tied_model_with_a_stored_head(tmp_path):
 @pytest.mark.parametrize("changes, pattern", [
     (dict(model_type="mistral"), "model_type is 'mistral'; allowed: qwen2, qwen3, llama"),
     (dict(model_type=None), "model_type is None"),
-    (dict(architectures=["Qwen2ForSequenceClassification"]), "architectures is .*; allowed: .*Qwen2ForCausalLM"),
+    (dict(architectures=["Qwen2Model"]), 'architectures is .*; allowed: .*Qwen2ForCausalLM'),
     (dict(hidden_act="gelu"), 'hidden_act is "gelu"; allowed: "silu"'),
     (dict(quantization_config={"bits": 4}), "quantization_config is .*leave the key out"),
     (dict(auto_map={"AutoModel": "evil.Model"}), "auto_map is"),
@@ -199,8 +202,8 @@ def test_tied_model_with_a_stored_head(tmp_path):
     (dict(num_key_value_heads=3), "num_heads 4 is not a multiple of num_kv_heads 3"),
     (dict(use_sliding_window=True, max_window_layers=1), "use_sliding_window is true; allowed: false"),
     (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types is .*sliding"),
-    (dict(rope_parameters=None, rope_scaling={"type": "linear", "factor": 2.0}), 'rope_type is "linear"; allowed: "de'),
-    (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6}), 'rope_type is "yarn"; allowed: "default", "lla'),
+    (dict(rope_parameters=None, rope_scaling={"type": "linear"}), 'rope_type is "linear"; allowed: "def'),
+    (dict(rope_parameters={"rope_type": "yarn"}), 'rope_type is "yarn"; allowed: "default", "llama3"'),
     (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e6}), "factor is missing"),
     (dict(rope_parameters={"rope_theta": 1e6, "mrope_section": [1]}), "rope_parameters.mrope_section is"),
     (dict(rope_theta=5.0), "rope_theta is given as 5.0 and as 1000000.0"),
@@ -245,8 +248,8 @@ def test_folders_without_a_model(tmp_path, single):
     refused(tmp_path, "config.json is missing")
     (single / "model.safetensors").unlink()
     refused(single, "holds no weights")
-    # A pickle that would leave a file behind if anything opened it as one.
-    (single / "pytorch_model.bin").write_bytes(b"cposix\nsystem\n(S'touch " + str(tmp_path).encode() + b"/ran'\ntR.")
+    # A pickle that leaves a file behind if anything opens it as one.
+    (single / "pytorch_model.bin").write_text(f"cposix\nsystem\n(S'touch {tmp_path}/ran'\ntR.")
     refused(single, r"pickled weights only \(pytorch_model.bin\), which are never opened")
     assert not (tmp_path / "ran").exists()
 
@@ -257,11 +260,11 @@ def set_tensor(name, value):
 
 @pytest.mark.parametrize("change, pattern", [
     (lambda t: t.pop(GATE), f"tensor {re.escape(GATE)} is missing"),
-    (set_tensor("score.weight", np.ones((1, 16), np.float32)), "tensor score.weight in model.safetensors is unknown"),
-    (set_tensor(GATE, np.ones((16, 24), np.float32)), r"gate_proj.weight has shape \[16, 24\]; allowed: \[24, 16\]"),
+    (set_tensor("score.weight", np.ones(1, np.float32)), "score.weight in model.safetensors is unknown"),
+    (set_tensor(GATE, np.ones((16, 24), np.float32)), r" has shape \[16, 24\]; allowed: \[24, 16\]"),
     (set_tensor(GATE, np.ones((24, 16), np.int8)), "is stored as I8; allowed: F32, F16, BF16"),
-    (set_tensor(GATE, np.full((24, 16), np.nan, np.float32)), f"tensor {re.escape(GATE)} holds nan; allowed: finite"),
-    (set_tensor(GATE, np.full((24, 16), -np.inf, np.float32)), f"tensor {re.escape(GATE)} holds inf; allowed: finite"),
+    (set_tensor(GATE, np.full((24, 16), np.nan, np.float32)), "1.mlp.gate_proj.weight holds nan; allowed: "),
+    (set_tensor(GATE, np.full((24, 16), -np.inf, np.float32)), "1.mlp.gate_proj.weight holds inf; allowed: "),
 ])
 def test_tensors_are_refused(single, change, pattern):
     edit_tensors(single / "model.safetensors", change)
@@ -296,7 +299,7 @@ def test_truncated_files(single, cut):
 
 
 def test_git_lfs_pointer(single):
-    (single / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n")
+    (single / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\n")
     refused(single, "model.safetensors is a Git LFS pointer")
 
 
@@ -310,12 +313,12 @@ def weight_map(folder):
 
 
 @pytest.mark.parametrize("name", [
-    "../single/model.safetensors", "/etc/passwd", "sub/model.safetensors", "..\\model.safetensors", "..", "", 7,
-    "pytorch_model.bin", "a\0.safetensors",
+    "../single/model.safetensors", "/etc/passwd", "sub/model.safetensors", "..\\model.safetensors", "..", "",
+    "pytorch_model.bin", "a\0.safetensors", 7,
 ])
 def test_an_index_cannot_lead_out_of_the_folder(shards, name):
     edit_json(shards / INDEX, weight_map=weight_map(shards) | {GATE: name})
-    refused(shards, f"tensor {re.escape(GATE)} is said to lie in .*; allowed: the name of a .safetensors file")
+    refused(shards, f"{re.escape(GATE)} is said to lie in .*; allowed: the name of a .safetensors file")
 
 
 def test_shards_and_index_must_agree(shards):
@@ -323,7 +326,7 @@ def test_shards_and_index_must_agree(shards):
     edit_json(shards / INDEX, weight_map=where | {GATE: where["model.norm.weight"]})
     refused(shards, "is unknown to model.safetensors.index.json")
     edit_json(shards / INDEX, weight_map=where | {"score.weight": where[GATE]})
-    refused(shards, "score.weight is missing; .* says that it is there")
+    refused(shards, "score.weight is missing; .* says it is there")
     edit_json(shards / INDEX, weight_map=where)
     other = next(name for name in where.values() if name != where[GATE])
     edit_tensors(shards / other, set_tensor(GATE, np.ones((24, 16), np.float32)))
@@ -361,7 +364,7 @@ def test_export_replaces_a_folder_only_when_told(tmp_path):
     target.mkdir(parents=True)
     save_pretrained(target, model, params)
     (target / "extra").write_text("mine")
-    with pytest.raises(FileExistsError, match="is not empty; allowed: .*overwrite"):
+    with pytest.raises(FileExistsError, match="out is not empty; allowed: .*overwrite"):
         save_pretrained(target, model, params)
     assert (target / "extra").exists()
     save_pretrained(target, model, params, overwrite=True)
@@ -392,12 +395,12 @@ def test_an_interrupted_export_leaves_no_partial_folder(tmp_path, before):
 # -- memory -----------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_holds_one_copy(tmp_path, dtype):
     """Peak resident memory grows by at most 1.3 times the float32 parameters, 193 MB of them here."""
-    shape = dict(vocab_size=16000, hidden_size=512, intermediate_size=2048, num_layers=10, num_heads=8, num_kv_heads=4,
-                 head_dim=64, tie_embeddings=True)
-    model = Decoder(DecoderConfig(family="qwen2", **shape))
+    shape = dict(vocab_size=16000, hidden_size=512, intermediate_size=2048, num_layers=10, num_heads=8)
+    model = Decoder(DecoderConfig(family="qwen2", **shape, num_kv_heads=4, head_dim=64, tie_embeddings=True))
     params = jax.tree.map(lambda leaf: jnp.full(leaf.shape, 0.5), param_shapes(model))
     save_pretrained(tmp_path / "warm", *small(), dtype=dtype)
     save_pretrained(tmp_path / "big", model, params, dtype=dtype)

@@ -7,12 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-transformers = pytest.importorskip("transformers")
-
 from jaxrl_fp16.forward import token_logprobs
 from jaxrl_fp16.models import load_pretrained, save_pretrained
 from jaxrl_fp16.precision import get_precision
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
 
 SHAPE = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
              num_key_value_heads=2, max_position_embeddings=256)
@@ -53,7 +53,7 @@ def reference(request, tmp_path_factory):
 
 
 def ragged_batch(rows=4, columns=90, vocab=97):
-    """Left-padded rows of different lengths, longer than one block of attention and than LLAMA3's original."""
+    """Left-padded rows of different lengths, longer than a block of attention and than LLAMA3's original."""
     generator = np.random.default_rng(0)
     tokens = generator.integers(0, vocab, (rows, columns))
     starts = np.array([0, 7, 61, columns - 2])

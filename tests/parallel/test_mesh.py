@@ -1,4 +1,4 @@
-"""Meshes and the arithmetic in their refusals; shardings by rule; what runs on 4 devices and in 2 processes."""
+"""Meshes and the arithmetic of their refusals; shardings by rule; what runs on 4 devices, in 2 processes."""
 
 import os
 from pathlib import Path
@@ -8,9 +8,7 @@ import sys
 
 import jax
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
-import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from jaxrl_fp16.config import parse_config
@@ -38,8 +36,8 @@ def test_data_takes_what_is_left(fields, devices, shape):
 
 
 @pytest.mark.parametrize("fields, devices, pattern", [
-    (dict(fsdp=3), 4, "data what is left x fsdp 3 x tensor 1 does not fit 4 devices; .*fsdp x tensor, here 3, divides 4"),
-    (dict(data=1, fsdp=2), 4, "data 1 x fsdp 2 x tensor 1 does not fit 4 devices; allowed: a product of 4, here it is 2"),
+    (dict(fsdp=3), 4, "data what is left x fsdp 3 x tensor 1 does not fit 4 .* x tensor, here 3, divides 4"),
+    (dict(data=1, fsdp=2), 4, "data 1 x fsdp 2 x tensor 1 does not fit 4 .* a product of 4, here it is 2"),
     (dict(data=2, tensor=2), 1, "allowed: a product of 1, here it is 4"),
     (dict(tensor=2), 1, "here 2, divides 1"),
 ])
@@ -48,7 +46,7 @@ def test_a_mesh_that_does_not_fit_is_refused(fields, devices, pattern):
         MeshConfig(**fields).shape(devices)
 
 
-@pytest.mark.parametrize("fields", [dict(data=0), dict(data=-2), dict(fsdp=0), dict(fsdp=-1), dict(tensor=-1)])
+@pytest.mark.parametrize("fields", [dict(data=0), dict(data=-2), dict(fsdp=0), dict(tensor=-1)])
 def test_sizes_out_of_range_are_refused(fields):
     with pytest.raises(ValueError, match="allowed"):
         MeshConfig(**fields)
@@ -63,7 +61,8 @@ def test_one_device_makes_a_mesh():
 
 # -- rules ------------------------------------------------------------------------------------------
 
-SHAPE = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2, head_dim=6)
+SHAPE = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2,
+             head_dim=6)
 
 
 def test_parameters_are_divided_by_rule():
@@ -72,7 +71,8 @@ def test_parameters_are_divided_by_rule():
     layers = specs["layers"]
     assert specs["embedding"] == specs["head"] == PartitionSpec("tensor", "fsdp")
     assert layers["attention"]["q"]["kernel"] == PartitionSpec(None, "fsdp", "tensor", None)
-    assert layers["attention"]["k"]["kernel"] == PartitionSpec(None, "fsdp", None, None)  # 2 heads over 4 devices
+    # 2 key-value heads do not divide over 4 devices.
+    assert layers["attention"]["k"]["kernel"] == PartitionSpec(None, "fsdp", None, None)
     assert layers["attention"]["o"]["kernel"] == PartitionSpec(None, "tensor", None, "fsdp")
     assert layers["mlp"]["gate"]["kernel"] == PartitionSpec(None, "fsdp", "tensor")
     assert layers["mlp"]["down"]["kernel"] == PartitionSpec(None, "tensor", "fsdp")
@@ -82,8 +82,8 @@ def test_parameters_are_divided_by_rule():
 def test_every_parameter_has_axes():
     body = Decoder(DecoderConfig(family="llama", **SHAPE, qkv_bias=True, output_bias=True, mlp_bias=True))
     for model in (body, Critic(body)):
-        ranks = jax.tree.map(lambda axes, leaf: (len(axes), leaf.ndim), param_axes(model), param_shapes(model))
-        assert all(a == b for a, b in jax.tree.leaves(ranks, is_leaf=lambda x: isinstance(x, tuple)))
+        same = jax.tree.map(lambda axes, leaf: len(axes) == leaf.ndim, param_axes(model), param_shapes(model))
+        assert all(jax.tree.leaves(same))
 
 
 def test_unknown_or_too_few_axes_are_refused():
@@ -96,7 +96,7 @@ def test_unknown_or_too_few_axes_are_refused():
 def test_rows_that_do_not_divide_are_refused():
     mesh = abstract(2, 2, 4)
     assert row_shards(mesh) == 4
-    with pytest.raises(ValueError, match="6 rows do not divide over data 2 x fsdp 2; allowed: multiples of 4"):
+    with pytest.raises(ValueError, match="6 rows do not divide over data 2 x fsdp 2; .*multiples of 4"):
         shard_batch({"tokens": np.zeros((6, 3))}, mesh)
 
 
@@ -118,7 +118,7 @@ def run_python(*arguments, **environment):
 
 def test_on_four_devices():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    run = run_python("-m", "pytest", "-q", "-p", "no:cacheprovider", HERE / "four_devices.py", XLA_FLAGS=flags)
+    run = run_python("-m", "pytest", "-p", "no:cacheprovider", HERE / "four_devices.py", XLA_FLAGS=flags)
     out, _ = run.communicate(timeout=300)
     assert run.returncode == 0, out
 
@@ -127,8 +127,9 @@ def test_in_two_processes(tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    runs = [run_python(HERE / "two_processes.py", tmp_path, JAXRL_COORDINATOR=address, JAXRL_NUM_PROCESSES="2",
-                       JAXRL_PROCESS_ID=str(index)) for index in range(2)]
+    run = dict(JAXRL_COORDINATOR=address, JAXRL_NUM_PROCESSES="2")
+    runs = [run_python(HERE / "two_processes.py", tmp_path, JAXRL_PROCESS_ID=str(index), **run)
+            for index in range(2)]
     outs = [run.communicate(timeout=120)[0] for run in runs]
     assert all(run.returncode == 0 for run in runs), "\n".join(outs)
 
@@ -139,10 +140,10 @@ def test_alone_nothing_is_started(monkeypatch):
 
 
 @pytest.mark.parametrize("given, pattern", [
-    (dict(coordinator="a:1"), r"lacks num_processes \(JAXRL_NUM_PROCESSES\), process_id \(JAXRL_PROCESS_ID\)"),
+    (dict(coordinator="a:1"), r"lacks num_processes \(JAXRL_NUM_PROCESSES\), process_id \(JAXRL_PROCESS_"),
     (dict(num_processes=2, process_id=0), "lacks coordinator"),
-    (dict(coordinator="nowhere", num_processes=2, process_id=0), "coordinator is 'nowhere'; allowed: host:port"),
-    (dict(coordinator="a:1", num_processes="two", process_id=0), "num_processes is 'two'; allowed: an integer"),
+    (dict(coordinator="here", num_processes=2, process_id=0), "coordinator is 'here'; allowed: host:port"),
+    (dict(coordinator="a:1", num_processes="2?", process_id=0), "num_processes is '2.'; allowed: an integer"),
     (dict(coordinator="a:1", num_processes=2, process_id=2), "process_id is 2; allowed: 0 to .*, here 1"),
 ])
 def test_a_half_described_run_is_refused(given, pattern):

@@ -21,8 +21,8 @@ def main(folder):
     assert batch["tokens"].addressable_shards[0].data.shape == (2, 2)
     np.testing.assert_array_equal(to_host(batch["tokens"]), rows)
 
-    model = Decoder(DecoderConfig(family="qwen3", vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2,
-                                  num_heads=4, num_kv_heads=2, head_dim=8))
+    shape = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2)
+    model = Decoder(DecoderConfig(family="qwen3", **shape, num_heads=4, num_kv_heads=2, head_dim=8))
     params = init_params(model, jax.random.key(0), mesh)
     assert params["embedding"].addressable_shards[0].data.shape == (32, 8)
     save_pretrained(folder / "out", model, params, dtype="float32")

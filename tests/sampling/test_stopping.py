@@ -39,7 +39,8 @@ def test_against_search(stop_strings, vocabulary, data):
     table, accept = stop_table(stop_strings, vocabulary)
     assert table.dtype == np.uint16 and table.shape == (accept + 1, len(vocabulary))
     ids = data.draw(strategies.lists(strategies.integers(0, len(vocabulary) - 1), max_size=20))
-    assert first_accepted(table, accept, ids) == first_stop(stop_strings, [vocabulary[index] for index in ids])
+    expected = first_stop(stop_strings, [vocabulary[index] for index in ids])
+    assert first_accepted(table, accept, ids) == expected
 
 
 def test_a_stop_string_over_several_tokens_and_inside_one():

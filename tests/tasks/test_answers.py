@@ -12,8 +12,9 @@ from jaxrl_fp16.tasks.answers import as_number, gold_answers, normalise, settle
     ("142.0", "142"), ("025", "25"), ("1,234", "1234"), ("335{,}670", "335670"), ("10,\\!080", "10080"),
     ("\\frac12", "0.5"), ("\\dfrac{3}4", "3/4"), ("-\\frac{1}{2}", "\\frac{-1}{2}"), ("\\frac1{72}", "1/72"),
     ("3.3e12", "3.3 \\times 10^{12}"), ("1e11", "10^{11}"), ("2.26 \\times 10^{-10}", "2.26e-10"),
-    ("\\frac{14}{3}", "4.6666667"), ("76^\\circ", "76"), ("\\$18.90", "18.90"), ("84\\%", "84"), ("$5$", "5."),
-    ("\\text{Saturday}", "Saturday"), ("4\\!:\\!51 \\text{ p.m.}", "4:51 p.m."), ("(3, 4)", "\\left(3,4\\right)"),
+    ("\\frac{14}{3}", "4.6666667"), ("76^\\circ", "76"), ("\\$18.90", "18.90"), ("84\\%", "84"),
+    ("$5$", "5."), ("\\text{Saturday}", "Saturday"), ("4\\!:\\!51 \\text{ p.m.}", "4:51 p.m."),
+    ("(3, 4)", "\\left(3,4\\right)"),
     ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
 ])
 def test_same(gold, answer):
@@ -52,7 +53,8 @@ def test_gold_answers_of_a_list():
 
 def test_hostile_texts_cost_nothing_here():
     start = time.perf_counter()
-    for text in ("1" * 10**6, "{" * 3000 + "}" * 3000, "\\frac" * 200, " " * 10**6, "10^{9}" * 150, ",\\ " * 300):
+    for text in ("1" * 10**6, "{" * 3000 + "}" * 3000, "\\frac" * 200, " " * 10**6, "10^{9}" * 150,
+                 ",\\ " * 300):
         settle("5", text)
         settle("5", text[:1000])
     assert time.perf_counter() - start < 1

@@ -59,7 +59,8 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def task(folder):
-    config = TaskConfig(reward_file=str(folder / "rewards.py"), deadline_seconds=1.0, workers=2, memory_mb=1024)
+    config = TaskConfig(reward_file=str(folder / "rewards.py"), deadline_seconds=1.0, workers=2,
+                        memory_mb=1024)
     with open_task(config) as task:
         yield task
 
@@ -78,7 +79,7 @@ def test_values(task):
 
 def test_a_value_that_is_no_number_costs_its_entry(task):
     rewards = grade(task, "odd", "none", "text", "infinite")
-    np.testing.assert_array_equal(rewards.valid, [[False, True], [False, True], [True, False], [False, False]])
+    np.testing.assert_array_equal(rewards.valid, [[0, 1], [0, 1], [1, 0], [0, 0]])
     np.testing.assert_array_equal(rewards.values, [[0, 2], [0, 1], [1, 0], [0, 0]])
     assert rewards.failures == 5 and rewards.timeouts == 0 and "'nan'" in rewards.first_error
 

@@ -2,18 +2,21 @@
 
 import builtins
 import json
+
 import pytest
 
 from jaxrl_fp16.tasks import Example, load_examples, load_hub_examples
 
 
 def write(path, *lines):
-    path.write_bytes(b"\n".join(line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines))
+    raw = (line if isinstance(line, bytes) else json.dumps(line).encode() for line in lines)
+    path.write_bytes(b"\n".join(raw))
     return path
 
 
 def test_rows_become_examples(tmp_path):
-    path = write(tmp_path / "data.jsonl", {"question": "1+1?", "target": 2, "level": "easy", "why": "because"}, b"",
+    path = write(tmp_path / "data.jsonl",
+                 {"question": "1+1?", "target": 2, "level": "easy", "why": "because"}, b"",
                  {"question": "é?", "target": "x", "why": ""})
     first, second = load_examples(path, "question", "target", "why")
     assert first == Example("1+1?", "2", {"question": "1+1?", "level": "easy"}, "because")

@@ -62,8 +62,9 @@ def test_wrong_answers_score_0_and_grading_is_quick(task):
 
 def test_algebra_decides_where_text_does_not(task):
     right = [("\\frac{\\sqrt{3}}{3}", "\\frac{1}{\\sqrt{3}}"), ("5", "x=5"), ("x^2-1", "(x-1)(x+1)")]
-    wrong = [("(1,2)", "[1,2]"), ("\\sqrt{2}", "1.4"), ("p - q", "q - p")]
-    np.testing.assert_array_equal(grade(task, *right, *wrong).values[:, 0], [1, 1, 1, 0, 0, 0])
+    wrong = [("(1,2)", "[1,2]"), ("\\sqrt{2}", "1.4"), ("p - q", "q - p"),
+             ("\\left( \\frac{1}{3}, \\frac{4}{3} \\right)", "9+(\\frac{1}{3}, \\frac{4}{3})")]
+    np.testing.assert_array_equal(grade(task, *right, *wrong).values[:, 0], [1, 1, 1, 0, 0, 0, 0])
 
 
 def test_hostile_answers_score_0_in_time_and_run_nothing(task, tmp_path):

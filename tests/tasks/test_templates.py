@@ -20,8 +20,8 @@ def test_published_texts_are_unchanged(name, digest):
 
 def test_render_puts_the_problem_in_as_it_stands():
     prompt = render(TEMPLATES["qwen3"], EXAMPLE)
-    assert prompt == ("<|im_start|>user\nQuestion: What is 1+1? {q} \\frac{1}{2}\nPlease reason step by step, and put "
-                      "your final answer within \\boxed{}.<|im_end|>\n<|im_start|>assistant\n")
+    assert prompt == ("<|im_start|>user\nQuestion: What is 1+1? {q} \\frac{1}{2}\nPlease reason step by "
+                      "step, and put your final answer within \\boxed{}.<|im_end|>\n<|im_start|>assistant\n")
 
 
 def test_a_text_with_fields_is_a_template():

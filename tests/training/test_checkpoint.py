@@ -28,10 +28,20 @@ class State:
 
 
 def make_state(seed=0):
-    params = {"dense": {"kernel": jax.random.normal(jax.random.key(seed), (3, 4)), "bias": jnp.zeros(4, jnp.bfloat16)},
-              "empty": jnp.zeros((2, 0), jnp.float16)}
-    return State(params, optax.adam(1e-3).init(params), jnp.float32(2.0 ** 16), jax.random.key(seed + 1),
-                 jax.random.PRNGKey(seed + 2))
+    params = {
+        "dense": {
+            "kernel": jax.random.normal(jax.random.key(seed), (3, 4)),
+            "bias": jnp.zeros(4, jnp.bfloat16),
+        },
+        "empty": jnp.zeros((2, 0), jnp.float16),
+    }
+    return State(
+        params,
+        optax.adam(1e-3).init(params),
+        jnp.float32(2.0**16),
+        jax.random.key(seed + 1),
+        jax.random.PRNGKey(seed + 2),
+    )
 
 
 def abstract(state):
@@ -56,8 +66,9 @@ def said():
 @pytest.fixture
 def opened(tmp_path, said):
     """opened(**config) -> Checkpoints in the same folder each time, its lines in `said`."""
-    return lambda **config: Checkpoints(tmp_path / "checkpoints", CheckpointConfig(**config), say=said.append,
-                                        resolved="steps: 3\n")
+    return lambda **config: Checkpoints(
+        tmp_path / "checkpoints", CheckpointConfig(**config), say=said.append, resolved="steps: 3\n"
+    )
 
 
 def saved(opened, *steps):
@@ -95,17 +106,28 @@ def test_a_state_may_be_donated_as_soon_as_save_returns(opened):
     wanted = np.array(state["x"])
     with opened() as checkpoints:
         checkpoints.save(1, state)
-        jax.block_until_ready(jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)(state))
+        jax.block_until_ready(
+            jax.jit(lambda tree: jax.tree.map(lambda x: x * 0 - 1, tree), donate_argnums=0)(state)
+        )
         restored, _, _ = checkpoints.restore(jax.eval_shape(lambda: {"x": jnp.asarray(wanted)}))
     np.testing.assert_array_equal(restored["x"], wanted)
 
 
-@pytest.mark.parametrize("change, message", [
-    (lambda s: s.replace(scale=jnp.float16(1)), r"scale is float32\[\], wanted is float16\[\]"),
-    (lambda s: s.replace(raw_key=jnp.zeros(4, jnp.uint32)), r"raw_key is uint32\[2\], wanted is uint32\[4\]"),
-    (lambda s: s.replace(params={"dense": s.params["dense"]}), r"params.empty is .*, wanted is nothing"),
-    (lambda s: s.replace(params={**s.params, "new": jnp.zeros(1)}), r"params.new is nothing, wanted is float32\[1\]"),
-])
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda s: s.replace(scale=jnp.float16(1)), r"scale is float32\[\], wanted is float16\[\]"),
+        (
+            lambda s: s.replace(raw_key=jnp.zeros(4, jnp.uint32)),
+            r"raw_key is uint32\[2\], wanted is uint32\[4\]",
+        ),
+        (lambda s: s.replace(params={"dense": s.params["dense"]}), r"params.empty is .*, wanted is nothing"),
+        (
+            lambda s: s.replace(params={**s.params, "new": jnp.zeros(1)}),
+            r"params.new is nothing, wanted is float32\[1\]",
+        ),
+    ],
+)
 def test_another_model_or_dtype_is_refused(opened, change, message):
     saved(opened, 1)
     with opened() as checkpoints, pytest.raises(CheckpointError, match=message):
@@ -131,7 +153,7 @@ def test_saving_a_step_twice(opened, said):
         with pytest.raises(CheckpointError, match="1: exists already; allowed"):
             checkpoints.save(1, make_state(5))
         assert_same(checkpoints.restore(make_state())[0], make_state())
-        assert not checkpoints.save(1, make_state())        # where a resumed run stops at once
+        assert not checkpoints.save(1, make_state())  # where a resumed run stops at once
 
 
 def test_unfinished_folders_are_skipped_aloud_and_replaced(opened, said):
@@ -146,7 +168,9 @@ def test_unfinished_folders_are_skipped_aloud_and_replaced(opened, said):
 
 
 def largest_payload(path):
-    return max((file for file in (path / "state").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size)
+    return max(
+        (file for file in (path / "state").rglob("*") if file.is_file()), key=lambda file: file.stat().st_size
+    )
 
 
 def flip_a_bit(file):
@@ -155,16 +179,19 @@ def flip_a_bit(file):
     file.write_bytes(content)
 
 
-@pytest.mark.parametrize("damage", [
-    lambda path: flip_a_bit(largest_payload(path)),
-    lambda path: flip_a_bit(path / "about.json"),
-    lambda path: flip_a_bit(path / "manifest.json"),
-    lambda path: (path / "manifest.json").write_bytes(b""),
-    lambda path: os.truncate(largest_payload(path), 10),
-    lambda path: os.truncate(largest_payload(path), 0),
-    lambda path: largest_payload(path).unlink(),
-    lambda path: (path / "state/more").write_text("x"),
-])
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda path: flip_a_bit(largest_payload(path)),
+        lambda path: flip_a_bit(path / "about.json"),
+        lambda path: flip_a_bit(path / "manifest.json"),
+        lambda path: (path / "manifest.json").write_bytes(b""),
+        lambda path: os.truncate(largest_payload(path), 10),
+        lambda path: os.truncate(largest_payload(path), 0),
+        lambda path: largest_payload(path).unlink(),
+        lambda path: (path / "state/more").write_text("x"),
+    ],
+)
 def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(opened, said, damage):
     folder = saved(opened, 1, 2)
     damage(folder / "2")
@@ -173,7 +200,7 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(opened, said
         assert step == 1 and extra == {"position": 1} and len(said) == 1 and "2: damaged" in said[0]
         assert_same(restored, make_state(1))
         assert checkpoints.latest() == 1
-        checkpoints.save(2, make_state(2))          # the run comes by that step again
+        checkpoints.save(2, make_state(2))  # the run comes by that step again
         assert_same(checkpoints.restore(make_state())[0], make_state(2))
     assert sorted(os.listdir(folder)) == ["1", "2", "2.damaged"]
 
@@ -194,6 +221,8 @@ def test_what_cannot_be_saved_is_refused_before_anything_is_written(opened):
             checkpoints.save(1, {"a": {"b": 3}})
         with pytest.raises(ValueError, match="JSON"):
             checkpoints.save(1, make_state(), {"loss": float("nan")})
+        with pytest.raises(ValueError, match="JSON"):
+            checkpoints.save(1, make_state(), {"order": jnp.ones(2)})
         with pytest.raises(ValueError, match="two leaves"):
             checkpoints.save(1, {"a": {"b": jnp.ones(1)}, "a.b": jnp.ones(1)})
     assert not checkpoints.folder.exists()
@@ -204,6 +233,7 @@ def test_an_error_in_the_background_surfaces_and_older_ones_stay(opened, monkeyp
 
     def full(folder):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(checkpoint.manifest, "write_manifest", full)
     message = f"step 2 could not be written .*No space left.*the last good one is {folder}/1"
     with opened() as checkpoints:
@@ -212,15 +242,20 @@ def test_an_error_in_the_background_surfaces_and_older_ones_stay(opened, monkeyp
             checkpoints.wait()
     with pytest.raises(CheckpointError, match=message), opened() as checkpoints:
         checkpoints.save(2, make_state())
-    with pytest.raises(KeyError), opened() as checkpoints:      # the first error is the one that counts
+    with pytest.raises(KeyError), opened() as checkpoints:  # the first error is the one that counts
         checkpoints.save(2, make_state())
         raise KeyError
     assert "step 2 could not be written" in said[-1] and os.listdir(folder) == ["1"]
 
 
 def run_python(code, *arguments, **environment):
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **environment})
+    return subprocess.run(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT), **environment},
+    )
 
 
 def test_a_disk_that_takes_no_more_leaves_the_older_one(tmp_path):
@@ -243,7 +278,9 @@ def test_a_disk_that_takes_no_more_leaves_the_older_one(tmp_path):
         """
     done = run_python(code, tmp_path)
     assert done.returncode == 0, done.stderr
-    assert "refused: checkpoint of step 2 could not be written" in done.stdout and done.stdout.endswith("[1]\n")
+    assert "refused: checkpoint of step 2 could not be written" in done.stdout and done.stdout.endswith(
+        "[1]\n"
+    )
     assert os.listdir(tmp_path) == ["1"]
 
 
@@ -261,7 +298,9 @@ def test_a_save_that_is_killed_costs_only_itself(tmp_path):
             time.sleep(60)
         """
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    with subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=environment) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path)], stdout=subprocess.PIPE, env=environment
+    ) as process:
         assert process.stdout.readline() == b"saving\n"
         deadline = time.monotonic() + 20
         while not list(tmp_path.glob("2.partial/state/_CHECKPOINT_METADATA")) and time.monotonic() < deadline:
@@ -292,7 +331,8 @@ def test_restored_on_another_mesh_the_values_are_equal(tmp_path):
                 restored, _, _ = checkpoints.restore(template)
                 assert restored["x"].sharding == template["x"].sharding, restored["x"].sharding
                 assert np.array_equal(restored["x"], wanted)
-                assert jax.random.key_data(restored["key"]).tolist() == jax.random.key_data(jax.random.key(5)).tolist()
+                data = jax.random.key_data(restored["key"])
+                assert data.tolist() == jax.random.key_data(jax.random.key(5)).tolist()
                 assert restored["key"].sharding.device_set == template["key"].sharding.device_set
         """
     done = run_python(code, tmp_path, XLA_FLAGS="--xla_force_host_platform_device_count=4")

@@ -1,0 +1,149 @@
+"""The commands. `main(argv)` returns an exit code: 0 done; 2 refused before the start; 3 stopped by a
+guard; 130 and 143 after SIGINT and SIGTERM."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+import sys
+import warnings
+
+from jaxrl_fp16.config import ConfigError, describe, load_config, parse_overrides
+
+USAGE = """usage: jaxrl-fp16 COMMAND CONFIG [--key.subkey VALUE ...]
+
+commands:
+{commands}
+
+`jaxrl-fp16 COMMAND --help` lists every key."""
+
+
+def _train(config):
+    from jaxrl_fp16.training.loop import train
+
+    outcome = train(config)
+    _show(outcome.folder)
+    return outcome.code
+
+
+def _sft(config):
+    from jaxrl_fp16.training.commands import run_sft
+
+    return run_sft(config)
+
+
+def _eval(config):
+    from jaxrl_fp16.training.commands import run_eval
+
+    return run_eval(config)
+
+
+def _generate(config):
+    from jaxrl_fp16.training.commands import run_generate
+
+    return run_generate(config)
+
+
+def _export(config):
+    from jaxrl_fp16.training.commands import run_export
+
+    return run_export(config)
+
+
+COMMANDS = {
+    "train": (_train, "RL, after a warm start where sft.steps asks for one; --resume RUN_FOLDER goes on"),
+    "sft": (_sft, "supervised training on the task's solutions"),
+    "eval": (_eval, "accuracy, pass@k and standard error on evaluation.sets"),
+    "generate": (_generate, "responses to prompts, printed"),
+    "export": (_export, "a run's newest checkpoint (--resume RUN_FOLDER) as a Hugging Face folder, model/"),
+}
+
+
+def main(argv):
+    """Runs one command; `argv` without the program's name."""
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(USAGE.format(commands="\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())))
+        return 0 if argv else 2
+    try:
+        command, arguments = argv[0], list(argv[1:])
+        if command not in COMMANDS:
+            raise ConfigError(f"command {command!r} is unknown; allowed: {', '.join(COMMANDS)}")
+        if "--help" in arguments or "-h" in arguments:
+            return _help(command)
+        return _run(command, arguments)
+    except ConfigError as error:
+        return _end(2, error)
+
+
+def _run(command, arguments):
+    from jaxrl_fp16.training.run_config import Config
+
+    if not arguments or arguments[0].startswith("--"):
+        raise ConfigError(f"{command} needs a config file: jaxrl-fp16 {command} CONFIG [--key VALUE ...]")
+    path, *rest = arguments
+    config = load_config(Config, path, parse_overrides(rest))
+    if config.run.name is None:
+        config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=Path(path).stem))
+    # orbax warns of what it will do by default one day; a person at a console can do nothing about it
+    warnings.filterwarnings("ignore", module=r"orbax\..*")
+    return _guarded(COMMANDS[command][0], config)
+
+
+def _guarded(run, config):
+    """The errors that end a run in order, each as one line."""
+    import jax
+
+    from jaxrl_fp16.tasks import RewardShapeError, WorkerStartError
+    from jaxrl_fp16.training.checkpoint import CheckpointError
+    from jaxrl_fp16.training.loop import Guard
+
+    try:
+        return run(config)
+    except (Guard, CheckpointError, RewardShapeError, WorkerStartError) as error:
+        return _end(3, error)
+    except OSError as error:
+        return _end(3, f"{error.strerror}: {error.filename}; the last finished checkpoint is intact")
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
+            raise
+        return _end(
+            3, "out of device memory; what lowers it: sampling.max_rows, training.microbatch_size, model.remat, mesh.fsdp"
+        )
+
+
+def _end(code, error):
+    print(f"jaxrl-fp16: {' '.join(str(error).split())}", file=sys.stderr)
+    return code
+
+
+def _help(command):
+    from jaxrl_fp16.training.run_config import Config
+
+    print(f"usage: jaxrl-fp16 {command} CONFIG [--key VALUE ...]\n\n{COMMANDS[command][1]}\n")
+    for row in describe(Config):
+        print(f"  --{row.key} ({row.type}; {row.default})\n      {row.doc}" if row.doc else
+              f"  --{row.key} ({row.type}; {row.default})")
+    return 0
+
+
+def _show(folder):
+    """The picture and the table that a run ends with."""
+    from jaxrl_fp16.console import Console
+    from jaxrl_fp16.lab.report import draw_run, summary
+
+    console = Console()
+    console.table("what happened", ("", "first", "last"), summary(folder))
+    picture = draw_run(folder, Path(folder).name)
+    if picture is not None:
+        console.say(f"picture: {picture}")
+
+
+def entry():
+    """The console script."""
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    sys.exit(main(sys.argv[1:]))
+
+
+if __name__ == "__main__":
+    entry()

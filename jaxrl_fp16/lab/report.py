@@ -1,0 +1,115 @@
+"""A finished run as a picture and a table: reward, loss scale, mismatch."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+from jaxrl_fp16.logs import read_metrics
+
+INK, ACCENT, SECOND, GRID = "#1f2933", "#c2410c", "#1d4ed8", "#d9dee4"
+TABLE = (
+    ("reward", "reward", ".3f"),
+    ("response tokens", "response_length", ".1f"),
+    ("token KL (k3), sampler | scorer", "mismatch/kl_k3", ".1e"),
+    ("token KL (k3), scorer | gradient", "mismatch_grad/kl_k3", ".1e"),
+    ("|probability difference|", "mismatch/prob_abs_diff_mean", ".1e"),
+    ("largest |log-prob difference|", "mismatch/logprob_abs_diff_max", ".1e"),
+    ("effective sample size", "mismatch/ess_seq", ".4f"),
+    ("entropy, nats a token", "entropy", ".3f"),
+    ("loss scale", "loss_scale", ",g"),
+    ("steps skipped", "skipped", ".0f"),
+)
+
+
+def summary(folder):
+    """Rows (name, first, last) of a run: evaluations before and after, then the first and last step."""
+    records = read_metrics(folder)
+    steps = [record for record in records if "reward" in record]
+    rows = []
+    evaluated = [record for record in records if any(key.startswith("eval/") for key in record)]
+    if evaluated:
+        for key in evaluated[-1]:
+            if key.startswith("eval/") and key.endswith("/accuracy"):
+                before, after = evaluated[0].get(key), evaluated[-1][key]
+                rows.append((f"{key.split('/')[1]} accuracy, held out", _text(before, ".3f"), _text(after, ".3f")))
+    if steps:
+        rows += [
+            (name, _text(steps[0].get(key), form), _text(steps[-1].get(key), form))
+            for name, key, form in TABLE if key in steps[-1]
+        ]
+    return rows
+
+
+def _text(value, form):
+    return "-" if value is None else format(value, form)
+
+
+def draw_run(folder, title):
+    """Writes `plot.png` into the run folder and gives its path; None for a run without a step."""
+    import matplotlib.figure  # here: it takes half a second, and only this needs it
+
+    records = read_metrics(folder)
+    steps = [record for record in records if "reward" in record]
+    if not steps:
+        return None
+    figure = matplotlib.figure.Figure(figsize=(10, 6.4), layout="constrained", facecolor="white")
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=INK, weight="bold")
+    (reward, scale), (mismatch, entropy) = figure.subplots(2, 2)
+    _reward(reward, records, steps)
+    _scale(scale, steps)
+    _mismatch(mismatch, steps)
+    _entropy(entropy, steps)
+    for axes in (reward, scale, mismatch, entropy):
+        axes.grid(color=GRID, linewidth=0.6)
+        axes.set_axisbelow(True)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.set_xlabel("step")
+        axes.set_xlim(left=0)
+    path = Path(folder) / "plot.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+def _line(axes, records, key, **style):
+    points = [(record["step"], record[key]) for record in records if key in record and math.isfinite(record[key])]
+    if points:
+        axes.plot(*zip(*points), **style)
+
+
+def _reward(axes, records, steps):
+    axes.set_title("reward, and accuracy on held-out problems", loc="left", fontsize=10, color=INK)
+    _line(axes, steps, "reward", color=GRID, linewidth=1.4, label="training reward")
+    colours = iter((ACCENT, SECOND, INK))
+    names = dict.fromkeys(key for r in records for key in r if key.startswith("eval/") and key.endswith("/accuracy"))
+    for key, colour in zip(names, colours):
+        _line(axes, records, key, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=key.split("/")[1])
+    axes.set_ylim(-0.02, 1.02)
+    axes.legend(frameon=False, fontsize=8, loc="lower right")
+
+
+def _scale(axes, steps):
+    axes.set_title("loss scale; a mark where a step was skipped", loc="left", fontsize=10, color=INK)
+    _line(axes, steps, "loss_scale", color=ACCENT, linewidth=1.6, drawstyle="steps-post")
+    skipped = [(s["step"], s["loss_scale"]) for s in steps if s.get("skipped")]
+    if skipped:
+        axes.plot(*zip(*skipped), "x", color=INK, markersize=6)
+    axes.set_yscale("log", base=2)
+
+
+def _mismatch(axes, steps):
+    axes.set_title("token KL (k3): which programs disagree, and how much", loc="left", fontsize=10, color=INK)
+    _line(axes, steps, "mismatch/kl_k3", color=ACCENT, linewidth=1.4, label="sampler | scorer")
+    _line(axes, steps, "mismatch_grad/kl_k3", color=SECOND, linewidth=1.4, label="scorer | gradient program")
+    if any(step.get("mismatch/kl_k3", 0) > 0 for step in steps):
+        axes.set_yscale("log")
+    axes.legend(frameon=False, fontsize=8)
+
+
+def _entropy(axes, steps):
+    axes.set_title("entropy, nats a token", loc="left", fontsize=10, color=INK)
+    _line(axes, steps, "entropy", color=ACCENT, linewidth=1.4)
+    axes.set_ylim(bottom=0)
+
+
+__all__ = ["summary", "draw_run"]

@@ -1,0 +1,113 @@
+"""From the data to graded rollouts: what an iteration learns from.
+
+n: prompts.  G: group size.  B = n * G rows.  P: prompt columns.  T: columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+from functools import lru_cache
+
+import numpy as np
+
+from jaxrl_fp16.parallel import shard_batch, to_host
+from jaxrl_fp16.tasks import Example, Rewards, render
+from jaxrl_fp16.tokenizer import decode_responses, encode_prompts
+from jaxrl_fp16.types import Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+    """The prompts of one iteration."""
+
+    examples: list[Example]
+    texts: list[str]
+    tokens: np.ndarray     # int32 [n,P], left-padded
+    mask: np.ndarray       # bool [n,P]
+    position: int          # in the data, after these
+    set_aside: int         # prompts passed over: longer than P
+
+
+class NoPromptFits(ValueError):
+    """Every prompt of the data is longer than the limit."""
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed, epoch, size):
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+def data_order(seed, size, places):
+    """Indices of the rows that stand at `places` of an endless pass over `size` rows, shuffled anew each epoch."""
+    return [int(_permutation(seed, place // size, size)[place % size]) for place in places]
+
+
+def next_prompts(task, tokenizer, position, count, length, seed):
+    """`count` prompts of `task.train` from `position` on, in an order that hangs on `seed` and the epoch alone.
+
+    A prompt longer than `length` tokens is set aside, never cut. Raises
+    NoPromptFits when a whole epoch holds none that fits.
+    """
+    size = len(task.train)
+    start, chosen = position, []
+    while len(chosen) < count:
+        if not chosen and position - start > size:
+            raise NoPromptFits(
+                f"none of the {size} prompts fits into training.max_prompt_tokens = {length}; allowed: a larger limit"
+            )
+        places = range(position, position + count - len(chosen))
+        examples = [task.train[index] for index in data_order(seed, size, places)]
+        texts = [render(task.template, example, tokenizer) for example in examples]
+        prompts = encode_prompts(tokenizer, texts, length)
+        rows = zip(examples, texts, prompts.tokens, prompts.mask)
+        chosen += [row for row, kept in zip(rows, prompts.kept) if kept]
+        position = places.stop
+    examples, texts, tokens, mask = zip(*chosen)
+    passed = position - start - count
+    return PromptBatch(list(examples), list(texts), np.stack(tokens), np.stack(mask), position, passed)
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded:
+    """A rollout with its texts and what they earned."""
+
+    rollout: Rollout       # on the devices
+    responses: list[list[str]]   # [n][G]
+    rewards: Rewards             # as graded, [n,G]
+    finished: np.ndarray         # bool [B]
+    lengths: np.ndarray          # int [B]: response tokens
+
+
+def sample_and_grade(sample, params, prompts, task, tokenizer, eos_ids, key, mesh):
+    """Samples a group for each prompt, decodes the responses and grades them."""
+    rollout = sample(params, *shard_batch((prompts.tokens, prompts.mask), mesh), key)
+    tokens, mask, finished = (to_host(x) for x in (rollout.tokens, rollout.response_mask, rollout.finished))
+    texts = decode_responses(tokenizer, tokens, mask, eos_ids)
+    group = len(texts) // len(prompts.texts)
+    responses = in_groups(texts, group)
+    rewards = task.rewards(prompts.texts, responses, prompts.examples)
+    return Graded(rollout, responses, rewards, finished, mask.sum(axis=1))
+
+
+def in_groups(rows: Sequence, group: int) -> list[list]:
+    """A list of B entries as n lists of `group`."""
+    return [list(rows[start:start + group]) for start in range(0, len(rows), group)]
+
+
+def truncation_rule(rule, graded):
+    """What `training.truncated` makes of responses cut by the limit: `(rewards float32 [B], counts bool [B])`.
+
+    `zero` gives them reward 0; `mask` takes them out of the loss and leaves their
+    reward in the baseline; `keep` does nothing.
+    """
+    rewards = graded.rewards.values.reshape(-1)
+    cut = ~graded.finished
+    if rule == "zero":
+        rewards = np.where(cut, 0.0, rewards).astype(np.float32)
+    return rewards, ~cut if rule == "mask" else np.ones_like(cut)
+
+
+__all__ = [
+    "PromptBatch", "NoPromptFits", "data_order", "next_prompts", "Graded", "sample_and_grade", "in_groups", "truncation_rule",
+]

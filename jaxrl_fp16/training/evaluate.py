@@ -1,0 +1,119 @@
+"""Accuracy and pass@k of a policy on sets of problems.
+
+n: problems.  k: samples of each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from jaxrl_fp16.parallel import row_shards
+from jaxrl_fp16.sampling import make_sampler
+from jaxrl_fp16.tasks import get_template, load_examples, render
+from jaxrl_fp16.tokenizer import encode_prompts
+from jaxrl_fp16.training.collect import PromptBatch, sample_and_grade
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """One evaluation set, with its sampler compiled once."""
+
+    name: str
+    task: object          # its `heldout` are the set's problems
+    sample: object        # as `make_sampler` gives it
+    prompts_at_once: int
+    samples: int
+
+
+def make_evaluators(config, model, setup, task):
+    """An Evaluator for each of `config.evaluation.sets`. Raises ValueError for a set at fault."""
+    return [_make_evaluator(config, section, model, setup, task) for section in config.evaluation.sets]
+
+
+def _make_evaluator(config, section, model, setup, task):
+    if section.path is not None:
+        fields = (config.task.problem_field, config.task.answer_field)
+        task = dataclasses.replace(task, heldout=load_examples(section.path, *fields))
+    if section.template is not None:
+        task = dataclasses.replace(task, template=get_template(section.template, config.task.system))
+    if not len(task.heldout):
+        raise ValueError(
+            f"evaluation set {section.name!r} has no problems; allowed: a path, or task.heldout_size above 0"
+        )
+    task = dataclasses.replace(task, heldout=task.heldout[: section.limit])
+    sampling = dataclasses.replace(
+        config.sampling, temperature=section.temperature, top_p=section.top_p, top_k=0, group_size=section.samples,
+        max_new_tokens=config.evaluation.max_new_tokens or config.sampling.max_new_tokens, max_rows=0,
+    )
+    sample = make_sampler(
+        model, setup.rollout_precision.policy, sampling, eos_id=setup.eos_ids, pad_id=setup.pad_id,
+        tokenizer=setup.tokenizer,
+    )
+    parts = row_shards(setup.mesh)
+    at_once = max(1, config.evaluation.rows // section.samples)
+    at_once = min(at_once, len(task.heldout))
+    return Evaluator(section.name, task, sample, math.ceil(at_once / parts) * parts, section.samples)
+
+
+def evaluate(evaluator, params, setup, length, key):
+    """Metrics of one set: `eval/NAME/accuracy` (mean reward of all samples), `.../stderr` (over problems),
+    `.../pass@k`, `.../response_length`, `.../finished`, `.../problems`.
+
+    Prompts longer than `length` tokens count as unsolved: a set's size does not hang on a limit.
+    """
+    rewards, lengths, finished = [], [], []
+    problems = evaluator.task.heldout
+    for number, start in enumerate(range(0, len(problems), evaluator.prompts_at_once)):
+        chunk = problems[start:start + evaluator.prompts_at_once]
+        prompts, kept = _prompts(evaluator, chunk, setup.tokenizer, length)
+        graded = sample_and_grade(
+            evaluator.sample, params, prompts, evaluator.task, setup.tokenizer, setup.eos_ids,
+            jax.random.fold_in(key, number), setup.mesh,
+        )
+        values = np.where(kept[:, None] & graded.rewards.valid[: len(kept)], graded.rewards.values[: len(kept)], 0.0)
+        rewards.append(values)
+        lengths.append(graded.lengths[: values.size])
+        finished.append(graded.finished[: values.size])
+    return _metrics(evaluator.name, np.concatenate(rewards), np.concatenate(lengths), np.concatenate(finished))
+
+
+def _prompts(evaluator, chunk, tokenizer, length):
+    """A full batch: a last one that is short is filled with its first problem again, so that nothing recompiles."""
+    missing = evaluator.prompts_at_once - len(chunk)
+    examples = [*chunk, *[chunk[0]] * missing]
+    texts = [render(evaluator.task.template, example, tokenizer) for example in examples]
+    tokens, mask, kept = encode_prompts(tokenizer, texts, length)
+    mask[~kept, -1] = True  # a prompt that does not fit is sampled from one pad token, and not counted
+    return PromptBatch(examples, texts, tokens, mask, 0, 0), kept[: len(chunk)]
+
+
+def _metrics(name, rewards, lengths, finished):
+    count, samples = rewards.shape
+    per_problem = rewards.mean(axis=1)
+    metrics = {
+        "accuracy": per_problem.mean(),
+        "stderr": per_problem.std(ddof=1) / math.sqrt(count) if count > 1 else 0.0,
+        "response_length": lengths.mean(),
+        "finished": finished.mean(),
+        "problems": count,
+    }
+    solved = (rewards > 0.5).sum(axis=1)
+    k = 1
+    while k <= samples and samples > 1:
+        metrics[f"pass@{k}"] = np.mean([pass_at_k(samples, int(right), k) for right in solved])
+        k *= 2
+    return {f"eval/{name}/{key}": float(value) for key, value in metrics.items()}
+
+
+def pass_at_k(samples, right, k):
+    """The unbiased chance that one of `k` samples is right, given `right` of `samples` are (2107.03374)."""
+    if samples - right < k:
+        return 1.0
+    return 1.0 - math.prod((samples - right - i) / (samples - i) for i in range(k))
+
+
+__all__ = ["Evaluator", "make_evaluators", "evaluate", "pass_at_k"]

@@ -1,0 +1,175 @@
+"""From graded rollouts to optimizer steps: scoring, advantages, minibatches.
+
+B: rows of an iteration.  T: columns.  M: rows of a minibatch.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_fp16.masking import masked_mean
+from jaxrl_fp16.models import Critic
+from jaxrl_fp16.parallel import batch_sharding, shard_batch
+from jaxrl_fp16.rl import (
+    gae, group_advantages, kl_penalized_rewards, mismatch_metrics, needs_critic, needs_reference, needs_scorer,
+    rewards_on_last_token,
+)
+from jaxrl_fp16.training.collect import truncation_rule
+from jaxrl_fp16.training.scorer import make_scorer, make_valuer
+from jaxrl_fp16.training.state import TrainState
+from jaxrl_fp16.training.update import make_update
+from jaxrl_fp16.training.value import make_value_update
+from jaxrl_fp16.types import Batch
+
+
+@struct.dataclass
+class Learner:
+    """Everything that learning changes, and what it is held against."""
+
+    policy: TrainState
+    critic: TrainState | None = None  # with PPO
+    reference: Any | None = None      # float32 parameters, with a KL term
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+    """The jitted functions of an iteration, each compiled once."""
+
+    scorer: Any
+    update: Any
+    valuer: Any | None
+    value_update: Any | None
+    compare: Any          # (mu, pi, mask, prefix) -> mismatch metrics
+    advantages: Any
+    take: Any             # rows of a tree of arrays [B,...]
+
+
+def make_programs(config, algorithm, model, setup, optimizer, critic_optimizer):
+    """`Programs` under one precision policy."""
+    t, policy = config.training, setup.precision.policy
+    temperature = config.sampling.temperature
+    limit = config.sampling.max_new_tokens
+    shared = dict(microbatch_size=t.microbatch_size, max_new_tokens=limit)
+    valuer = value_update = None
+    if needs_critic(algorithm):
+        critic = Critic(model)
+        valuer = make_valuer(critic, policy, microbatch_size=t.microbatch_size)
+        value_update = make_value_update(critic, policy, algorithm, critic_optimizer, **shared)
+    rows = batch_sharding(setup.mesh)
+    return Programs(
+        scorer=make_scorer(
+            model, policy, microbatch_size=t.microbatch_size, temperature=temperature, with_entropy=True
+        ),
+        update=make_update(model, policy, algorithm, optimizer, temperature=temperature, keep_logprobs=True, **shared),
+        valuer=valuer,
+        value_update=value_update,
+        compare=jax.jit(mismatch_metrics, static_argnames="prefix"),
+        advantages=jax.jit(partial(_advantages, algorithm, config.sampling.group_size)),
+        take=jax.jit(lambda tree, index: jax.tree.map(lambda x: x[index], tree), out_shardings=rows),
+    )
+
+
+def _advantages(algorithm, group_size, rewards, valid, mask, old, reference, values):
+    """`(advantages [B] or [B,T], returns [B,T] or None)`."""
+    penalised = reference is not None and algorithm.kl_in == "reward"
+    if not needs_critic(algorithm):
+        if penalised:
+            rewards = kl_penalized_rewards(rewards, old, reference, mask, algorithm.kl_coef)
+        return group_advantages(rewards, group_size, algorithm.advantage, valid), None
+    rewards = rewards_on_last_token(rewards, mask)
+    if penalised:
+        rewards = kl_penalized_rewards(rewards, old, reference, mask, algorithm.kl_coef)
+    return gae(rewards, values, mask, algorithm.discount, algorithm.gae_lambda)
+
+
+def learn(config, algorithm, programs, learner, graded, key, mesh):
+    """An iteration's optimizer steps on `graded` rollouts.
+
+    Returns `(learner, metrics, skips)`: metrics as host floats, skips a list with
+    True for each policy step that was skipped, in order.
+    """
+    rollout, t = graded.rollout, config.training
+    rows = rollout.tokens.shape[0]
+    orders = [_minibatches(jax.random.fold_in(key, epoch), rows, t.minibatch_size) for epoch in range(t.epochs)]
+    score_all = t.old_logprobs == "recompute" and needs_scorer(algorithm)
+    scored, at = (rollout, slice(None)) if score_all else (programs.take(rollout, orders[0][0]), orders[0][0])
+    params = learner.policy.params
+    pi, entropy = programs.scorer(params, scored.tokens, scored.mask, scored.support)
+    metrics = programs.compare(scored.logprobs, pi, scored.response_mask, prefix="mismatch")
+    metrics["entropy"] = masked_mean(entropy, scored.response_mask)
+    if rollout.full_logprobs is not None:
+        metrics["full_logprob"] = masked_mean(rollout.full_logprobs, rollout.response_mask)
+    old = pi if score_all else rollout.logprobs
+    batch = _make_batch(algorithm, programs, learner, graded, t.truncated, old, mesh)
+    steps = []
+    for number, index in enumerate(index for order in orders for index in order):
+        minibatch = programs.take(batch, index)
+        if learner.critic is not None:
+            critic, value_metrics = programs.value_update(learner.critic, minibatch)
+            learner = learner.replace(critic=critic)
+        policy, step = programs.update(learner.policy, minibatch)
+        learner = learner.replace(policy=policy)
+        logprobs = step.pop("logprobs")
+        if number == 0:
+            first_pi = pi[index] if score_all else pi
+            first_mask = rollout.response_mask[index]
+            metrics |= programs.compare(first_pi, logprobs, first_mask, prefix="mismatch_grad")
+        if learner.critic is not None:
+            step |= {f"critic/{name}": value for name, value in value_metrics.items()}
+        steps.append(step)
+    steps = jax.device_get(steps)
+    return learner, {**_host(metrics), **_over_steps(steps)}, [bool(step["skipped"]) for step in steps]
+
+
+def _minibatches(key, rows, size):
+    """Index arrays int32 [M] of one epoch, a fresh permutation cut into pieces."""
+    return np.asarray(jax.random.permutation(key, rows)).reshape(-1, size)
+
+
+def _make_batch(algorithm, programs, learner, graded, truncated, old, mesh):
+    """The iteration's rows as one `Batch`."""
+    rollout = graded.rollout
+    rewards, counts = truncation_rule(truncated, graded)
+    valid = graded.rewards.valid.reshape(-1)
+    # A group's baseline leaves out a row without a reward; a critic has no baseline, so the row itself goes.
+    counts = counts & valid if needs_critic(algorithm) else counts
+    rewards, valid, counts = shard_batch((rewards, valid, counts), mesh)
+    mask = rollout.response_mask & counts[:, None]
+    reference = values = None
+    if needs_reference(algorithm):
+        reference, _ = programs.scorer(learner.reference, rollout.tokens, rollout.mask, rollout.support)
+    if learner.critic is not None:
+        values = programs.valuer(learner.critic.params, rollout.tokens, rollout.mask)
+    advantages, returns = programs.advantages(rewards, valid, mask, old, reference, values)
+    return Batch(
+        tokens=rollout.tokens, mask=rollout.mask, response_mask=mask, rollout_logprobs=rollout.logprobs,
+        old_logprobs=old, advantages=advantages, ref_logprobs=reference, values=values, returns=returns,
+        support=rollout.support,
+    )
+
+
+def _over_steps(steps):
+    """An iteration's metrics out of its optimizer steps': means, but extremes for `_max` and `_min`,
+    sums for `skipped` and `empty`, and the last step's loss scale."""
+    def combine(name, values):
+        if name.endswith(("_max", "_min")):
+            return max(values) if name.endswith("_max") else min(values)
+        if name.rpartition("/")[2] in ("skipped", "empty"):
+            return sum(values)
+        return values[-1] if name.rpartition("/")[2] == "loss_scale" else float(np.mean(values))
+
+    return {name: combine(name, [float(step[name]) for step in steps]) for name in steps[0]}
+
+
+def _host(metrics):
+    return {name: float(value) for name, value in jax.device_get(metrics).items()}
+
+
+__all__ = ["Learner", "Programs", "make_programs", "learn"]

@@ -1,0 +1,69 @@
+"""What a run will need of a device's memory, reckoned before anything compiles.
+
+An estimate of what lives longest, not a measurement: temporary buffers of a
+compiled program come on top, and `jax.jit(...).lower().compile().memory_analysis()`
+tells those.
+"""
+
+from __future__ import annotations
+
+import os
+
+import jax
+import numpy as np
+
+from jaxrl_fp16.forward import LOGIT_BYTES
+from jaxrl_fp16.models import param_shapes
+
+MIB = 2**20
+
+
+def estimate(config, model, mesh, compute_dtype, *, reference=False, critic=False):
+    """`{what: bytes}` on one device, by what takes room."""
+    c = model.config
+    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(param_shapes(model)))
+    shared = mesh.shape["fsdp"] * mesh.shape["tensor"]
+    parts = mesh.shape["data"] * mesh.shape["fsdp"]
+    half = compute_dtype.itemsize
+    columns = config.training.max_prompt_tokens + config.sampling.max_new_tokens
+    rows = config.training.prompts_per_step * config.sampling.group_size
+    decoded = min(rows, config.sampling.max_rows or rows) / parts
+    learnt = config.training.microbatch_size / parts
+    kept = c.num_layers if config.model.remat else 12 * c.num_layers  # a layer keeps about 12 arrays like its input
+    inside = 4 * (3 * c.intermediate_size + 4 * c.num_heads * c.head_dim)  # float32, of the layer at work
+    models = 1 + critic
+    return {
+        "parameters": models * 4 * count // shared,
+        "Adam's moments": models * 8 * count // shared,
+        "gradients": 4 * count // shared,
+        "compute copy": half * count // shared,
+        **({"reference": 4 * count // shared} if reference else {}),
+        "key-value cache": int(2 * half * c.num_layers * c.num_kv_heads * c.head_dim * columns * decoded),
+        "activations": int(columns * learnt * (kept * c.hidden_size * half + inside)),
+        "logits": 3 * LOGIT_BYTES,
+    }
+
+
+
+
+def device_bytes(device):
+    """What the device has: its allocator's limit, or on a CPU the machine's memory."""
+    stats = device.memory_stats() or {}
+    if "bytes_limit" in stats:
+        return stats["bytes_limit"]
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def check_fits(needs, available):
+    """Refuses what cannot fit, with the settings that lower it."""
+    total = sum(needs.values())
+    if total > available:
+        largest = sorted(needs, key=needs.get, reverse=True)[:3]
+        parts = ", ".join(f"{name} {needs[name] / MIB:,.0f} MiB" for name in largest)
+        raise ValueError(
+            f"the run needs about {total / MIB:,.0f} MiB a device and {available / MIB:,.0f} MiB are there ({parts}, ...); "
+            "what lowers it: sampling.max_rows, training.microbatch_size, model.remat, mesh.fsdp"
+        )
+
+
+__all__ = ["estimate", "device_bytes", "check_fits"]

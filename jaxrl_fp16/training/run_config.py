@@ -1,0 +1,209 @@
+"""The configuration of a run: the modules' own dataclasses, assembled."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Literal, Optional, get_type_hints
+
+from annotated_types import Ge, Gt, Le
+
+from jaxrl_fp16.config import Doc
+from jaxrl_fp16.logs import LoggingConfig
+from jaxrl_fp16.models.attention import AttentionKind
+from jaxrl_fp16.models.decoder import DecoderConfig
+from jaxrl_fp16.parallel import MeshConfig, row_shards
+from jaxrl_fp16.precision import LossScaleConfig
+from jaxrl_fp16.rl import PRESETS, AlgorithmConfig, check_algorithm, get_algorithm
+from jaxrl_fp16.sampling import SamplingConfig
+from jaxrl_fp16.tasks import TaskConfig
+from jaxrl_fp16.training.checkpoint import CheckpointConfig
+from jaxrl_fp16.training.optimizer import OptimizerConfig
+
+# Of a resumed run these may differ from what it was started with: how long, how seen, on what.
+MAY_CHANGE = ("run.steps", "run.dir", "run.compile_cache", "logging", "checkpoint", "evaluation", "mesh", "resume",
+              "generate", "task.workers", "task.deadline_seconds", "task.memory_mb")
+
+
+@dataclasses.dataclass(frozen=True)
+class RunConfig:
+    name: Annotated[str | None, Doc("first part of the run folder's name; null: the config file's")] = None
+    dir: Annotated[str, Doc("where run folders are made")] = "runs"
+    seed: Annotated[int, Ge(0), Doc("of weights, sampling and data order")] = 0
+    steps: Annotated[int, Ge(0), Doc("iterations")] = 100
+    platform: Annotated[Literal["auto", "cpu", "gpu", "tpu"], Doc("auto: the best that JAX finds")] = "auto"
+    compile_cache: Annotated[str | None, Doc("folder of compiled programs; null: none")] = "~/.cache/jaxrl_fp16"
+    export: Annotated[bool, Doc("write the final weights as a Hugging Face folder, model/")] = True
+
+
+def _optional_fields(cls):
+    """The fields of a config class, each of which may also be null."""
+    hints = get_type_hints(cls, include_extras=True).items()
+    return [(name, Annotated[(Optional[hint.__origin__], *hint.__metadata__)], None) for name, hint in hints]
+
+
+# `path`, or the fields of a DecoderConfig; all in one section.
+ModelConfig = dataclasses.make_dataclass(
+    "ModelConfig",
+    [
+        ("path", Annotated[str | None, Doc("a Hugging Face folder; null: random weights of the shape below")], None),
+        ("tokenizer", Annotated[str | None, Doc("its folder; null: path's, or the task's characters")], None),
+        ("attention", Annotated[AttentionKind, Doc("one for sampler, scorer and update")], "blockwise"),
+        ("remat", Annotated[bool, Doc("keep only layer inputs for the backward pass")], True),
+        *_optional_fields(DecoderConfig),
+    ],
+    frozen=True,
+    namespace={"__doc__": "The model: a folder, or a shape to be filled at random."},
+)
+
+# A preset, and what differs from it.
+AlgorithmSection = dataclasses.make_dataclass(
+    "AlgorithmSection",
+    [
+        ("preset", Annotated[Literal[*PRESETS], Doc("the algorithm; fields left null are the preset's")], "grpo"),
+        *(field for field in _optional_fields(AlgorithmConfig) if field[0] != "preset"),
+    ],
+    frozen=True,
+    namespace={"__doc__": "The algorithm: a preset, and the fields of AlgorithmConfig that differ from it."},
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingConfig:
+    prompts_per_step: Annotated[int, Ge(1), Doc("prompts of an iteration; each gets group_size responses")] = 64
+    minibatch_size: Annotated[int, Ge(1), Doc("rows of an optimizer step")] = 128
+    microbatch_size: Annotated[int, Ge(1), Doc("rows in memory at once; divides minibatch_size")] = 8
+    epochs: Annotated[int, Ge(1), Doc("passes over an iteration's rows")] = 1
+    max_prompt_tokens: Annotated[int, Ge(1), Doc("longer prompts are set aside")] = 1024
+    old_logprobs: Annotated[
+        Literal["recompute", "rollout"], Doc("by the scorer, or the sampler's own")
+    ] = "recompute"
+    truncated: Annotated[
+        Literal["keep", "zero", "mask"], Doc("a response cut by the length limit: as graded, reward 0, out of the loss")
+    ] = "zero"
+    max_skipped_steps: Annotated[int, Ge(1), Doc("optimizer steps skipped in a row before the run stops")] = 20
+    max_failed_rewards: Annotated[float, Ge(0), Le(1), Doc("share of rewards that may fail in a step")] = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class SFTConfig:
+    """Supervised training on the task's solutions; before `train` where `steps` is not 0."""
+
+    steps: Annotated[int, Ge(0), Doc("optimizer steps; 0: none")] = 0
+    batch_size: Annotated[int, Ge(1), Doc("rows of a step")] = 64
+    microbatch_size: Annotated[int, Ge(1), Doc("rows in memory at once; divides batch_size")] = 64
+    max_length: Annotated[int, Ge(2), Doc("tokens of prompt and solution; longer pairs are set aside")] = 512
+    optimizer: Annotated[OptimizerConfig, Doc("its own")] = OptimizerConfig(learning_rate=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationSet:
+    name: Annotated[str, Doc("heads its metrics: eval/NAME/accuracy")]
+    path: Annotated[str | None, Doc("JSONL file; null: the task's held-out problems")] = None
+    template: Annotated[str | None, Doc("null: the task's")] = None
+    samples: Annotated[int, Ge(1), Doc("responses to each problem")] = 1
+    temperature: Annotated[float, Ge(0), Doc("0: greedy")] = 0.0
+    top_p: Annotated[float, Gt(0), Le(1), Doc("1: off")] = 1.0
+    limit: Annotated[int | None, Ge(1), Doc("first problems only; null: all")] = None
+
+
+@dataclasses.dataclass(frozen=True)
+class EvaluationConfig:
+    every: Annotated[int, Ge(0), Doc("steps between evaluations; 0: none before the end")] = 0
+    sets: Annotated[tuple[EvaluationSet, ...], Doc("what is evaluated")] = ()
+    max_new_tokens: Annotated[int | None, Ge(1), Doc("null: as in sampling")] = None
+    rows: Annotated[int, Ge(1), Doc("responses sampled at once")] = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class CriticConfig:
+    """PPO's critic; used where the advantage is `gae`."""
+
+    path: Annotated[str | None, Doc("a Hugging Face folder for its body; null: a copy of the policy's")] = None
+    optimizer: Annotated[OptimizerConfig, Doc("its own")] = OptimizerConfig(learning_rate=1e-5)
+
+
+@dataclasses.dataclass(frozen=True)
+class GenerateConfig:
+    prompts: Annotated[tuple[str, ...], Doc("problems, put into the template; none: the task's held-out ones")] = ()
+    count: Annotated[int, Ge(1), Doc("how many of the task's problems")] = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Everything that a command reads."""
+
+    precision: Annotated[str, Doc("auto, fp16, bf16, fp32 or params=float32,compute=DTYPE,output=DTYPE")] = "auto"
+    rollout_precision: Annotated[str | None, Doc("of the sampler alone, for the ablation; null: precision")] = None
+    platform: Annotated[Literal["auto", "cpu", "gpu", "tpu"] | None, Doc("short for run.platform")] = None
+    resume: Annotated[str | None, Doc("a run folder to go on with")] = None
+    run: RunConfig = RunConfig()
+    loss_scale: LossScaleConfig = LossScaleConfig()
+    model: ModelConfig = ModelConfig()
+    task: TaskConfig = TaskConfig()
+    sampling: SamplingConfig = SamplingConfig()
+    algorithm: AlgorithmSection = AlgorithmSection()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    critic: CriticConfig = CriticConfig()
+    training: TrainingConfig = TrainingConfig()
+    sft: SFTConfig = SFTConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    generate: GenerateConfig = GenerateConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    logging: LoggingConfig = LoggingConfig()
+    mesh: MeshConfig = MeshConfig()
+
+    def __post_init__(self):
+        algorithm = resolve_algorithm(self)
+        check_algorithm(algorithm, self.sampling.group_size, self.training.old_logprobs)
+        if algorithm.dynamic_sampling or algorithm.overlong_penalty is not None:
+            raise ValueError(
+                "algorithm.dynamic_sampling and algorithm.overlong_penalty are not implemented yet; "
+                "allowed: false and null"
+            )
+        self._check_rows()
+
+    def _check_rows(self):
+        t = self.training
+        rows = t.prompts_per_step * self.sampling.group_size
+        if rows % t.minibatch_size:
+            raise ValueError(
+                f"training.minibatch_size is {t.minibatch_size}; allowed: a divisor of prompts_per_step x "
+                f"group_size = {t.prompts_per_step} x {self.sampling.group_size} = {rows}"
+            )
+        if t.minibatch_size % t.microbatch_size:
+            raise ValueError(
+                f"training.microbatch_size is {t.microbatch_size}; allowed: a divisor of minibatch_size, "
+                f"{t.minibatch_size}"
+            )
+        if self.sft.batch_size % self.sft.microbatch_size:
+            raise ValueError(
+                f"sft.microbatch_size is {self.sft.microbatch_size}; allowed: a divisor of batch_size, "
+                f"{self.sft.batch_size}"
+            )
+
+
+def resolve_algorithm(config) -> AlgorithmConfig:
+    """The preset of section `algorithm` with that section's other fields in it."""
+    fields = {name: value for name, value in vars(config.algorithm).items() if value is not None}
+    return get_algorithm(fields.pop("preset"), **fields)
+
+
+def check_mesh_rows(config, mesh):
+    """Refuses rows that the mesh cannot divide evenly, with the arithmetic."""
+    parts = row_shards(mesh)
+    for key, rows in (
+        ("training.microbatch_size", config.training.microbatch_size),
+        ("training.prompts_per_step", config.training.prompts_per_step),
+        ("sft.microbatch_size", config.sft.microbatch_size),
+    ):
+        if rows % parts:
+            raise ValueError(
+                f"{key} is {rows}; allowed: multiples of mesh data x fsdp = "
+                f"{mesh.shape['data']} x {mesh.shape['fsdp']} = {parts}"
+            )
+
+
+__all__ = [
+    "MAY_CHANGE", "AlgorithmSection", "Config", "CriticConfig", "EvaluationConfig", "EvaluationSet", "GenerateConfig",
+    "ModelConfig", "RunConfig", "SFTConfig", "TrainingConfig", "check_mesh_rows", "resolve_algorithm",
+]

@@ -1,0 +1,44 @@
+"""The scorer: the trainer's forward alone, over many rows a few at a time.
+
+B: rows.  T: columns.
+"""
+
+from __future__ import annotations
+
+import jax
+from jax import lax
+
+from jaxrl_fp16.forward import score, token_values
+from jaxrl_fp16.training.step import join_rows, split_rows
+
+
+def make_scorer(model, policy, *, microbatch_size, temperature=1.0, with_entropy=False):
+    """A jitted `(params, tokens, mask, support) -> (logprobs, entropies)`, float32 [B,T] each.
+
+    `microbatch_size` rows, a divisor of B, are in memory at once; entropies are zeros unless asked for.
+    """
+
+    def scorer(params, tokens, mask, support=None):
+        def rows(chunk):
+            tokens, mask, support = chunk
+            return score(model, params, tokens, mask, policy, temperature, support, with_entropy)
+
+        results = lax.map(rows, split_rows((tokens, mask, support), microbatch_size))
+        return jax.tree.map(join_rows, results)
+
+    return jax.jit(scorer)
+
+
+def make_valuer(critic, policy, *, microbatch_size):
+    """A jitted `(params, tokens, mask) -> values` float32 [B,T]: the critic's, likewise."""
+
+    def valuer(params, tokens, mask):
+        def rows(chunk):
+            return token_values(critic, params, *chunk, policy=policy)
+
+        return join_rows(lax.map(rows, split_rows((tokens, mask), microbatch_size)))
+
+    return jax.jit(valuer)
+
+
+__all__ = ["make_scorer", "make_valuer"]

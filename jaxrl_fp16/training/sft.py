@@ -1,0 +1,46 @@
+"""Supervised fine-tuning on the same forward, policy, loss scale and guarded step.
+
+B: rows of a batch.  T: columns.
+"""
+
+from __future__ import annotations
+
+from flax import struct
+import jax
+import jax.numpy as jnp
+
+from jaxrl_fp16.forward import score
+from jaxrl_fp16.masking import masked_sum
+from jaxrl_fp16.training.step import guarded_step
+
+
+@struct.dataclass
+class Pairs:
+    """Prompts and completions."""
+
+    tokens: jax.Array     # int32 [B,T]
+    mask: jax.Array       # bool [B,T]: real tokens
+    loss_mask: jax.Array  # bool [B,T]: tokens to be learnt
+
+
+def make_sft_update(model, policy, optimizer, *, microbatch_size=8):
+    """A jitted `update(state, pairs) -> (state, metrics)`: masked next-token cross-entropy, mean over tokens.
+
+    Metrics as those of `guarded_step`; `loss` is in nats a token. The state is donated.
+    """
+
+    def update(state, pairs):
+        tokens = jnp.maximum(jnp.sum(pairs.loss_mask), 1)
+
+        def loss_fn(params, rows):
+            logprobs, _ = score(model, params, rows.tokens, rows.mask, policy)
+            return -masked_sum(logprobs, rows.loss_mask) / tokens, None
+
+        empty = ~jnp.any(pairs.loss_mask)
+        state, metrics, _ = guarded_step(loss_fn, optimizer, state, pairs, microbatch_size, empty=empty)
+        return state, metrics
+
+    return jax.jit(update, donate_argnums=0)
+
+
+__all__ = ["Pairs", "make_sft_update"]

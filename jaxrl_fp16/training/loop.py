@@ -12,7 +12,8 @@ import time
 import jax
 import numpy as np
 
-from jaxrl_fp16.config import ConfigError, to_yaml
+from jaxrl_fp16.config import ConfigError, to_dict, to_yaml
+from jaxrl_fp16.console import Console
 from jaxrl_fp16.logs import RunLog, truncate
 from jaxrl_fp16.models import Critic, critic_params, load_pretrained, param_shapes, param_shardings, save_pretrained
 from jaxrl_fp16.rl import needs_critic, needs_reference
@@ -60,8 +61,8 @@ def train(config):
             evaluators = make_evaluators(config, model, setup, task)
         needs = check_memory(config, model, setup, algorithm)
         folder = open_folder(config)
-        checkpoints = stack.enter_context(Checkpoints(folder / "checkpoints", config.checkpoint, resolved=to_yaml(config)))
-        log = stack.enter_context(RunLog(folder, config.logging, steps=config.run.steps))
+        log = Console()  # until it is known where in the files the run goes on
+        checkpoints = stack.enter_context(open_checkpoints(folder, config, lambda text: log.say(text)))
         signals = stack.enter_context(caught_signals())
         introduce(log, setup, algorithm, model, folder, needs)
         write_record(setup, folder)
@@ -75,8 +76,9 @@ def train(config):
         if config.resume is not None:
             learner, extra, start = checkpoints.restore(learner)
             position = extra["position"]
-            truncate(folder, start)
             log.say(f"resumed after step {start}")
+            truncate(folder, start)
+        log = stack.enter_context(open_log(folder, config, start))
 
         programs = make_programs(config, algorithm, model, setup, optimizer, critic_optimizer)
         sample = make_sampler(
@@ -180,6 +182,20 @@ def open_folder(config):
         return new_folder(config)
     check_resumed(config, config.resume)
     return Path(config.resume)
+
+
+def open_checkpoints(folder, config, say):
+    """The run's `Checkpoints`."""
+    return Checkpoints(folder / "checkpoints", config.checkpoint, resolved=to_yaml(config), say=say)
+
+
+def open_log(folder, config, start, **console):
+    """The run's `RunLog` from step `start` on; one process of several writes."""
+    primary = jax.process_index() == 0
+    return RunLog(
+        folder, config.logging, steps=config.run.steps, resumed=start, primary=primary, facts=to_dict(config),
+        **console,
+    )
 
 
 def introduce(log, setup, algorithm, model, folder, needs):

@@ -130,7 +130,7 @@ def test_in_two_processes(tmp_path):
     run = dict(JAXRL_COORDINATOR=address, JAXRL_NUM_PROCESSES="2")
     runs = [run_python(HERE / "two_processes.py", tmp_path, JAXRL_PROCESS_ID=str(index), **run)
             for index in range(2)]
-    outs = [run.communicate(timeout=120)[0] for run in runs]
+    outs = [run.communicate(timeout=300)[0] for run in runs]
     assert all(run.returncode == 0 for run in runs), "\n".join(outs)
 
 

@@ -8,11 +8,15 @@ from importlib import import_module
 _HOMES = {
     "types": ("Rollout", "Batch"),
     "precision": ("get_precision", "Precision", "LossScale", "LossScaleConfig"),
-    "models": ("Decoder", "DecoderConfig", "Critic", "critic_params", "init_params", "load_pretrained", "save_pretrained"),
+    "models": (
+        "Decoder", "DecoderConfig", "RopeScaling", "Critic", "critic_params", "init_params", "load_pretrained",
+        "save_pretrained",
+    ),
     "forward": ("token_logprobs", "token_values", "logits"),
     "sampling": ("SamplingConfig", "make_sampler"),
     "rl": (
-        "AlgorithmConfig", "get_algorithm", "group_advantages", "gae", "policy_loss", "value_loss", "mismatch_metrics",
+        "AlgorithmConfig", "get_algorithm", "group_advantages", "gae", "policy_loss", "value_loss",
+        "mismatch_metrics",
     ),
     "training": ("TrainState", "init_train_state", "make_update", "make_value_update"),
 }

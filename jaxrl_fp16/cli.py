@@ -96,7 +96,8 @@ def _guarded(run, config):
 
     from jaxrl_fp16.tasks import RewardShapeError, WorkerStartError
     from jaxrl_fp16.training.checkpoint import CheckpointError
-    from jaxrl_fp16.training.loop import Guard
+    from jaxrl_fp16.training.run import Guard
+    from jaxrl_fp16.training.memory import LOWERS_MEMORY
 
     try:
         return run(config)
@@ -107,9 +108,7 @@ def _guarded(run, config):
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
             raise
-        return _end(
-            3, "out of device memory; what lowers it: sampling.max_rows, training.microbatch_size, model.remat, mesh.fsdp"
-        )
+        return _end(3, f"out of device memory; what lowers it: {LOWERS_MEMORY}")
 
 
 def _end(code, error):

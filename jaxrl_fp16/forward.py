@@ -47,7 +47,7 @@ def in_compute_dtype(model, policy):
 
 
 def hidden_states(model, params, tokens, mask, policy):
-    """Final hidden states [B,T,D] in the compute dtype, left-aligned, and the `(order, inverse)` of the alignment.
+    """Final hidden states [B,T,D] in the compute dtype, left-aligned, and the alignment's `(order, inverse)`.
 
     Column `c` of the result is the row's `c`-th real token.
     """
@@ -62,6 +62,7 @@ def logits_of(hidden, head):
     return matmul("btd,vd->btv", hidden, head)
 
 
+@partial(jax.jit, static_argnames=("model", "policy"))
 def logits(model, params, tokens, mask, policy):
     """float32 [B,T,V]: what each real token predicts for its successor. All at once: for small batches."""
     hidden, (_, inverse) = hidden_states(model, params, tokens, mask, policy)
@@ -92,6 +93,7 @@ def entropy_of(logits):
     return -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
 
 
+@partial(jax.jit, static_argnames=("model", "policy", "temperature"))
 def token_logprobs(model, params, tokens, mask, *, policy, temperature=1.0, support=None):
     """Log-prob of `tokens[:, t]` given the row's earlier real tokens, float32 [B,T].
 
@@ -105,7 +107,7 @@ def token_logprobs(model, params, tokens, mask, *, policy, temperature=1.0, supp
 
 
 def score(model, params, tokens, mask, policy, temperature=1.0, support=None, with_entropy=False):
-    """`token_logprobs` and, if asked, each token's entropy, both float32 [B,T]; the latter is zeros otherwise.
+    """`token_logprobs` and, if asked, each token's entropy, both float32 [B,T]; zeros where not asked.
 
     Logits are made in chunks of columns, forward and backward, and never exist at once.
     """
@@ -126,6 +128,7 @@ def _next(x):
     return jnp.roll(x, -1, axis=1)
 
 
+@partial(jax.jit, static_argnames=("critic", "policy"))
 def token_values(critic, params, tokens, mask, *, policy):
     """float32 [B,T]: the critic's value of the state in which `tokens[:, t]` was chosen.
 

@@ -54,4 +54,6 @@ def align(x, order):
     return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
 
 
-__all__ = ["zero_where_masked", "masked_sum", "masked_mean", "positions", "through_first_end", "left_align", "align"]
+__all__ = [
+    "zero_where_masked", "masked_sum", "masked_mean", "positions", "through_first_end", "left_align", "align",
+]

@@ -59,7 +59,10 @@ class LossScale:
 
     def scale(self, tree):
         """Every leaf times the scale, multiplied in float32 and given back in the leaf's dtype."""
-        return jax.tree.map(lambda x: (jnp.asarray(x, jnp.float32) * self.loss_scale).astype(jnp.result_type(x)), tree)
+        def scaled(x):
+            return (jnp.asarray(x, jnp.float32) * self.loss_scale).astype(jnp.result_type(x))
+
+        return jax.tree.map(scaled, tree)
 
     def unscale(self, tree):
         """Every leaf divided by the scale, in float32: a float16 leaf would underflow again."""
@@ -91,9 +94,10 @@ class LossScale:
 
 def make_loss_scale(config=LossScaleConfig(), dynamic=True):
     """A fresh `LossScale`; 1 and constant where `dynamic` is false."""
-    zero = lambda: jnp.zeros((), jnp.int32)  # one buffer each: the state is donated, and a buffer only once
     first = config.initial if dynamic else 1.0
-    return LossScale(jnp.asarray(first, jnp.float32), zero(), zero(), zero(), config, dynamic)
+    # A buffer each: the state is donated, and a buffer can be donated once.
+    counters = (jnp.zeros((), jnp.int32) for _ in range(3))
+    return LossScale(jnp.asarray(first, jnp.float32), *counters, config, dynamic)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,7 +136,7 @@ def _parse_policy(name, text):
         if value not in allowed[key]:
             raise ValueError(f"precision {name!r}: {key} is {value!r}; allowed: {', '.join(allowed[key])}")
     dtypes = {key: jnp.dtype(value) for key, value in given.items()}
-    return jmp.Policy(param_dtype=dtypes["params"], compute_dtype=dtypes["compute"], output_dtype=dtypes["output"])
+    return jmp.Policy(dtypes["params"], dtypes["compute"], dtypes["output"])
 
 
 def resolve_precision(name, platform):
@@ -141,9 +145,12 @@ def resolve_precision(name, platform):
         return "bf16" if platform == "tpu" else "fp16"
     if platform == "tpu" and get_precision(name).policy.compute_dtype == jnp.float16:
         raise ValueError(
-            f"precision {name!r} computes in float16, which a TPU's matrix units do not; allowed on TPU: bf16, fp32"
+            f"precision {name!r} computes in float16, which a TPU's matrix units do not; "
+            "allowed on TPU: bf16, fp32"
         )
     return name
 
 
-__all__ = ["LossScaleConfig", "LossScale", "Precision", "make_loss_scale", "get_precision", "resolve_precision"]
+__all__ = [
+    "LossScaleConfig", "LossScale", "Precision", "make_loss_scale", "get_precision", "resolve_precision",
+]

@@ -32,7 +32,8 @@ def summary(folder):
         for key in evaluated[-1]:
             if key.startswith("eval/") and key.endswith("/accuracy"):
                 before, after = evaluated[0].get(key), evaluated[-1][key]
-                rows.append((f"{key.split('/')[1]} accuracy, held out", _text(before, ".3f"), _text(after, ".3f")))
+                name = f"{key.split('/')[1]} accuracy, held out"
+                rows.append((name, _text(before, ".3f"), _text(after, ".3f")))
     if steps:
         rows += [
             (name, _text(steps[0].get(key), form), _text(steps[-1].get(key), form))
@@ -72,18 +73,20 @@ def draw_run(folder, title):
 
 
 def _line(axes, records, key, **style):
-    points = [(record["step"], record[key]) for record in records if key in record and math.isfinite(record[key])]
-    if points:
-        axes.plot(*zip(*points), **style)
+    steps = [record["step"] for record in records if math.isfinite(record.get(key, math.nan))]
+    values = [record[key] for record in records if math.isfinite(record.get(key, math.nan))]
+    if steps:
+        axes.plot(steps, values, **style)
 
 
 def _reward(axes, records, steps):
     axes.set_title("reward, and accuracy on held-out problems", loc="left", fontsize=10, color=INK)
     _line(axes, steps, "reward", color=GRID, linewidth=1.4, label="training reward")
     colours = iter((ACCENT, SECOND, INK))
-    names = dict.fromkeys(key for r in records for key in r if key.startswith("eval/") and key.endswith("/accuracy"))
-    for key, colour in zip(names, colours):
-        _line(axes, records, key, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=key.split("/")[1])
+    names = dict.fromkeys(key for record in records for key in record if key.endswith("/accuracy"))
+    for key, colour in zip(names, colours, strict=False):
+        label = key.split("/")[1]
+        _line(axes, records, key, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label)
     axes.set_ylim(-0.02, 1.02)
     axes.legend(frameon=False, fontsize=8, loc="lower right")
 
@@ -91,9 +94,9 @@ def _reward(axes, records, steps):
 def _scale(axes, steps):
     axes.set_title("loss scale; a mark where a step was skipped", loc="left", fontsize=10, color=INK)
     _line(axes, steps, "loss_scale", color=ACCENT, linewidth=1.6, drawstyle="steps-post")
-    skipped = [(s["step"], s["loss_scale"]) for s in steps if s.get("skipped")]
+    skipped = [step for step in steps if step.get("skipped")]
     if skipped:
-        axes.plot(*zip(*skipped), "x", color=INK, markersize=6)
+        _line(axes, skipped, "loss_scale", color=INK, marker="x", markersize=6, linestyle="")
     axes.set_yscale("log", base=2)
 
 

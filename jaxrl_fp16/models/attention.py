@@ -76,7 +76,8 @@ def _scores(q, k, visible):
 
 def _start(q):
     """The carry before any key: running maximum, sum of exponentials, weighted values."""
-    floor = jnp.full(q.shape[:-1], jnp.finfo(jnp.float32).min)  # finite: a masked block gives exp(-inf), not exp(nan)
+    # Finite, so that a block with nothing visible gives exp(-inf) and not exp(nan).
+    floor = jnp.full(q.shape[:-1], jnp.finfo(jnp.float32).min)
     return floor, jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape, jnp.float32)
 
 

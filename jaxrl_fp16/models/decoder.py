@@ -9,6 +9,7 @@ Rows are left-aligned here: a token's column is its position and its cache slot.
 from __future__ import annotations
 
 import dataclasses
+from operator import itemgetter
 from typing import Annotated, Any
 
 from annotated_types import Ge, Gt
@@ -52,7 +53,9 @@ class DecoderConfig:
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # the dataclass is frozen for everyone after this
         if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_heads {self.num_heads} is not a multiple of num_kv_heads {self.num_kv_heads}")
+            raise ValueError(
+                f"num_kv_heads is {self.num_kv_heads}; allowed: a divisor of num_heads, {self.num_heads}"
+            )
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}; allowed: even numbers, rotary angles turn pairs")
 
@@ -97,7 +100,7 @@ class Attention(nn.Module):
 
 
 def _write(stored, positions, new):
-    """`stored` [B,K,S,E] with `new` [B,K,1,E] in each row's slot: a scatter into the loop's carry, done in place."""
+    """`stored` [B,K,S,E] with `new` [B,K,1,E] in each row's slot: a scatter that XLA does in place."""
     at = stored.at[jnp.arange(len(positions)), :, positions]
     return at.set(attention.store(new[:, :, 0]), mode="promise_in_bounds", unique_indices=True)
 
@@ -138,7 +141,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, keep_cache=False):
-        """`tokens` int32 [B,T], left-aligned -> hidden [B,T,D] and, with `keep_cache`, a `Cache` [L,B,K,T,E]."""
+        """`tokens` int32 [B,T], left-aligned -> hidden [B,T,D]; with `keep_cache` also a `Cache` [L,B,K,T,E]."""
         c = self.config
         initial = nn.initializers.normal(c.hidden_size**-0.5)
         embedding = self.param("embedding", initial, (c.vocab_size, c.hidden_size), jnp.float32)
@@ -171,9 +174,9 @@ def _angles(config, positions):
     return rope_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
 
 
-def unstack_layers(params, num_layers):
-    """The stacked layers as a list of trees, for `decode_step`: sliced once, not at every step."""
-    return [jax.tree.map(lambda x: x[i], params["layers"]) for i in range(num_layers)]
+def unstack_layers(stacked, num_layers):
+    """Trees of arrays [L,...] as a list of L trees, for `decode_step`: sliced once, not at every step."""
+    return [jax.tree.map(itemgetter(i), stacked) for i in range(num_layers)]
 
 
 def decode_step(model, params, layers, token, caches, positions):

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from functools import partial
-from typing import Annotated, Any
+from typing import Annotated
 
 from annotated_types import Gt
 from flax import linen as nn
@@ -135,7 +135,7 @@ def rope_angles(positions, head_dim, theta, scaling=None):
 
 
 def rotate(x, angles):
-    """float32 `x` [B,T,H,E] turned by `angles` [B or 1,T,E/2]; halves are paired, as Hugging Face's weights are."""
+    """float32 `x` [B,T,H,E] turned by `angles` [B or 1,T,E/2]; halves are paired, as Hugging Face does."""
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

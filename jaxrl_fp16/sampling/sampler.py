@@ -42,7 +42,7 @@ class SamplingConfig:
     def __post_init__(self):
         if self.max_new_tokens < 1 or self.group_size < 1:
             raise ValueError(
-                f"max_new_tokens is {self.max_new_tokens}, group_size is {self.group_size}; allowed: 1 or more"
+                f"max_new_tokens is {self.max_new_tokens}, group_size is {self.group_size}; allowed: >= 1"
             )
         if self.temperature < 0 or not 0 < self.top_p <= 1 or self.top_k < 0:
             raise ValueError(
@@ -101,9 +101,8 @@ def _stop_automaton(config, tokenizer, vocab_size):
     if not config.stop:
         return None
     if tokenizer is None:
-        raise ValueError(f"stop strings {config.stop!r} need a tokenizer; make_sampler(..., tokenizer=...) takes one")
-    texts = token_bytes(tokenizer)[:vocab_size]
-    table, accept = stop_table(config.stop, texts + [b""] * (vocab_size - len(texts)))
+        raise ValueError(f"stop strings {config.stop!r} need a tokenizer: make_sampler(..., tokenizer=...)")
+    table, accept = stop_table(config.stop, token_bytes(tokenizer, vocab_size)[:vocab_size])
     return jnp.asarray(table), accept
 
 
@@ -137,7 +136,7 @@ def _decode(model, params, config, eos_ids, pad_id, stops, prompt_tokens, prompt
     keys = keys.reshape(-1, *keys.shape[2:])
     hidden, caches, lengths = _prefill(model, params, config, prompt_tokens, prompt_mask)
     hidden, lengths = jnp.repeat(hidden, group, axis=0), jnp.repeat(lengths, group)
-    layers = unstack_layers(params, model.config.num_layers)
+    layers = unstack_layers(params["layers"], model.config.num_layers)
 
     def draw_column(state, hidden):
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
@@ -152,9 +151,10 @@ def _decode(model, params, config, eos_ids, pad_id, stops, prompt_tokens, prompt
         return (state.step < config.max_new_tokens) & ~jnp.all(state.done)
 
     empty = _empty_columns(config, pad_id, len(keys), params["head"].shape[0])
+    no_token = jnp.zeros(len(keys), jnp.int32)
     start = Decoding(
-        step=jnp.zeros((), jnp.int32), caches=caches, token=jnp.zeros(len(keys), jnp.int32), done=jnp.zeros(len(keys), bool),
-        stop_state=jnp.zeros(len(keys), jnp.int32), columns=empty,
+        step=jnp.zeros((), jnp.int32), caches=caches, token=no_token, done=jnp.zeros(len(keys), bool),
+        stop_state=no_token, columns=empty,
     )
     end = lax.while_loop(goes_on, advance, draw_column(start, hidden))
     return end.columns, end.done
@@ -173,14 +173,14 @@ def _prefill(model, params, config, prompt_tokens, prompt_mask):
         x = jnp.repeat(x, config.group_size, axis=0)
         return jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
 
-    caches = [jax.tree.map(lambda x: widen(x[i]), stacked) for i in range(model.config.num_layers)]
+    caches = [jax.tree.map(widen, cache) for cache in unstack_layers(stacked, model.config.num_layers)]
     return jnp.take_along_axis(hidden, last[:, None, None], axis=1), caches, lengths
 
 
 def _empty_columns(config, pad_id, rows, vocab_size):
     shape = (rows, config.max_new_tokens)
     columns = dict(
-        tokens=jnp.full(shape, pad_id, jnp.int32), response_mask=jnp.zeros(shape, bool), logprobs=jnp.zeros(shape)
+        tokens=jnp.full(shape, pad_id, jnp.int32), response_mask=jnp.zeros(shape, bool), logprobs=jnp.zeros(shape),
     )
     size = support_size(config, vocab_size)
     if size:
@@ -192,7 +192,9 @@ def _write(state, drawn, eos_ids, pad_id, stops):
     """The state with one more column; rows that are done keep their padding."""
     token, logprob, support, full_logprob = drawn
     going = ~state.done
-    column = dict(tokens=jnp.where(going, token, pad_id), response_mask=going, logprobs=jnp.where(going, logprob, 0.0))
+    column = dict(
+        tokens=jnp.where(going, token, pad_id), response_mask=going, logprobs=jnp.where(going, logprob, 0.0),
+    )
     if support is not None:
         column.update(
             support=jnp.where(going[:, None], support, -1), full_logprobs=jnp.where(going, full_logprob, 0.0)
@@ -207,7 +209,7 @@ def _write(state, drawn, eos_ids, pad_id, stops):
         stop_state = table[stop_state, token].astype(jnp.int32)
         ends |= stop_state == accept
     return state.replace(
-        step=state.step + 1, token=column["tokens"], done=state.done | ends, stop_state=stop_state, columns=columns
+        step=state.step + 1, token=column["tokens"], done=state.done | ends, stop_state=stop_state, columns=columns,
     )
 
 

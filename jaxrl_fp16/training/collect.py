@@ -29,10 +29,6 @@ class PromptBatch:
     set_aside: int         # prompts passed over: longer than P
 
 
-class NoPromptFits(ValueError):
-    """Every prompt of the data is longer than the limit."""
-
-
 @lru_cache(maxsize=2)
 def _permutation(seed, epoch, size):
     return np.random.default_rng([seed, epoch]).permutation(size)
@@ -46,14 +42,14 @@ def data_order(seed, size, places):
 def next_prompts(task, tokenizer, position, count, length, seed):
     """`count` prompts of `task.train` from `position` on, in an order that hangs on `seed` and the epoch alone.
 
-    A prompt longer than `length` tokens is set aside, never cut. Raises
-    NoPromptFits when a whole epoch holds none that fits.
+    A prompt longer than `length` tokens is set aside, never cut. Raises ValueError
+    when a whole epoch holds none that fits.
     """
     size = len(task.train)
     start, chosen = position, []
     while len(chosen) < count:
         if not chosen and position - start > size:
-            raise NoPromptFits(
+            raise ValueError(
                 f"none of the {size} prompts fits into training.max_prompt_tokens = {length}; allowed: a larger limit"
             )
         places = range(position, position + count - len(chosen))
@@ -79,11 +75,11 @@ class Graded:
     lengths: np.ndarray          # int [B]: response tokens
 
 
-def sample_and_grade(sample, params, prompts, task, tokenizer, eos_ids, key, mesh):
+def sample_and_grade(sample, params, prompts, task, setup, key):
     """Samples a group for each prompt, decodes the responses and grades them."""
-    rollout = sample(params, *shard_batch((prompts.tokens, prompts.mask), mesh), key)
+    rollout = sample(params, *shard_batch((prompts.tokens, prompts.mask), setup.mesh), key)
     tokens, mask, finished = (to_host(x) for x in (rollout.tokens, rollout.response_mask, rollout.finished))
-    texts = decode_responses(tokenizer, tokens, mask, eos_ids)
+    texts = decode_responses(setup.tokenizer, tokens, mask, setup.eos_ids)
     group = len(texts) // len(prompts.texts)
     responses = in_groups(texts, group)
     rewards = task.rewards(prompts.texts, responses, prompts.examples)
@@ -109,5 +105,5 @@ def truncation_rule(rule, graded):
 
 
 __all__ = [
-    "PromptBatch", "NoPromptFits", "data_order", "next_prompts", "Graded", "sample_and_grade", "in_groups", "truncation_rule",
+    "PromptBatch", "data_order", "next_prompts", "Graded", "sample_and_grade", "in_groups", "truncation_rule",
 ]

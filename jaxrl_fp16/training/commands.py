@@ -2,101 +2,57 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import json
-from pathlib import Path
-import signal
 
 import jax
 
 from jaxrl_fp16.config import ConfigError
 from jaxrl_fp16.console import Console
-from jaxrl_fp16.logs import truncate
-from jaxrl_fp16.models import param_shardings
+from jaxrl_fp16.rl import needs_critic, needs_reference
 from jaxrl_fp16.sampling import make_sampler
 from jaxrl_fp16.tasks import Example, open_task, render
 from jaxrl_fp16.tokenizer import encode_prompts
-from jaxrl_fp16.training.checkpoint import Checkpoints
 from jaxrl_fp16.training.collect import PromptBatch, sample_and_grade
 from jaxrl_fp16.training.evaluate import evaluate, make_evaluators
 from jaxrl_fp16.training.learn import Learner
-from jaxrl_fp16.training.loop import (
-    announced, caught_signals, check_skips, export, make_learner, naming, open_checkpoints, open_folder, open_log,
-    refused,
-)
-from jaxrl_fp16.training.optimizer import make_optimizer, make_schedule
+from jaxrl_fp16.training.loop import make_learner
+from jaxrl_fp16.training.optimizer import make_schedule
+from jaxrl_fp16.training.run import SkipGuard, naming, naming_at_entry, open_run
 from jaxrl_fp16.training.run_config import resolve_algorithm
-from jaxrl_fp16.training.setup import load_model, set_up, write_record
-from jaxrl_fp16.training.sft import make_sft_update
-from jaxrl_fp16.training.state import create_train_state
-from jaxrl_fp16.training.supervised import supervised_steps
+from jaxrl_fp16.training.setup import load_model, set_up
+from jaxrl_fp16.training.supervised import fresh_state, supervise
 
 SFT_LINE = (("loss", "loss", ".4f"), ("gradient norm", "grad_norm", ".2f"), ("scale", "loss_scale", ",g"))
 
 
 def run_sft(config):
-    """Supervised training; evaluations, checkpoints, resume and export as in `train`."""
-    if not config.sft.steps:
+    """Supervised training; evaluations, checkpoints, resume, signals and export as in `train`."""
+    steps = config.sft.steps
+    if not steps:
         raise ConfigError("sft.steps is 0; allowed: 1 or more")
-    setup = set_up(config)
-    config, section = setup.config, setup.config.sft
-    with contextlib.ExitStack() as stack:
-        task = stack.enter_context(refused("task", open_task, config.task))
-        keys = jax.random.split(jax.random.key(config.run.seed), 4)
-        model, params = load_model(setup, keys[0])
-        with naming("evaluation"):
-            evaluators = make_evaluators(config, model, setup, task)
-        folder = open_folder(config)
-        log = Console()
-        checkpoints = stack.enter_context(open_checkpoints(folder, config, lambda text: log.say(text)))
-        signals = stack.enter_context(caught_signals())
-        write_record(setup, folder)
-        optimizer = make_optimizer(section.optimizer)
-        state = create_train_state(
-            params, optimizer, setup.precision.loss_scale, keys[1], param_shardings(model, setup.mesh)
-        )
-        start = position = 0
+    with open_run(config) as (run, params):
+        learner, position, start = Learner(fresh_state(run, params)), 0, 0
         if config.resume is not None:
-            learner, extra, start = checkpoints.restore(Learner(state))
-            state, position = learner.policy, extra["position"]
-            truncate(folder, start)
-        whole = dataclasses.replace(config, run=dataclasses.replace(config.run, steps=section.steps))
-        log = stack.enter_context(open_log(folder, whole, start, line=SFT_LINE))
-        log.say(f"{folder}: supervised, {section.steps} steps in {setup.precision.name}")
-
-        update = make_sft_update(model, setup.precision.policy, optimizer, microbatch_size=section.microbatch_size)
-        steps = supervised_steps(config, setup, task, update, state, first=start, position=position)
-        skipped_in_a_row = 0
-        with naming("sft"), announced(log, True, "compiling the update"):
-            first = next(steps, None)
-        for step, state, metrics, position in _chain(first, steps):
-            metrics = {name: float(value) for name, value in metrics.items()}
-            skipped_in_a_row = skipped_in_a_row + 1 if metrics["skipped"] else 0
-            check_skips(
-                skipped_in_a_row, state.loss_scale, metrics["skipped"], config.training.max_skipped_steps, checkpoints
-            )
-            metrics["learning_rate"] = float(make_schedule(section.optimizer)(state.step))
-            last = step == section.steps or signals.received is not None
-            if config.evaluation.every and step % config.evaluation.every == 0 or last:
-                for evaluator in evaluators:
-                    metrics |= evaluate(evaluator, state.params, setup, config.training.max_prompt_tokens, keys[3])
-            log.metrics(step, metrics)
-            if checkpoints.due(step) or last:
-                checkpoints.save(step, Learner(state), {"position": position})
-            if signals.received is not None:
-                checkpoints.wait()
-                log.say(f"stopped by {signal.Signals(signals.received).name}; saved after step {step}")
-                return 128 + signals.received
-        export(config, setup, model, state.params, folder / "model")
-        log.say(f"weights for Transformers and vLLM: {folder / 'model'}")
+            learner, position, start = run.restore(learner)
+        run.start_log(start, steps, line=SFT_LINE)
+        run.log.say(f"supervised: {steps} steps of {config.sft.batch_size} rows")
+        guard = SkipGuard(config.training.max_skipped_steps, run.checkpoints)
+        schedule, taken = make_schedule(config.sft.optimizer), supervise(run, learner.policy, position, start)
+        with naming("sft"):
+            for step, state, metrics, position in taken:
+                metrics = {name: float(value) for name, value in metrics.items()}
+                guard.check(metrics["skipped"], state.loss_scale)
+                metrics["learning_rate"] = float(schedule(state.step))
+                last = run.is_last(step, steps)
+                if last or run.evaluation_due(step):
+                    metrics |= run.evaluate(state.params)
+                run.log.metrics(step, metrics)
+                if last or run.checkpoints.due(step):
+                    run.checkpoints.save(step, Learner(state), {"position": position})
+                if run.signals.received is not None:
+                    return run.end_by_signal(step)
+        run.export(state.params)
         return 0
-
-
-def _chain(first, rest):
-    if first is not None:
-        yield first
-        yield from rest
 
 
 def run_eval(config):
@@ -105,7 +61,7 @@ def run_eval(config):
     config, log = setup.config, Console()
     if not config.evaluation.sets:
         raise ConfigError("evaluation.sets is empty; allowed: one set or more")
-    with refused("task", open_task, config.task) as task:
+    with naming_at_entry("task", open_task(config.task)) as task:
         keys = jax.random.split(jax.random.key(config.run.seed), 4)
         model, params = load_model(setup, keys[0])
         with naming("evaluation"):
@@ -121,10 +77,10 @@ def run_eval(config):
 
 
 def run_generate(config):
-    """Prints a group of responses to each prompt, with rewards where the task has an answer."""
+    """Prints a group of responses to each prompt, with rewards where the problem has an answer."""
     setup = set_up(config)
     config, log = setup.config, Console()
-    with refused("task", open_task, config.task) as task:
+    with naming_at_entry("task", open_task(config.task)) as task:
         keys = jax.random.split(jax.random.key(config.run.seed), 4)
         model, params = load_model(setup, keys[0])
         known = (task.heldout or task.train)[: config.generate.count]
@@ -135,12 +91,10 @@ def run_generate(config):
             eos_id=setup.eos_ids, pad_id=setup.pad_id, tokenizer=setup.tokenizer,
         )
         with log.announce("compiling the sampler"):
-            graded = sample_and_grade(
-                sample, params, prompts, task, setup.tokenizer, setup.eos_ids, keys[3], setup.mesh
-            )
-    for text, example, group, rewards in zip(prompts.texts, examples, graded.responses, graded.rewards.values):
+            graded = sample_and_grade(sample, params, prompts, task, setup, keys[3])
+    for text, example, responses, rewards in zip(prompts.texts, examples, graded.responses, graded.rewards.values):
         log.say(f"> {text}")
-        for response, reward in zip(group, rewards):
+        for response, reward in zip(responses, rewards):
             log.say(f"{response}   [{reward:g}]" if example.answer else response)
     return 0
 
@@ -160,19 +114,10 @@ def run_export(config):
     """Writes the newest sound checkpoint of `resume` as RUN_FOLDER/model."""
     if config.resume is None:
         raise ConfigError("export needs --resume RUN_FOLDER, the run whose checkpoint is to be exported")
-    setup = set_up(config)
-    config, log = setup.config, Console()
-    folder = open_folder(config)
-    keys = jax.random.split(jax.random.key(config.run.seed), 4)
-    model, params = load_model(setup, keys[0])
-    optimizer, critic_optimizer = make_optimizer(config.optimizer), make_optimizer(config.critic.optimizer)
-    learner = make_learner(
-        config, resolve_algorithm(config), setup, model, params, keys, optimizer, critic_optimizer
-    )
-    with Checkpoints(Path(folder) / "checkpoints", config.checkpoint, say=log.say) as checkpoints:
-        learner, _, step = checkpoints.restore(learner)
-    export(config, setup, model, learner.policy.params, folder / "model")
-    log.say(f"step {step} as {folder / 'model'}")
+    algorithm = resolve_algorithm(config)
+    with open_run(config, reference=needs_reference(algorithm), critic=needs_critic(algorithm)) as (run, params):
+        learner, _, _ = run.checkpoints.restore(make_learner(run, algorithm, params))
+        run.export(learner.policy.params)
     return 0
 
 

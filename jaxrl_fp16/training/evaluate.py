@@ -71,10 +71,11 @@ def evaluate(evaluator, params, setup, length, key):
         chunk = problems[start:start + evaluator.prompts_at_once]
         prompts, kept = _prompts(evaluator, chunk, setup.tokenizer, length)
         graded = sample_and_grade(
-            evaluator.sample, params, prompts, evaluator.task, setup.tokenizer, setup.eos_ids,
-            jax.random.fold_in(key, number), setup.mesh,
+            evaluator.sample, params, prompts, evaluator.task, setup, jax.random.fold_in(key, number)
         )
-        values = np.where(kept[:, None] & graded.rewards.valid[: len(kept)], graded.rewards.values[: len(kept)], 0.0)
+        count = len(kept)
+        counted = kept[:, None] & graded.rewards.valid[:count]
+        values = np.where(counted, graded.rewards.values[:count], 0.0)
         rewards.append(values)
         lengths.append(graded.lengths[: values.size])
         finished.append(graded.finished[: values.size])
@@ -102,10 +103,8 @@ def _metrics(name, rewards, lengths, finished):
         "problems": count,
     }
     solved = (rewards > 0.5).sum(axis=1)
-    k = 1
-    while k <= samples and samples > 1:
+    for k in sorted({2**power for power in range(samples.bit_length())} | {samples}) if samples > 1 else ():
         metrics[f"pass@{k}"] = np.mean([pass_at_k(samples, int(right), k) for right in solved])
-        k *= 2
     return {f"eval/{name}/{key}": float(value) for key, value in metrics.items()}
 
 

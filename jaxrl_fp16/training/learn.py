@@ -11,7 +11,6 @@ from typing import Any
 
 from flax import struct
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_fp16.masking import masked_mean
@@ -22,6 +21,7 @@ from jaxrl_fp16.rl import (
     rewards_on_last_token,
 )
 from jaxrl_fp16.training.collect import truncation_rule
+from jaxrl_fp16.training.optimizer import make_optimizer
 from jaxrl_fp16.training.scorer import make_scorer, make_valuer
 from jaxrl_fp16.training.state import TrainState
 from jaxrl_fp16.training.update import make_update
@@ -51,7 +51,7 @@ class Programs:
     take: Any             # rows of a tree of arrays [B,...]
 
 
-def make_programs(config, algorithm, model, setup, optimizer, critic_optimizer):
+def make_programs(config, algorithm, model, setup):
     """`Programs` under one precision policy."""
     t, policy = config.training, setup.precision.policy
     temperature = config.sampling.temperature
@@ -61,13 +61,16 @@ def make_programs(config, algorithm, model, setup, optimizer, critic_optimizer):
     if needs_critic(algorithm):
         critic = Critic(model)
         valuer = make_valuer(critic, policy, microbatch_size=t.microbatch_size)
-        value_update = make_value_update(critic, policy, algorithm, critic_optimizer, **shared)
+        value_update = make_value_update(critic, policy, algorithm, make_optimizer(config.critic.optimizer), **shared)
     rows = batch_sharding(setup.mesh)
     return Programs(
         scorer=make_scorer(
             model, policy, microbatch_size=t.microbatch_size, temperature=temperature, with_entropy=True
         ),
-        update=make_update(model, policy, algorithm, optimizer, temperature=temperature, keep_logprobs=True, **shared),
+        update=make_update(
+            model, policy, algorithm, make_optimizer(config.optimizer),
+            temperature=temperature, keep_logprobs=True, **shared,
+        ),
         valuer=valuer,
         value_update=value_update,
         compare=jax.jit(mismatch_metrics, static_argnames="prefix"),

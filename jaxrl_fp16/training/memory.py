@@ -16,6 +16,7 @@ from jaxrl_fp16.forward import LOGIT_BYTES
 from jaxrl_fp16.models import param_shapes
 
 MIB = 2**20
+LOWERS_MEMORY = "sampling.max_rows, training.microbatch_size, model.remat, mesh.fsdp"
 
 
 def estimate(config, model, mesh, compute_dtype, *, reference=False, critic=False):
@@ -61,8 +62,8 @@ def check_fits(needs, available):
         largest = sorted(needs, key=needs.get, reverse=True)[:3]
         parts = ", ".join(f"{name} {needs[name] / MIB:,.0f} MiB" for name in largest)
         raise ValueError(
-            f"the run needs about {total / MIB:,.0f} MiB a device and {available / MIB:,.0f} MiB are there ({parts}, ...); "
-            "what lowers it: sampling.max_rows, training.microbatch_size, model.remat, mesh.fsdp"
+            f"the run needs about {total / MIB:,.0f} MiB a device and {available / MIB:,.0f} MiB are there "
+            f"({parts}, ...); what lowers it: {LOWERS_MEMORY}"
         )
 
 

@@ -159,7 +159,8 @@ def check_resumed(config, folder):
     changed = diff(load_config(Config, path), config, ignore=MAY_CHANGE)
     if changed:
         shown = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in list(changed.items())[:3])
-        raise ConfigError(f"resume: {folder} was started otherwise: {shown}; allowed to differ: {', '.join(MAY_CHANGE)}")
+        allowed = ", ".join(MAY_CHANGE)
+        raise ConfigError(f"resume: {folder} was started otherwise: {shown}; allowed to differ: {allowed}")
 
 
 def write_record(setup, folder):

@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import numpy as np
 
+from jaxrl_fp16.models import param_shardings
 from jaxrl_fp16.parallel import shard_batch
 from jaxrl_fp16.tasks import render
 from jaxrl_fp16.tokenizer import encode_pairs
 from jaxrl_fp16.training.collect import data_order
-from jaxrl_fp16.training.sft import Pairs
-
-
-class NoPairFits(ValueError):
-    """No problem has a solution that fits with it into the limit."""
+from jaxrl_fp16.training.optimizer import make_optimizer
+from jaxrl_fp16.training.run import announced
+from jaxrl_fp16.training.sft import Pairs, make_sft_update
+from jaxrl_fp16.training.state import create_train_state
 
 
 def next_pairs(task, tokenizer, position, count, length, seed):
     """`(Pairs on the host, position after them)`: problems with their solutions, in the order of `data_order`.
 
     Problems without a solution, and pairs longer than `length` tokens, are passed over.
-    Raises NoPairFits when a whole epoch holds none.
+    Raises ValueError when a whole epoch holds none that fits.
     """
     size, chosen, looked = len(task.train), [], 0
     while len(chosen) < count:
         if not chosen and looked > size:
-            raise NoPairFits(
-                f"none of the {size} problems has a solution that fits into sft.max_length = {length} tokens; "
+            raise ValueError(
+                f"none of the {size} problems has a solution that fits into max_length = {length} tokens; "
                 "allowed: data with task.solution_field, or a larger limit"
             )
         places = range(position, position + count - len(chosen))
@@ -38,15 +38,28 @@ def next_pairs(task, tokenizer, position, count, length, seed):
     return Pairs(*map(np.stack, zip(*chosen))), position
 
 
-def supervised_steps(config, setup, task, update, state, *, first=0, position=0):
-    """The steps of section `sft` from `first` on; yields `(step, state, metrics, position)` after each."""
-    section = config.sft
-    for step in range(first + 1, section.steps + 1):
+def fresh_state(run, params):
+    """A train state for section `sft`'s optimizer. Takes `params` over."""
+    scale, shardings = run.setup.precision.loss_scale, param_shardings(run.model, run.setup.mesh)
+    return create_train_state(params, make_optimizer(run.config.sft.optimizer), scale, run.keys[1], shardings)
+
+
+def supervise(run, state, position=0, start=0):
+    """The steps of section `sft` after step `start`, from `state` and a position in the data.
+
+    Yields `(step, state, metrics, position)` after each; a yielded state is donated to the next step.
+    """
+    section, setup = run.config.sft, run.setup
+    update = make_sft_update(
+        run.model, setup.precision.policy, make_optimizer(section.optimizer), microbatch_size=section.microbatch_size
+    )
+    for step in range(start + 1, section.steps + 1):
         pairs, position = next_pairs(
-            task, setup.tokenizer, position, section.batch_size, section.max_length, config.run.seed
+            run.task, setup.tokenizer, position, section.batch_size, section.max_length, run.config.run.seed
         )
-        state, metrics = update(state, shard_batch(pairs, setup.mesh))
+        with announced(run.log, step == start + 1, "compiling the supervised step"):
+            state, metrics = update(state, shard_batch(pairs, setup.mesh))
         yield step, state, metrics, position
 
 
-__all__ = ["NoPairFits", "next_pairs", "supervised_steps"]
+__all__ = ["fresh_state", "next_pairs", "supervise"]

@@ -1,0 +1,228 @@
+"""A run while it lives: its folder, log, checkpoints, task and model, opened in the order in which they can fail.
+
+What is wrong with the config, the data or the model is refused before the run folder is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+from pathlib import Path
+import signal
+from typing import Any
+
+import jax
+
+from jaxrl_fp16.config import ConfigError, to_dict, to_yaml
+from jaxrl_fp16.console import Console
+from jaxrl_fp16.logs import RunLog, truncate
+from jaxrl_fp16.models import param_shapes, save_pretrained
+from jaxrl_fp16.tasks import Task, open_task
+from jaxrl_fp16.training.checkpoint import Checkpoints
+from jaxrl_fp16.training.evaluate import evaluate, make_evaluators
+from jaxrl_fp16.training.memory import MIB, check_fits, device_bytes, estimate
+from jaxrl_fp16.training.setup import Setup, check_resumed, load_model, new_folder, set_up, write_record
+
+
+class Guard(RuntimeError):
+    """A run stopped itself; one line with the cause and what to try."""
+
+
+class Signals:
+    """SIGTERM and SIGINT, remembered until the step ends; a second one stops at once."""
+
+    received: int | None = None
+
+    def __call__(self, number, frame):
+        if self.received is not None:
+            raise SystemExit(128 + number)
+        self.received = number
+
+
+@dataclasses.dataclass
+class Run:
+    """What is open. `log` is the console alone until `start_log`."""
+
+    setup: Setup
+    config: Any
+    task: Task
+    model: Any
+    evaluators: list
+    keys: jax.Array         # of: weights, supervised steps, learning, evaluation
+    folder: Path
+    signals: Signals
+    checkpoints: Checkpoints
+    stack: contextlib.ExitStack
+    log: Console = dataclasses.field(default_factory=Console)
+
+    def restore(self, state):
+        """`(state, position in the data, step)` of the newest sound checkpoint; `state` is the template."""
+        state, extra, step = self.checkpoints.restore(state)
+        truncate(self.folder, step)
+        self.log.say(f"resumed after step {step}")
+        return state, extra["position"], step
+
+    def start_log(self, start, steps, **console):
+        """Opens the run's files; those of a resumed run have been cut back to step `start`."""
+        primary = jax.process_index() == 0
+        log = RunLog(
+            self.folder, self.config.logging, steps=steps, resumed=start, primary=primary,
+            facts=to_dict(self.config), **console,
+        )
+        self.log = self.stack.enter_context(log)
+
+    def evaluate(self, params):
+        """Metrics of every evaluation set, with the same sampling keys each time."""
+        metrics = {}
+        for evaluator in self.evaluators:
+            with self.log.announce(f"evaluating {evaluator.name}"):
+                metrics |= evaluate(
+                    evaluator, params, self.setup, self.config.training.max_prompt_tokens, self.keys[3]
+                )
+        return metrics
+
+    def is_last(self, step, steps):
+        """Whether the run ends after `step`: it was the last, or a signal came."""
+        return step == steps or self.signals.received is not None
+
+    def evaluation_due(self, step):
+        """Whether the config wants an evaluation after `step` iterations."""
+        every = self.config.evaluation.every
+        return every > 0 and step % every == 0
+
+    def end_by_signal(self, step):
+        """The exit code after a signal, once the save under way is finished."""
+        self.checkpoints.wait()
+        self.log.say(f"stopped by {signal.Signals(self.signals.received).name}; saved after step {step}")
+        return 128 + self.signals.received
+
+    def export(self, params):
+        """The weights as a Hugging Face folder, with the settings that they were trained to be sampled with."""
+        s, folder = self.config.sampling, self.folder / "model"
+        generation = {"eos_token_id": list(self.setup.eos_ids), "pad_token_id": self.setup.pad_id}
+        if s.temperature:
+            generation |= {"do_sample": True, "temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
+        save_pretrained(
+            folder, self.model, params, dtype=self.setup.precision.policy.compute_dtype.name,
+            tokenizer=self.setup.tokenizer, generation_config=generation, overwrite=True,
+        )
+        self.log.say(f"weights for Transformers and vLLM: {folder}")
+
+
+@contextlib.contextmanager
+def open_run(config, *, reference=False, critic=False):
+    """Gives `(Run, parameters)`. `reference` and `critic` say what else will take memory.
+
+    Raises ConfigError for whatever can be refused before the start.
+    """
+    setup = set_up(config)
+    config = setup.config
+    with contextlib.ExitStack() as stack:
+        task = stack.enter_context(naming_at_entry("task", open_task(config.task)))
+        keys = jax.random.split(jax.random.key(config.run.seed), 4)
+        model, params = load_model(setup, keys[0])
+        with naming("evaluation"):
+            evaluators = make_evaluators(config, model, setup, task)
+        needs = _check_memory(setup, model, reference, critic)
+        folder = _open_folder(config)
+        signals = stack.enter_context(_caught_signals())
+        run = Run(setup, config, task, model, evaluators, keys, folder, signals, None, stack)
+        run.checkpoints = stack.enter_context(Checkpoints(
+            folder / "checkpoints", config.checkpoint, resolved=to_yaml(config), say=lambda text: run.log.say(text)
+        ))
+        write_record(setup, folder)
+        _introduce(run, needs)
+        yield run, params
+
+
+@contextlib.contextmanager
+def naming(section):
+    """Turns a ValueError into a refusal that names the section of the config."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith(section) else f"{section}: {text}") from error
+
+
+@contextlib.contextmanager
+def naming_at_entry(section, context):
+    """`context`, with ValueErrors of its opening, and no later ones, turned into refusals."""
+    with contextlib.ExitStack() as stack:
+        with naming(section):
+            opened = stack.enter_context(context)
+        yield opened
+
+
+def _check_memory(setup, model, reference, critic):
+    """The estimate, `{what: bytes}` on a device; refuses a run that cannot fit."""
+    needs = estimate(
+        setup.config, model, setup.mesh, setup.precision.policy.compute_dtype, reference=reference, critic=critic
+    )
+    with naming("memory"):
+        check_fits(needs, device_bytes(setup.mesh.devices.flatten()[0]))
+    return needs
+
+
+def _open_folder(config):
+    if config.resume is None:
+        return new_folder(config)
+    check_resumed(config, config.resume)
+    return Path(config.resume)
+
+
+def _introduce(run, needs):
+    """Which model in which numerics, and what it will take."""
+    setup, config = run.setup, run.config
+    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(run.model)))
+    compute, device = setup.precision.policy.compute_dtype.name, setup.mesh.devices.flatten()[0].device_kind
+    run.log.say(
+        f"{run.folder}: {run.model.config.family}, {size / 1e6:,.2f}M parameters, in {setup.precision.name} "
+        f"(compute {compute}, {config.model.attention} attention) on {setup.mesh.size} x {device}"
+    )
+    if config.rollout_precision:
+        run.log.say(f"ablation: the sampler computes in {setup.rollout_precision.name}, all else in {config.precision}")
+    run.log.say("memory, about: " + ", ".join(f"{name} {value / MIB:,.1f} MiB" for name, value in needs.items()))
+
+
+@contextlib.contextmanager
+def _caught_signals():
+    signals = Signals()
+    before = {number: signal.signal(number, signals) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield signals
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def announced(log, first, text):
+    """Says what compiles, where this is the first time."""
+    return log.announce(text) if first else contextlib.nullcontext()
+
+
+class SkipGuard:
+    """Counts optimizer steps skipped in a row; stops a run whose gradients stay non-finite."""
+
+    def __init__(self, limit, checkpoints):
+        self.limit, self.checkpoints, self.in_a_row = limit, checkpoints, 0
+
+    def check(self, skipped, loss_scale):
+        """After each optimizer step: whether it was skipped, and the loss scale that it left."""
+        self.in_a_row = self.in_a_row + 1 if skipped else 0
+        floored = bool(skipped) and bool(loss_scale.at_minimum)
+        if self.in_a_row < self.limit and not floored:
+            return
+        latest = self.checkpoints.latest()
+        saved = "there is no checkpoint yet" if latest is None else f"the last checkpoint is of step {latest}"
+        cause = "with the loss scale at its minimum" if floored else "in a row"
+        raise Guard(
+            f"{self.in_a_row} optimizer steps skipped {cause}: gradients are not finite; "
+            f"try precision bf16 or a lower learning rate; {saved}"
+        )
+
+
+__all__ = ["Guard", "Run", "SkipGuard", "announced", "naming", "naming_at_entry", "open_run"]

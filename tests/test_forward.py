@@ -52,7 +52,8 @@ def some_support(columns):
     """int32 [B,columns,K]: the token and another id; every third place keeps all."""
     generator = np.random.default_rng(1)
     token = TOKENS[:, COLUMNS - columns :]
-    kept = np.stack([token, (token + generator.integers(1, V, token.shape)) % V, np.full(token.shape, -1)], axis=-1)
+    other = (token + generator.integers(1, V, token.shape)) % V
+    kept = np.stack([token, other, np.full(token.shape, -1)], axis=-1)
     kept[:, ::3] = -1
     return kept.astype(np.int32)
 
@@ -118,7 +119,8 @@ def test_entropy_is_that_of_the_whole_distribution(params):
 def test_a_support_of_one_id_is_certain():
     x = jax.random.normal(jax.random.key(0), (4, V))
     token = jnp.arange(4)
-    np.testing.assert_array_equal(logprob_of(x, token, jnp.stack([token, jnp.full(4, -1)], axis=1)), np.zeros(4))
+    support = jnp.stack([token, jnp.full(4, -1)], axis=1)
+    np.testing.assert_array_equal(logprob_of(x, token, support), np.zeros(4))
 
 
 # -- chunks and gradients ------------------------------------------------------------------------------

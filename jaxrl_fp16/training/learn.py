@@ -23,7 +23,7 @@ from jaxrl_fp16.rl import (
 from jaxrl_fp16.training.collect import truncation_rule
 from jaxrl_fp16.training.optimizer import make_optimizer
 from jaxrl_fp16.training.scorer import make_scorer, make_valuer
-from jaxrl_fp16.training.state import TrainState
+from jaxrl_fp16.training.state import TrainState, shardings_of
 from jaxrl_fp16.training.update import make_update
 from jaxrl_fp16.training.value import make_value_update
 from jaxrl_fp16.types import Batch
@@ -51,8 +51,8 @@ class Programs:
     take: Any             # rows of a tree of arrays [B,...]
 
 
-def make_programs(config, algorithm, model, setup):
-    """`Programs` under one precision policy."""
+def make_programs(config, algorithm, model, setup, learner):
+    """`Programs` under one precision policy; `learner`'s arrays stay where they lie."""
     t, policy = config.training, setup.precision.policy
     temperature = config.sampling.temperature
     limit = config.sampling.max_new_tokens
@@ -61,7 +61,10 @@ def make_programs(config, algorithm, model, setup):
     if needs_critic(algorithm):
         critic = Critic(model)
         valuer = make_valuer(critic, policy, microbatch_size=t.microbatch_size)
-        value_update = make_value_update(critic, policy, algorithm, make_optimizer(config.critic.optimizer), **shared)
+        value_update = make_value_update(
+            critic, policy, algorithm, make_optimizer(config.critic.optimizer),
+            state_shardings=shardings_of(learner.critic), **shared,
+        )
     rows = batch_sharding(setup.mesh)
     return Programs(
         scorer=make_scorer(
@@ -69,7 +72,7 @@ def make_programs(config, algorithm, model, setup):
         ),
         update=make_update(
             model, policy, algorithm, make_optimizer(config.optimizer),
-            temperature=temperature, keep_logprobs=True, **shared,
+            temperature=temperature, keep_logprobs=True, state_shardings=shardings_of(learner.policy), **shared,
         ),
         valuer=valuer,
         value_update=value_update,

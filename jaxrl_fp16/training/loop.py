@@ -57,7 +57,7 @@ def train(config):
             run.log.metrics(0, metrics | run.evaluate(learner.policy.params))
 
         # The programs: each compiles once.
-        programs = make_programs(config, algorithm, run.model, setup)
+        programs = make_programs(config, algorithm, run.model, setup, learner)
         sample = make_sampler(
             run.model, setup.rollout_precision.policy, config.sampling,
             eos_id=setup.eos_ids, pad_id=setup.pad_id, tokenizer=setup.tokenizer,

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jaxrl_fp16.forward import score
 from jaxrl_fp16.masking import masked_sum
-from jaxrl_fp16.training.step import guarded_step
+from jaxrl_fp16.training.step import guarded_step, jit_update
 
 
 @struct.dataclass
@@ -23,10 +23,11 @@ class Pairs:
     loss_mask: jax.Array  # bool [B,T]: tokens to be learnt
 
 
-def make_sft_update(model, policy, optimizer, *, microbatch_size=8):
+def make_sft_update(model, policy, optimizer, *, microbatch_size=8, state_shardings=None):
     """A jitted `update(state, pairs) -> (state, metrics)`: masked next-token cross-entropy, mean over tokens.
 
-    Metrics as those of `guarded_step`; `loss` is in nats a token. The state is donated.
+    Metrics as those of `guarded_step`; `loss` is in nats a token. The state is donated; on a
+    mesh `state_shardings` keeps it where it lies.
     """
 
     def update(state, pairs):
@@ -40,7 +41,7 @@ def make_sft_update(model, policy, optimizer, *, microbatch_size=8):
         state, metrics, _ = guarded_step(loss_fn, optimizer, state, pairs, microbatch_size, empty=empty)
         return state, metrics
 
-    return jax.jit(update, donate_argnums=0)
+    return jit_update(update, state_shardings)
 
 
 __all__ = ["Pairs", "make_sft_update"]

@@ -46,4 +46,9 @@ def create_train_state(params, optimizer, loss_scale, key, param_shardings):
     return jax.jit(make, donate_argnums=0, out_shardings=shardings)(params, key)
 
 
-__all__ = ["TrainState", "init_train_state", "create_train_state"]
+def shardings_of(state):
+    """Where each array of `state` lies: a tree like it."""
+    return jax.tree.map(lambda x: x.sharding, state)
+
+
+__all__ = ["TrainState", "init_train_state", "create_train_state", "shardings_of"]

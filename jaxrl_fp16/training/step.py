@@ -62,6 +62,16 @@ def _accumulate(loss_fn, state, microbatches):
     return loss, grads, aux
 
 
+def jit_update(update, state_shardings=None):
+    """`update(state, batch) -> (state, metrics)` jitted, the state donated.
+
+    On a mesh `state_shardings`, a tree like the state, keeps it where it lies:
+    XLA would choose anew, and the next call compile again.
+    """
+    shardings = None if state_shardings is None else (state_shardings, None)
+    return jax.jit(update, donate_argnums=0, out_shardings=shardings)
+
+
 def split_rows(batch, size):
     """Arrays [B,...] as [B/size,size,...]. A microbatch takes every (B/size)-th row: where a mesh has
     spread the rows, each microbatch then spans all devices. Raises ValueError where size does not divide B."""
@@ -76,4 +86,4 @@ def join_rows(x):
     return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])
 
 
-__all__ = ["guarded_step", "split_rows", "join_rows"]
+__all__ = ["guarded_step", "jit_update", "split_rows", "join_rows"]

@@ -12,7 +12,7 @@ from jaxrl_fp16.training.collect import data_order
 from jaxrl_fp16.training.optimizer import make_optimizer
 from jaxrl_fp16.training.run import announced
 from jaxrl_fp16.training.sft import Pairs, make_sft_update
-from jaxrl_fp16.training.state import create_train_state
+from jaxrl_fp16.training.state import create_train_state, shardings_of
 
 
 def next_pairs(task, tokenizer, position, count, length, seed):
@@ -51,7 +51,8 @@ def supervise(run, state, position=0, start=0):
     """
     section, setup = run.config.sft, run.setup
     update = make_sft_update(
-        run.model, setup.precision.policy, make_optimizer(section.optimizer), microbatch_size=section.microbatch_size
+        run.model, setup.precision.policy, make_optimizer(section.optimizer),
+        microbatch_size=section.microbatch_size, state_shardings=shardings_of(state),
     )
     for step in range(start + 1, section.steps + 1):
         pairs, position = next_pairs(

@@ -5,17 +5,16 @@ B: rows of a minibatch.  T: columns.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from jaxrl_fp16.forward import score
 from jaxrl_fp16.rl import merge_metrics, normalizer_of, policy_loss
-from jaxrl_fp16.training.step import guarded_step, join_rows
+from jaxrl_fp16.training.step import guarded_step, jit_update, join_rows
 
 
 def make_update(
     model, policy, algorithm, optimizer, *,
-    microbatch_size=8, temperature=1.0, max_new_tokens=None, keep_logprobs=False,
+    microbatch_size=8, temperature=1.0, max_new_tokens=None, keep_logprobs=False, state_shardings=None,
 ):
     """A jitted `update(state, batch) -> (state, metrics)`: one optimizer step, or none (see `guarded_step`).
 
@@ -23,7 +22,8 @@ def make_update(
     B, are in memory at once, and the result is that of all rows at once.
     temperature: of the sampler. max_new_tokens: the constant of `fixed_length`,
     T - 1 where None. keep_logprobs adds `logprobs` float32 [B,T] to the metrics: the
-    gradient program's own, before the step. The state is donated.
+    gradient program's own, before the step. The state is donated; on a mesh
+    `state_shardings` keeps it where it lies.
     """
 
     def update(state, batch):
@@ -52,7 +52,7 @@ def make_update(
             metrics["logprobs"] = join_rows(logprobs)
         return state, metrics
 
-    return jax.jit(update, donate_argnums=0)
+    return jit_update(update, state_shardings)
 
 
 def _nothing_to_learn(algorithm, batch):

@@ -5,19 +5,20 @@ B: rows of a minibatch.  T: columns.
 
 from __future__ import annotations
 
-import jax
 import jax.numpy as jnp
 
 from jaxrl_fp16.forward import token_values
 from jaxrl_fp16.rl import merge_metrics, normalizer_of, value_loss
-from jaxrl_fp16.training.step import guarded_step
+from jaxrl_fp16.training.step import guarded_step, jit_update
 
 
-def make_value_update(critic, policy, algorithm, optimizer, *, microbatch_size=8, max_new_tokens=None):
+def make_value_update(critic, policy, algorithm, optimizer, *, microbatch_size=8, max_new_tokens=None,
+                      state_shardings=None):
     """A jitted `update(state, batch) -> (state, metrics)` that regresses the critic on `batch.returns`.
 
     `batch.values` float32 [B,T] are the critic's at the iteration's start, from
-    which `value_clip` measures. The state is donated.
+    which `value_clip` measures. The state is donated; on a mesh `state_shardings`
+    keeps it where it lies.
     """
 
     def update(state, batch):
@@ -37,7 +38,7 @@ def make_value_update(critic, policy, algorithm, optimizer, *, microbatch_size=8
         state, metrics, shares = guarded_step(loss_fn, optimizer, state, batch, microbatch_size, empty=empty)
         return state, {**merge_metrics(shares), **metrics}
 
-    return jax.jit(update, donate_argnums=0)
+    return jit_update(update, state_shardings)
 
 
 __all__ = ["make_value_update"]

@@ -58,7 +58,7 @@ def test_shapes_and_dtypes(case):
 
 @pytest.mark.parametrize("fields, message", [
     (dict(family="gpt"), "model family 'gpt' is unknown; allowed: qwen2, qwen3, llama"),
-    (dict(num_kv_heads=3), "num_heads 4 is not a multiple of num_kv_heads 3"),
+    (dict(num_kv_heads=3), "num_kv_heads is 3; allowed: a divisor of num_heads, 4"),
     (dict(head_dim=5), "head_dim is 5; allowed: even"),
 ])
 def test_a_shape_that_makes_no_sense_is_refused(fields, message):
@@ -83,7 +83,7 @@ def test_one_step_at_a_time_is_all_at_once(case, kind):
     params = cast_to_compute(random_params(model), get_precision("fp32").policy)
     tokens = jax.random.randint(jax.random.key(1), (2, BLOCK + 8), 0, 50)
     hidden, stacked = jax.jit(lambda p, t: model.apply({"params": p}, t, keep_cache=True))(params, tokens)
-    layers, lengths, slots = unstack_layers(params, 3), jnp.array([BLOCK - 4, 2]), 2 * BLOCK
+    layers, lengths, slots = unstack_layers(params["layers"], 3), jnp.array([BLOCK - 4, 2]), 2 * BLOCK
     # Beyond a row's length a cache may hold anything finite.
     widen = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)), constant_values=9)
     beyond = jnp.arange(slots)[None, None, :, None] >= lengths[:, None, None, None]
@@ -103,7 +103,8 @@ def test_a_step_writes_one_slot_of_each_row():
     empty = store(jnp.full((2, 2, BLOCK, 6), 9.0))
     caches = [Cache(empty, empty) for _ in range(3)]
     positions = jnp.array([5, 40])
-    step = jax.jit(lambda *args: decode_step(model, params, unstack_layers(params, 3), *args))
+    layers = unstack_layers(params["layers"], 3)
+    step = jax.jit(lambda *args: decode_step(model, params, layers, *args))
     _, written = step(jnp.array([1, 2]), caches, positions)
     for cache in written:
         changed = np.asarray(cache.keys != 9.0).any(axis=(1, 3))

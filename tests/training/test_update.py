@@ -1,0 +1,231 @@
+"""The policy's update: microbatches, empty batches, learning, donation, compilations, and FP16's gradients."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxrl_fp16.forward import token_logprobs
+from jaxrl_fp16.models import Decoder, DecoderConfig, init_params
+from jaxrl_fp16.precision import LossScaleConfig, get_precision
+from jaxrl_fp16.rl import get_algorithm, policy_loss
+from jaxrl_fp16.training import init_train_state, make_update
+from jaxrl_fp16.types import Batch
+
+GRPO = get_algorithm("grpo")
+
+
+def start(toy, precision="fp32", optimizer=None, **scale):
+    loss_scale = get_precision(precision, LossScaleConfig(**scale)).loss_scale
+    return init_train_state(toy.params, optimizer or toy.optimizer, loss_scale, jax.random.key(0))
+
+
+def updater(toy, precision="fp32", algorithm=GRPO, **settings):
+    settings = dict(microbatch_size=4, max_new_tokens=10) | settings
+    return make_update(toy.model, get_precision(precision).policy, algorithm, toy.optimizer, **settings)
+
+
+def parameters(state):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(state.params)])
+
+
+# -- what one step is ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm", [
+    get_algorithm("grpo", kl_coef=0.1, entropy_coef=0.01),
+    get_algorithm("dr_grpo"),
+    get_algorithm("pg_seq_is"),
+    get_algorithm("dapo", aggregation="token_mean"),
+], ids=lambda algorithm: algorithm.preset)
+def test_every_microbatch_size_gives_the_step_of_the_whole_batch(toy, algorithm):
+    batch = toy.batch()
+    # A row without a token and ragged lengths: a mean over a microbatch would be another number.
+    batch = batch.replace(response_mask=batch.response_mask.at[3].set(False))
+    results = {}
+    for size in (1, 4, 8):
+        state, metrics = updater(toy, algorithm=algorithm, microbatch_size=size)(start(toy), batch)
+        results[size] = parameters(state), metrics
+    whole, expected = results.pop(8)
+    for found, metrics in results.values():
+        assert metrics.keys() == expected.keys()
+        for name in expected:
+            np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+        # Adam divides the smallest gradients by their own size: compared where float32 sums are not all noise.
+        np.testing.assert_allclose(found, whole, atol=2e-4)
+
+
+def test_the_loss_and_its_gradient_are_those_of_policy_loss(toy):
+    batch = toy.batch()
+
+    def loss(params):
+        logprobs = token_logprobs(toy.model, params, batch.tokens, batch.mask, policy=get_precision("fp32").policy)
+        return policy_loss(
+            GRPO, logprobs=logprobs, old_logprobs=batch.old_logprobs, rollout_logprobs=batch.rollout_logprobs,
+            advantages=batch.advantages, mask=batch.response_mask, max_new_tokens=10)[0]
+
+    value, grads = jax.jit(jax.value_and_grad(loss))(toy.params)
+    for name, tolerance in (("fp32", 1e-5), ("fp16", 1e-2), ("bf16", 5e-2)):
+        _, metrics = updater(toy, name)(start(toy, name), batch)
+        np.testing.assert_allclose(metrics["loss"], value, rtol=tolerance)
+        np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=tolerance)
+
+
+def test_metrics_hold_what_a_run_logs(toy):
+    _, metrics = updater(toy, "fp16")(start(toy, "fp16"), toy.batch())
+    assert {"loss", "grad_norm", "loss_scale", "skipped", "empty", "policy_loss", "approx_kl", "ratio_mean",
+            "clip_fraction"} <= set(metrics)
+    assert {(leaf.dtype, leaf.shape) for leaf in metrics.values()} == {(jnp.dtype("float32"), ())}
+    assert float(metrics["loss_scale"]) == 2.0**15 and float(metrics["skipped"]) == 0
+
+
+def test_kept_log_probs_stand_in_the_batchs_order(toy):
+    batch = toy.batch()
+    policy = get_precision("fp32").policy
+    expected = token_logprobs(toy.model, toy.params, batch.tokens, batch.mask, policy=policy, temperature=0.7)
+    for size in (2, 8):
+        update = updater(toy, microbatch_size=size, temperature=0.7, keep_logprobs=True)
+        _, metrics = update(start(toy), batch)
+        np.testing.assert_allclose(metrics["logprobs"], expected, atol=1e-5)
+
+
+# -- steps that are not taken ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("algorithm, fields", [
+    (GRPO, dict(advantages=jnp.zeros(8))),
+    (GRPO, dict(response_mask=jnp.zeros((8, 20), bool))),
+    (get_algorithm("grpo", kl_coef=0.1), dict(response_mask=jnp.zeros((8, 20), bool))),
+    (get_algorithm("dapo"), dict(response_mask=jnp.zeros((8, 20), bool))),
+], ids=["no advantage", "no token", "no token for the KL", "no token for the mean"])
+def test_a_batch_that_teaches_nothing_changes_nothing(toy, algorithm, fields):
+    """Momentum and weight decay would move the weights all the same."""
+    update = updater(toy, "fp16", algorithm)
+    warm, _ = update(start(toy, "fp16"), toy.batch())
+    expected = jax.tree.map(np.asarray, (warm.params, warm.opt_state, warm.loss_scale, warm.step))
+    state, metrics = update(warm, toy.batch(**fields))
+    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state, state.loss_scale, state.step), expected)
+    assert float(metrics["empty"]) == 1 and float(metrics["skipped"]) == 0
+    assert all(np.isfinite(value) for value in metrics.values())
+
+
+def test_no_advantage_with_a_kl_term_is_a_step(toy):
+    state, metrics = updater(toy, algorithm=get_algorithm("grpo", kl_coef=0.1))(
+        start(toy), toy.batch(advantages=jnp.zeros(8)))
+    assert float(metrics["empty"]) == 0 and int(state.step) == 1
+    assert np.abs(parameters(state) - np.concatenate([np.ravel(x) for x in jax.tree.leaves(toy.params)])).max() > 0
+
+
+def test_junk_off_the_response_does_not_matter(toy):
+    batch = toy.batch()
+    junk = {name: jnp.where(batch.response_mask, getattr(batch, name), jnp.nan)
+            for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs")}
+    update = updater(toy, algorithm=get_algorithm("grpo", kl_coef=0.1))
+    clean, _ = update(start(toy), batch)
+    found, _ = update(start(toy), batch.replace(**junk))
+    np.testing.assert_array_equal(parameters(found), parameters(clean))
+
+
+def test_an_overflow_in_float16_is_skipped_and_halves_the_scale(toy):
+    update = updater(toy, "fp16")
+    state, metrics = update(start(toy, "fp16", initial=2.0**24), toy.batch(advantages=jnp.full(8, 1e4)))
+    assert float(metrics["skipped"]) == 1 and float(state.loss_scale.loss_scale) == 2.0**23
+    assert int(state.step) == 0
+    np.testing.assert_array_equal(parameters(state), np.concatenate([np.ravel(x) for x in jax.tree.leaves(toy.params)]))
+
+
+# -- many steps ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+def test_likely_tokens_become_likelier(toy, precision):
+    """30 steps towards the first half of the rows and away from the second."""
+    sign = jnp.where(jnp.arange(8) < 4, 1.0, -1.0)
+    algorithm = get_algorithm("reinforce")
+    batch, update = toy.batch(advantages=sign), updater(toy, precision, algorithm)
+    state, losses = start(toy, precision, growth_interval=10), []
+    for _ in range(30):
+        state, metrics = update(state, batch)
+        assert float(metrics["skipped"]) == 0
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 1.0
+    assert int(state.step) == 30
+    assert float(state.loss_scale.loss_scale) == (2.0**18 if precision == "fp16" else 1.0)
+
+
+def test_the_state_is_donated_and_nothing_is_compiled_again(toy):
+    update, state = updater(toy, "fp16"), start(toy, "fp16")
+    for seed in range(3):
+        given = state
+        state, _ = update(state, toy.batch(seed=seed))
+        assert all(leaf.is_deleted() for leaf in jax.tree.leaves(given))
+    assert update._cache_size() == 1
+    assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(toy.params))
+
+
+def test_masters_and_moments_stay_float32(toy):
+    for name in ("fp16", "bf16"):
+        state, _ = updater(toy, name)(start(toy, name), toy.batch())
+        assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state))} <= {
+            jnp.dtype("float32"), jnp.dtype("int32")}
+
+
+# -- FP16's gradients against FP32's ---------------------------------------------------------------------
+
+
+def recorder():
+    """An optimizer that takes no step and keeps the unscaled gradient as its state."""
+    zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+    return optax.GradientTransformation(zeros, lambda grads, state, params: (zeros(grads), grads))
+
+
+def tensors(grads):
+    """name -> one tensor, those of stacked layers one by one."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(grads):
+        name = jax.tree_util.keystr(path, simple=True, separator="/")
+        parts = enumerate(leaf) if name.startswith("layers") else [("", leaf)]
+        yield from ((f"{name} {index}", np.asarray(part, np.float64).ravel()) for index, part in parts)
+
+
+def cosines(found, expected):
+    """name -> (cosine, norm of the expected tensor as a share of the largest)."""
+    expected = dict(tensors(expected))
+    largest = max(np.linalg.norm(x) for x in expected.values())
+    result = {}
+    for name, x in tensors(found):
+        y = expected[name]
+        share = np.linalg.norm(y) / largest
+        if share > 1e-6:
+            result[name] = x @ y / (np.linalg.norm(x) * np.linalg.norm(y)), share
+    return result
+
+
+def test_float16_gradients_point_where_float32s_do():
+    """A row of one token, 8,192 times, among ragged ordinary rows; through the update, loss scaling included."""
+    columns, vocab = 8192, 64
+    model = Decoder(DecoderConfig(family="qwen2", vocab_size=vocab, hidden_size=32, intermediate_size=64, num_layers=2,
+                                  num_heads=2, num_kv_heads=1, head_dim=16, tie_embeddings=True))
+    params = init_params(model, jax.random.key(0))
+    generator = np.random.default_rng(0)
+    tokens = generator.integers(0, vocab, (3, columns)).astype(np.int32)
+    tokens[0] = 7
+    mask = np.ones((3, columns), bool)
+    mask[1, :1000], mask[2, 5000:] = False, False
+    sampled = mask.copy()
+    sampled[:, :1100] = False
+    policy = get_precision("fp32").policy
+    old = token_logprobs(model, params, tokens, mask, policy=policy)
+    batch = Batch(tokens=jnp.asarray(tokens), mask=jnp.asarray(mask), response_mask=jnp.asarray(sampled),
+                  rollout_logprobs=old, old_logprobs=old, advantages=jnp.array([1.0, -1.0, 0.5]))
+    grads = {}
+    for name in ("fp16", "fp32"):
+        precision = get_precision(name)
+        update = make_update(model, precision.policy, GRPO, recorder(), microbatch_size=3)
+        state, metrics = update(init_train_state(params, recorder(), precision.loss_scale, jax.random.key(0)), batch)
+        assert float(metrics["skipped"]) == 0
+        grads[name] = state.opt_state
+    found = cosines(grads["fp16"], grads["fp32"])
+    worst = min(found, key=lambda name: found[name][0])
+    print(f"worst of {len(found)} tensors: {worst}, cosine {found[worst][0]:.6f}, norm {found[worst][1]:.1e} of the largest")
+    assert found[worst][0] >= 0.999, (worst, found[worst])

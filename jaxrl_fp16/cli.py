@@ -23,7 +23,8 @@ def _train(config):
     from jaxrl_fp16.training.loop import train
 
     outcome = train(config)
-    _show(outcome.folder)
+    if outcome.code == 0:
+        _show(outcome.folder)
     return outcome.code
 
 
@@ -104,7 +105,9 @@ def _guarded(run, config):
     except (Guard, CheckpointError, RewardShapeError, WorkerStartError) as error:
         return _end(3, error)
     except OSError as error:
-        return _end(3, f"{error.strerror}: {error.filename}; the last finished checkpoint is intact")
+        return _end(3, f"{error}; the last finished checkpoint is intact")
+    except KeyboardInterrupt:
+        return _end(130, "interrupted")
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
             raise

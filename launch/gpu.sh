@@ -12,7 +12,7 @@ set -euo pipefail
 case "${1:-}" in
     --help | -h) show_help; exit 0 ;;
     "") show_help >&2; exit 2 ;;
-    train | sft | dpo | eval | generate | filter | mismatch | compare | export | info) command="$1"; shift ;;
+    train | sft | eval | generate | export) command="$1"; shift ;;
     *) command=train ;;
 esac
 

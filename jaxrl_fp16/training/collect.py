@@ -39,6 +39,11 @@ def data_order(seed, size, places):
     return [int(_permutation(seed, place // size, size)[place % size]) for place in places]
 
 
+def holds_epoch(start, end, size):
+    """Whether the places from `start` up to `end` hold a whole epoch, and with it every row."""
+    return end // size > -(-start // size)
+
+
 def next_prompts(task, tokenizer, position, count, length, seed):
     """`count` prompts of `task.train` from `position` on, in an order that hangs on `seed` and the epoch alone.
 
@@ -48,7 +53,7 @@ def next_prompts(task, tokenizer, position, count, length, seed):
     size = len(task.train)
     start, chosen = position, []
     while len(chosen) < count:
-        if not chosen and position - start > size:
+        if not chosen and holds_epoch(start, position, size):
             raise ValueError(
                 f"none of the {size} prompts fits into training.max_prompt_tokens = {length}; allowed: a larger limit"
             )
@@ -105,5 +110,5 @@ def truncation_rule(rule, graded):
 
 
 __all__ = [
-    "PromptBatch", "data_order", "next_prompts", "Graded", "sample_and_grade", "in_groups", "truncation_rule",
+    "PromptBatch", "data_order", "holds_epoch", "next_prompts", "Graded", "sample_and_grade", "in_groups", "truncation_rule",
 ]

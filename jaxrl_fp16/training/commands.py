@@ -8,6 +8,7 @@ import jax
 
 from jaxrl_fp16.config import ConfigError
 from jaxrl_fp16.console import Console
+from jaxrl_fp16.parallel import row_shards
 from jaxrl_fp16.rl import needs_critic, needs_reference
 from jaxrl_fp16.sampling import make_sampler
 from jaxrl_fp16.tasks import Example, open_task, render
@@ -17,10 +18,10 @@ from jaxrl_fp16.training.evaluate import evaluate, make_evaluators
 from jaxrl_fp16.training.learn import Learner
 from jaxrl_fp16.training.loop import make_learner
 from jaxrl_fp16.training.optimizer import make_schedule
-from jaxrl_fp16.training.run import SkipGuard, naming, naming_at_entry, open_run
+from jaxrl_fp16.training.run import SkipGuard, naming_at_entry, open_run
 from jaxrl_fp16.training.run_config import resolve_algorithm
-from jaxrl_fp16.training.setup import load_model, set_up
-from jaxrl_fp16.training.supervised import fresh_state, supervise
+from jaxrl_fp16.training.setup import load_model, naming, set_up
+from jaxrl_fp16.training.supervised import check_pairs, fresh_state, supervise
 
 SFT_LINE = (("loss", "loss", ".4f"), ("gradient norm", "grad_norm", ".2f"), ("scale", "loss_scale", ",g"))
 
@@ -30,34 +31,34 @@ def run_sft(config):
     steps = config.sft.steps
     if not steps:
         raise ConfigError("sft.steps is 0; allowed: 1 or more")
-    with open_run(config) as (run, params):
+    with open_run(config, check=check_pairs) as (run, params):
         learner, position, start = Learner(fresh_state(run, params)), 0, 0
         if config.resume is not None:
             learner, position, start = run.restore(learner)
         run.start_log(start, steps, line=SFT_LINE)
         run.log.say(f"supervised: {steps} steps of {config.sft.batch_size} rows")
-        guard = SkipGuard(config.training.max_skipped_steps, run.checkpoints)
-        schedule, taken = make_schedule(config.sft.optimizer), supervise(run, learner.policy, position, start)
-        with naming("sft"):
-            for step, state, metrics, position in taken:
-                metrics = {name: float(value) for name, value in metrics.items()}
-                guard.check(metrics["skipped"], state.loss_scale)
-                metrics["learning_rate"] = float(schedule(state.step))
-                last = run.is_last(step, steps)
-                if last or run.evaluation_due(step):
-                    metrics |= run.evaluate(state.params)
-                run.log.metrics(step, metrics)
-                if last or run.checkpoints.due(step):
-                    run.checkpoints.save(step, Learner(state), {"position": position})
-                if run.signals.received is not None:
-                    return run.end_by_signal(step)
-        run.export(state.params)
+        guard, schedule, state = SkipGuard(run), make_schedule(config.sft.optimizer), learner.policy
+        for step, state, metrics, position in supervise(run, state, position, start):
+            metrics = {name: float(value) for name, value in metrics.items()}
+            metrics["learning_rate"] = float(schedule(state.step))
+            last = step == steps
+            if last or run.evaluation_due(step):
+                metrics |= run.evaluate(state.params)
+            run.log.metrics(step, metrics)
+            guard.check(metrics)
+            stops = run.stops()
+            if last or stops or run.checkpoints.due(step):
+                run.checkpoints.save(step, Learner(state), {"position": position})
+            if stops:
+                return run.end_by_signal(step)
+        if run.config.run.export:
+            run.export(state.params)
         return 0
 
 
 def run_eval(config):
     """Prints a table of `evaluation.sets`, and the same as one JSON line."""
-    setup = set_up(config)
+    setup = _set_up_alone("eval", config)
     config, log = setup.config, Console()
     if not config.evaluation.sets:
         raise ConfigError("evaluation.sets is empty; allowed: one set or more")
@@ -78,7 +79,7 @@ def run_eval(config):
 
 def run_generate(config):
     """Prints a group of responses to each prompt, with rewards where the problem has an answer."""
-    setup = set_up(config)
+    setup = _set_up_alone("generate", config)
     config, log = setup.config, Console()
     with naming_at_entry("task", open_task(config.task)) as task:
         keys = jax.random.split(jax.random.key(config.run.seed), 4)
@@ -99,8 +100,15 @@ def run_generate(config):
     return 0
 
 
+def _set_up_alone(command, config):
+    if config.resume is not None:
+        raise ConfigError(f"{command} reads no run folder; allowed: --model.path {config.resume}/model, after export")
+    return set_up(config)
+
+
 def _prompts(config, setup, task, examples):
     length = config.training.max_prompt_tokens
+    examples = [*examples, *examples[:1] * (-len(examples) % row_shards(setup.mesh))]  # the caller drops the surplus
     texts = [render(task.template, example, setup.tokenizer) for example in examples]
     tokens, mask, kept = encode_prompts(setup.tokenizer, texts, length)
     if not kept.all():

@@ -98,8 +98,8 @@ def _advantages(algorithm, group_size, rewards, valid, mask, old, reference, val
 def learn(config, algorithm, programs, learner, graded, key, mesh):
     """An iteration's optimizer steps on `graded` rollouts.
 
-    Returns `(learner, metrics, skips)`: metrics as host floats, skips a list with
-    True for each policy step that was skipped, in order.
+    Returns `(learner, metrics, steps)`: metrics of the iteration as host floats, and
+    those of each optimizer step, in order.
     """
     rollout, t = graded.rollout, config.training
     rows = rollout.tokens.shape[0]
@@ -131,7 +131,7 @@ def learn(config, algorithm, programs, learner, graded, key, mesh):
             step |= {f"critic/{name}": value for name, value in value_metrics.items()}
         steps.append(step)
     steps = jax.device_get(steps)
-    return learner, {**_host(metrics), **_over_steps(steps)}, [bool(step["skipped"]) for step in steps]
+    return learner, {**_host(metrics), **_over_steps(steps)}, steps
 
 
 def _minibatches(key, rows, size):

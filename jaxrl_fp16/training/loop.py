@@ -16,10 +16,11 @@ from jaxrl_fp16.sampling import make_sampler
 from jaxrl_fp16.training.collect import next_prompts, sample_and_grade, truncation_rule
 from jaxrl_fp16.training.learn import Learner, learn, make_programs
 from jaxrl_fp16.training.optimizer import make_optimizer, make_schedule
-from jaxrl_fp16.training.run import Guard, SkipGuard, announced, naming, open_run
+from jaxrl_fp16.training.run import Guard, SkipGuard, announced, open_run
 from jaxrl_fp16.training.run_config import resolve_algorithm
+from jaxrl_fp16.training.setup import naming
 from jaxrl_fp16.training.state import create_train_state
-from jaxrl_fp16.training.supervised import fresh_state, supervise
+from jaxrl_fp16.training.supervised import check_pairs, fresh_state, supervise
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,7 +38,9 @@ def train(config):
     `CheckpointError` for a run that stopped itself.
     """
     algorithm = resolve_algorithm(config)
-    with open_run(config, reference=needs_reference(algorithm), critic=needs_critic(algorithm)) as (run, params):
+    with open_run(
+        config, check=check_data, reference=needs_reference(algorithm), critic=needs_critic(algorithm)
+    ) as (run, params):
         config, setup, t = run.config, run.setup, run.config.training
         rows = t.prompts_per_step * config.sampling.group_size
         run.log.say(
@@ -49,6 +52,8 @@ def train(config):
         metrics = {}
         if config.sft.steps and config.resume is None:
             params, metrics = warm_start(run, params)
+            if run.stops():
+                return Outcome(run.folder, run.end_by_signal(0))
         learner, start, position = make_learner(run, algorithm, params), 0, 0
         if config.resume is not None:
             learner, position, start = run.restore(learner)
@@ -62,7 +67,7 @@ def train(config):
             run.model, setup.rollout_precision.policy, config.sampling,
             eos_id=setup.eos_ids, pad_id=setup.pad_id, tokenizer=setup.tokenizer,
         )
-        guard = SkipGuard(t.max_skipped_steps, run.checkpoints)
+        guard = SkipGuard(run)
 
         for step in range(start + 1, config.run.steps + 1):
             began, first = time.perf_counter(), step == start + 1
@@ -81,9 +86,7 @@ def train(config):
 
             # Log-probs, advantages, optimizer steps.
             with announced(run.log, first, "compiling scorer and update"):
-                learner, metrics, skips = learn(config, algorithm, programs, learner, graded, order_key, setup.mesh)
-            for skipped in skips:
-                guard.check(skipped, learner.policy.loss_scale)
+                learner, metrics, taken = learn(config, algorithm, programs, learner, graded, order_key, setup.mesh)
             done = time.perf_counter()
 
             # What happened, and what is kept of it.
@@ -93,14 +96,17 @@ def train(config):
                 "seconds/sample": sampled - began, "seconds/learn": done - sampled,
                 "tokens_per_second": float(graded.lengths.sum()) / (done - began),
             }
-            last = run.is_last(step, config.run.steps)
+            last = step == config.run.steps
             if last or run.evaluation_due(step):
                 metrics |= run.evaluate(learner.policy.params)
             run.log.metrics(step, metrics)
             run.log.samples(step, sample_records(prompts, graded))
-            if last or run.checkpoints.due(step):
+            for step_metrics in taken:
+                guard.check(step_metrics)
+            stops = run.stops()
+            if last or stops or run.checkpoints.due(step):
                 run.checkpoints.save(step, learner, {"position": position})
-            if run.signals.received is not None:
+            if stops:
                 return Outcome(run.folder, run.end_by_signal(step))
 
         if config.run.export:
@@ -111,16 +117,26 @@ def train(config):
 # -- before the first step -----------------------------------------------------------------------
 
 
+def check_data(setup, task):
+    """Refuses data without a prompt, or for the warm start a solution, that fits."""
+    config, t = setup.config, setup.config.training
+    with naming("training"):
+        next_prompts(task, setup.tokenizer, 0, t.prompts_per_step, t.max_prompt_tokens, config.run.seed)
+    if config.sft.steps and config.resume is None:
+        check_pairs(setup, task)
+
+
 def warm_start(run, params):
-    """Supervised steps before the first iteration: `(params, metrics of the last step)`."""
-    section = run.config.sft
+    """Supervised steps before the first iteration, fewer after a signal: `(params, metrics of the last step)`."""
+    section, guard = run.config.sft, SkipGuard(run)
     shown = max(1, section.steps // 5)
-    with naming("sft"):
-        for step, state, metrics, _ in supervise(run, fresh_state(run, params)):
-            if step % shown == 0:
-                loss = float(metrics["loss"])
-                run.log.say(f"warm start {step}/{section.steps}  loss {loss:.3f} nats a token")
-    return state.params, {"sft/loss": loss}
+    for step, state, metrics, _ in supervise(run, fresh_state(run, params)):
+        guard.check(jax.device_get(metrics))
+        if step % shown == 0 or step == section.steps:
+            run.log.say(f"warm start {step}/{section.steps}  loss {float(metrics['loss']):.3f} nats a token")
+        if run.stops():
+            break
+    return state.params, {"sft/loss": float(metrics["loss"])}
 
 
 def make_learner(run, algorithm, params):

@@ -45,8 +45,6 @@ def estimate(config, model, mesh, compute_dtype, *, reference=False, critic=Fals
     }
 
 
-
-
 def device_bytes(device):
     """What the device has: its allocator's limit, or on a CPU the machine's memory."""
     stats = device.memory_stats() or {}

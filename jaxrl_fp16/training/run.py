@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from jaxrl_fp16.config import ConfigError, to_dict, to_yaml
+from jaxrl_fp16.config import to_dict, to_yaml
 from jaxrl_fp16.console import Console
 from jaxrl_fp16.logs import RunLog, truncate
 from jaxrl_fp16.models import param_shapes, save_pretrained
@@ -22,7 +22,7 @@ from jaxrl_fp16.tasks import Task, open_task
 from jaxrl_fp16.training.checkpoint import Checkpoints
 from jaxrl_fp16.training.evaluate import evaluate, make_evaluators
 from jaxrl_fp16.training.memory import MIB, check_fits, device_bytes, estimate
-from jaxrl_fp16.training.setup import Setup, check_resumed, load_model, new_folder, set_up, write_record
+from jaxrl_fp16.training.setup import Setup, check_resumed, load_model, naming, new_folder, set_up, write_record
 
 
 class Guard(RuntimeError):
@@ -82,19 +82,20 @@ class Run:
                 )
         return metrics
 
-    def is_last(self, step, steps):
-        """Whether the run ends after `step`: it was the last, or a signal came."""
-        return step == steps or self.signals.received is not None
-
     def evaluation_due(self, step):
         """Whether the config wants an evaluation after `step` iterations."""
         every = self.config.evaluation.every
         return every > 0 and step % every == 0
 
+    def stops(self):
+        """Whether a signal asks the run to end after this step. Ask once a step: another may come at any time."""
+        return self.signals.received is not None
+
     def end_by_signal(self, step):
-        """The exit code after a signal, once the save under way is finished."""
+        """The exit code after a signal, once the save under way is finished; step 0: nothing was saved."""
         self.checkpoints.wait()
-        self.log.say(f"stopped by {signal.Signals(self.signals.received).name}; saved after step {step}")
+        saved = f"saved after step {step}" if step else "before the first step, with nothing to save"
+        self.log.say(f"stopped by {signal.Signals(self.signals.received).name}; {saved}")
         return 128 + self.signals.received
 
     def export(self, params):
@@ -103,23 +104,29 @@ class Run:
         generation = {"eos_token_id": list(self.setup.eos_ids), "pad_token_id": self.setup.pad_id}
         if s.temperature:
             generation |= {"do_sample": True, "temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
-        save_pretrained(
-            folder, self.model, params, dtype=self.setup.precision.policy.compute_dtype.name,
-            tokenizer=self.setup.tokenizer, generation_config=generation, overwrite=True,
-        )
+        try:
+            save_pretrained(
+                folder, self.model, params, dtype=self.setup.precision.policy.compute_dtype.name,
+                tokenizer=self.setup.tokenizer, generation_config=generation, overwrite=True,
+            )
+        except ValueError as error:
+            raise Guard(str(error)) from error
         self.log.say(f"weights for Transformers and vLLM: {folder}")
 
 
 @contextlib.contextmanager
-def open_run(config, *, reference=False, critic=False):
+def open_run(config, *, check=None, reference=False, critic=False):
     """Gives `(Run, parameters)`. `reference` and `critic` say what else will take memory.
 
-    Raises ConfigError for whatever can be refused before the start.
+    Raises ConfigError for whatever can be refused before the start; `check(setup, task)`
+    may raise more of them, before the run folder is made.
     """
     setup = set_up(config)
     config = setup.config
     with contextlib.ExitStack() as stack:
         task = stack.enter_context(naming_at_entry("task", open_task(config.task)))
+        if check is not None:
+            check(setup, task)
         keys = jax.random.split(jax.random.key(config.run.seed), 4)
         model, params = load_model(setup, keys[0])
         with naming("evaluation"):
@@ -134,18 +141,6 @@ def open_run(config, *, reference=False, critic=False):
         write_record(setup, folder)
         _introduce(run, needs)
         yield run, params
-
-
-@contextlib.contextmanager
-def naming(section):
-    """Turns a ValueError into a refusal that names the section of the config."""
-    try:
-        yield
-    except ConfigError:
-        raise
-    except ValueError as error:
-        text = str(error)
-        raise ConfigError(text if text.startswith(section) else f"{section}: {text}") from error
 
 
 @contextlib.contextmanager
@@ -207,22 +202,29 @@ def announced(log, first, text):
 class SkipGuard:
     """Counts optimizer steps skipped in a row; stops a run whose gradients stay non-finite."""
 
-    def __init__(self, limit, checkpoints):
-        self.limit, self.checkpoints, self.in_a_row = limit, checkpoints, 0
+    def __init__(self, run):
+        self.limit = run.config.training.max_skipped_steps
+        self.loss_scale, self.checkpoints = run.setup.precision.loss_scale, run.checkpoints
+        self.in_a_row = {"": 0, "critic/": 0}
 
-    def check(self, skipped, loss_scale):
-        """After each optimizer step: whether it was skipped, and the loss scale that it left."""
-        self.in_a_row = self.in_a_row + 1 if skipped else 0
-        floored = bool(skipped) and bool(loss_scale.at_minimum)
-        if self.in_a_row < self.limit and not floored:
+    def check(self, metrics):
+        """After each optimizer step: its metrics, with those of the critic's step under `critic/`."""
+        for model in self.in_a_row:
+            if f"{model}skipped" in metrics:
+                self._check(model, bool(metrics[f"{model}skipped"]), metrics[f"{model}loss_scale"])
+
+    def _check(self, model, skipped, scale):
+        self.in_a_row[model] = self.in_a_row[model] + 1 if skipped else 0
+        floored = skipped and bool(self.loss_scale.replace(loss_scale=scale).at_minimum)
+        if self.in_a_row[model] < self.limit and not floored:
             return
         latest = self.checkpoints.latest()
         saved = "there is no checkpoint yet" if latest is None else f"the last checkpoint is of step {latest}"
-        cause = "with the loss scale at its minimum" if floored else "in a row"
+        cause = f"with the loss scale at its minimum, {scale:g}" if floored else "in a row"
         raise Guard(
-            f"{self.in_a_row} optimizer steps skipped {cause}: gradients are not finite; "
-            f"try precision bf16 or a lower learning rate; {saved}"
+            f"{self.in_a_row[model]} optimizer steps of the {'critic' if model else 'policy'} skipped {cause}: "
+            f"gradients are not finite; try precision bf16 or a lower learning rate; {saved}"
         )
 
 
-__all__ = ["Guard", "Run", "SkipGuard", "announced", "naming", "naming_at_entry", "open_run"]
+__all__ = ["Guard", "Run", "SkipGuard", "announced", "naming_at_entry", "open_run"]

@@ -20,8 +20,8 @@ from jaxrl_fp16.training.checkpoint import CheckpointConfig
 from jaxrl_fp16.training.optimizer import OptimizerConfig
 
 # Of a resumed run these may differ from what it was started with: how long, how seen, on what.
-MAY_CHANGE = ("run.steps", "run.dir", "run.compile_cache", "logging", "checkpoint", "evaluation", "mesh", "resume",
-              "generate", "task.workers", "task.deadline_seconds", "task.memory_mb")
+MAY_CHANGE = ("run.steps", "sft.steps", "run.dir", "run.compile_cache", "run.export", "logging", "checkpoint",
+              "evaluation", "mesh", "resume", "generate", "task.workers", "task.deadline_seconds", "task.memory_mb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,6 +112,11 @@ class EvaluationConfig:
     sets: Annotated[tuple[EvaluationSet, ...], Doc("what is evaluated")] = ()
     max_new_tokens: Annotated[int | None, Ge(1), Doc("null: as in sampling")] = None
     rows: Annotated[int, Ge(1), Doc("responses sampled at once")] = 256
+
+    def __post_init__(self):
+        names = [section.name for section in self.sets]
+        if len(set(names)) < len(names) or any("/" in name for name in names):
+            raise ValueError(f"sets are named {', '.join(names)}; allowed: different names without a slash")
 
 
 @dataclasses.dataclass(frozen=True)

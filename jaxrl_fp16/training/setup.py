@@ -6,9 +6,11 @@ folder is made.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import importlib.metadata
+import itertools
 import json
 import os
 from pathlib import Path
@@ -20,6 +22,7 @@ from jax.sharding import Mesh
 
 from jaxrl_fp16.config import ConfigError, diff, load_config, to_yaml
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, load_pretrained
+from jaxrl_fp16.models.config_json import read_json
 from jaxrl_fp16.parallel import initialize_distributed, make_mesh
 from jaxrl_fp16.precision import Precision, get_precision, resolve_precision
 from jaxrl_fp16.tasks import ALPHABET
@@ -28,7 +31,7 @@ from jaxrl_fp16.tokenizer import (
 )
 from jaxrl_fp16.training.run_config import MAY_CHANGE, Config, check_mesh_rows
 
-PLATFORMS = {"cpu": "cpu", "gpu": "cuda", "tpu": "tpu"}
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
 RECORDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "jmp", "numpy")
 
 
@@ -45,6 +48,18 @@ class Setup:
     pad_id: int
 
 
+@contextlib.contextmanager
+def naming(section):
+    """Turns a ValueError into a refusal that names the section of the config."""
+    try:
+        yield
+    except ConfigError:
+        raise
+    except ValueError as error:
+        text = str(error)
+        raise ConfigError(text if text.startswith(section) else f"{section}: {text}") from error
+
+
 def set_up(config):
     """Checks `config` against this machine and gives a `Setup`. Raises ConfigError.
 
@@ -53,26 +68,34 @@ def set_up(config):
     wanted = config.platform or config.run.platform
     if wanted != "auto":
         jax.config.update("jax_platforms", PLATFORMS[wanted])
-    initialize_distributed()
+    with naming("several processes"):
+        initialize_distributed()
     found = _platform(wanted)
     if config.run.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.run.compile_cache))
-    precision = resolve_precision(config.precision, found)
-    rollout = resolve_precision(config.rollout_precision or precision, found)
-    mesh = make_mesh(config.mesh)
-    check_mesh_rows(config, mesh)
-    tokenizer = _tokenizer(config.model)
+    with naming("precision"):
+        name = resolve_precision(config.precision, found)
+        precision = get_precision(name, config.loss_scale)
+    with naming("rollout_precision"):
+        rollout_name = resolve_precision(config.rollout_precision or name, found)
+        rollout = get_precision(rollout_name, config.loss_scale)
+    with naming("mesh"):
+        mesh = make_mesh(config.mesh)
+        check_mesh_rows(config, mesh)
+    with naming("model.tokenizer" if config.model.tokenizer else "model.path"):
+        tokenizer = _tokenizer(config.model)
+        eos_ids = end_ids(tokenizer, _generation_config(config.model))
     config = dataclasses.replace(
-        config, precision=precision, rollout_precision=rollout if config.rollout_precision else None, platform=None,
+        config, precision=name, rollout_precision=rollout_name if config.rollout_precision else None, platform=None,
         run=dataclasses.replace(config.run, platform=found),
     )
     return Setup(
         config=config,
-        precision=get_precision(precision, config.loss_scale),
-        rollout_precision=get_precision(rollout, config.loss_scale),
+        precision=precision,
+        rollout_precision=rollout,
         mesh=mesh,
         tokenizer=tokenizer,
-        eos_ids=end_ids(tokenizer, _generation_config(config.model)),
+        eos_ids=eos_ids,
         pad_id=pad_id(tokenizer),
     )
 
@@ -80,11 +103,13 @@ def set_up(config):
 def _platform(wanted):
     """`cpu`, `gpu` or `tpu`: where JAX runs. An absent one that was asked for is refused, never replaced."""
     try:
-        found = jax.default_backend()
+        found, reason = jax.default_backend(), ""
     except RuntimeError as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ConfigError(f"run.platform: {wanted!r} is not here ({reason}); allowed: auto, cpu") from None
-    return {"cuda": "gpu", "rocm": "gpu"}.get(found, found)
+        found, reason = None, " ".join(str(error).split())[:200]
+    found = {"cuda": "gpu", "rocm": "gpu"}.get(found, found)
+    if found is None or wanted not in ("auto", found):  # JAX itself goes on to the CPU in silence
+        raise ConfigError(f"run.platform: JAX finds no {wanted} here, {reason or f'but {found}'}; allowed: auto, cpu")
+    return found
 
 
 def _tokenizer(model):
@@ -98,7 +123,7 @@ def _generation_config(model):
     if model.path is None:
         return None
     path = Path(model.path) / "generation_config.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    return read_json(path) if path.is_file() else None
 
 
 def load_model(setup, key):
@@ -138,17 +163,18 @@ def _decoder_config(section, tokenizer):
 
 
 def new_folder(config):
-    """The path of a run folder that is not there yet: `dir/name-YYYYMMDD-HHMMSS`."""
+    """Makes a run folder that was not there yet, `dir/name-YYYYMMDD-HHMMSS`. Raises ConfigError where it cannot."""
     stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     base = Path(config.run.dir) / f"{config.run.name}-{stamp}"
-    taken = (base.with_name(f"{base.name}-{n}") for n in range(2, 1000))
-    folder = base
-    while True:
-        try:
-            folder.mkdir(parents=True)
-            return folder
-        except FileExistsError:
-            folder = next(taken)
+    try:
+        base.parent.mkdir(parents=True, exist_ok=True)
+        for number in itertools.count(1):
+            folder = base if number == 1 else base.with_name(f"{base.name}-{number}")
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
+                return folder
+    except OSError as error:
+        raise ConfigError(f"run.dir: {base.parent} cannot be written to ({error.strerror})") from error
 
 
 def check_resumed(config, folder):
@@ -187,4 +213,4 @@ def _policy_text(policy):
     return f"params={params},compute={compute},output={output}"
 
 
-__all__ = ["Setup", "set_up", "load_model", "new_folder", "check_resumed", "write_record"]
+__all__ = ["Setup", "naming", "set_up", "load_model", "new_folder", "check_resumed", "write_record"]

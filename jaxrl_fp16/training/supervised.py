@@ -8,9 +8,10 @@ from jaxrl_fp16.models import param_shardings
 from jaxrl_fp16.parallel import shard_batch
 from jaxrl_fp16.tasks import render
 from jaxrl_fp16.tokenizer import encode_pairs
-from jaxrl_fp16.training.collect import data_order
+from jaxrl_fp16.training.collect import data_order, holds_epoch
 from jaxrl_fp16.training.optimizer import make_optimizer
 from jaxrl_fp16.training.run import announced
+from jaxrl_fp16.training.setup import naming
 from jaxrl_fp16.training.sft import Pairs, make_sft_update
 from jaxrl_fp16.training.state import create_train_state, shardings_of
 
@@ -21,9 +22,9 @@ def next_pairs(task, tokenizer, position, count, length, seed):
     Problems without a solution, and pairs longer than `length` tokens, are passed over.
     Raises ValueError when a whole epoch holds none that fits.
     """
-    size, chosen, looked = len(task.train), [], 0
+    size, chosen, start = len(task.train), [], position
     while len(chosen) < count:
-        if not chosen and looked > size:
+        if not chosen and holds_epoch(start, position, size):
             raise ValueError(
                 f"none of the {size} problems has a solution that fits into max_length = {length} tokens; "
                 "allowed: data with task.solution_field, or a larger limit"
@@ -34,8 +35,15 @@ def next_pairs(task, tokenizer, position, count, length, seed):
         prompts = [render(task.template, example, tokenizer) for example in examples]
         tokens, mask, loss_mask, kept = encode_pairs(tokenizer, prompts, [e.solution for e in examples], length)
         chosen += [row for row, keep in zip(zip(tokens, mask, loss_mask), kept) if keep]
-        position, looked = places.stop, looked + len(places)
+        position = places.stop
     return Pairs(*map(np.stack, zip(*chosen))), position
+
+
+def check_pairs(setup, task):
+    """Refuses data without a solution that fits."""
+    config = setup.config
+    with naming("sft"):
+        next_pairs(task, setup.tokenizer, 0, config.sft.batch_size, config.sft.max_length, config.run.seed)
 
 
 def fresh_state(run, params):
@@ -63,4 +71,4 @@ def supervise(run, state, position=0, start=0):
         yield step, state, metrics, position
 
 
-__all__ = ["fresh_state", "next_pairs", "supervise"]
+__all__ = ["check_pairs", "fresh_state", "next_pairs", "supervise"]

@@ -8,22 +8,12 @@ import pytest
 
 from jaxrl_fp16.forward import token_logprobs
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params
-from jaxrl_fp16.precision import LossScaleConfig, get_precision
+from jaxrl_fp16.precision import get_precision
 from jaxrl_fp16.rl import get_algorithm, policy_loss
 from jaxrl_fp16.training import init_train_state, make_update
 from jaxrl_fp16.types import Batch
 
 GRPO = get_algorithm("grpo")
-
-
-def start(toy, precision="fp32", optimizer=None, **scale):
-    loss_scale = get_precision(precision, LossScaleConfig(**scale)).loss_scale
-    return init_train_state(toy.params, optimizer or toy.optimizer, loss_scale, jax.random.key(0))
-
-
-def updater(toy, precision="fp32", algorithm=GRPO, **settings):
-    settings = dict(microbatch_size=4, max_new_tokens=10) | settings
-    return make_update(toy.model, get_precision(precision).policy, algorithm, toy.optimizer, **settings)
 
 
 def parameters(state):
@@ -33,19 +23,18 @@ def parameters(state):
 # -- what one step is ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("algorithm", [
-    get_algorithm("grpo", kl_coef=0.1, entropy_coef=0.01),
-    get_algorithm("dr_grpo"),
-    get_algorithm("pg_seq_is"),
-    get_algorithm("dapo", aggregation="token_mean"),
-], ids=lambda algorithm: algorithm.preset)
-def test_every_microbatch_size_gives_the_step_of_the_whole_batch(toy, algorithm):
+@pytest.mark.parametrize("algorithm, sizes", [
+    (get_algorithm("grpo", kl_coef=0.1, entropy_coef=0.01), (1, 2, 4)),
+    (get_algorithm("pg_seq_is"), (2,)),
+    (get_algorithm("dapo"), (2,)),
+], ids=["sequence_mean", "fixed_length", "token_mean"])
+def test_every_microbatch_size_gives_the_step_of_the_whole_batch(toy, algorithm, sizes):
     batch = toy.batch()
     # A row without a token and ragged lengths: a mean over a microbatch would be another number.
     batch = batch.replace(response_mask=batch.response_mask.at[3].set(False))
     results = {}
-    for size in (1, 4, 8):
-        state, metrics = updater(toy, algorithm=algorithm, microbatch_size=size)(start(toy), batch)
+    for size in (*sizes, 8):
+        state, metrics = toy.update(algorithm=algorithm, microbatch_size=size)(toy.start(), batch)
         results[size] = parameters(state), metrics
     whole, expected = results.pop(8)
     for found, metrics in results.values():
@@ -67,13 +56,13 @@ def test_the_loss_and_its_gradient_are_those_of_policy_loss(toy):
 
     value, grads = jax.jit(jax.value_and_grad(loss))(toy.params)
     for name, tolerance in (("fp32", 1e-5), ("fp16", 1e-2), ("bf16", 5e-2)):
-        _, metrics = updater(toy, name)(start(toy, name), batch)
+        _, metrics = toy.update(name)(toy.start(name), batch)
         np.testing.assert_allclose(metrics["loss"], value, rtol=tolerance)
         np.testing.assert_allclose(metrics["grad_norm"], optax.tree.norm(grads), rtol=tolerance)
 
 
 def test_metrics_hold_what_a_run_logs(toy):
-    _, metrics = updater(toy, "fp16")(start(toy, "fp16"), toy.batch())
+    _, metrics = toy.update("fp16")(toy.start("fp16"), toy.batch())
     assert {"loss", "grad_norm", "loss_scale", "skipped", "empty", "policy_loss", "approx_kl", "ratio_mean",
             "clip_fraction"} <= set(metrics)
     assert {(leaf.dtype, leaf.shape) for leaf in metrics.values()} == {(jnp.dtype("float32"), ())}
@@ -83,11 +72,9 @@ def test_metrics_hold_what_a_run_logs(toy):
 def test_kept_log_probs_stand_in_the_batchs_order(toy):
     batch = toy.batch()
     policy = get_precision("fp32").policy
-    expected = token_logprobs(toy.model, toy.params, batch.tokens, batch.mask, policy=policy, temperature=0.7)
-    for size in (2, 8):
-        update = updater(toy, microbatch_size=size, temperature=0.7, keep_logprobs=True)
-        _, metrics = update(start(toy), batch)
-        np.testing.assert_allclose(metrics["logprobs"], expected, atol=1e-5)
+    score = jax.jit(lambda *args: token_logprobs(toy.model, *args, policy=policy, temperature=0.7))
+    _, metrics = toy.update(microbatch_size=2, temperature=0.7, keep_logprobs=True)(toy.start(), batch)
+    np.testing.assert_allclose(metrics["logprobs"], score(toy.params, batch.tokens, batch.mask), atol=1e-5)
 
 
 # -- steps that are not taken ------------------------------------------------------------------------
@@ -97,42 +84,42 @@ def test_kept_log_probs_stand_in_the_batchs_order(toy):
     (GRPO, dict(advantages=jnp.zeros(8))),
     (GRPO, dict(response_mask=jnp.zeros((8, 20), bool))),
     (get_algorithm("grpo", kl_coef=0.1), dict(response_mask=jnp.zeros((8, 20), bool))),
-    (get_algorithm("dapo"), dict(response_mask=jnp.zeros((8, 20), bool))),
-], ids=["no advantage", "no token", "no token for the KL", "no token for the mean"])
+], ids=["no advantage", "no token", "no token for the KL term"])
 def test_a_batch_that_teaches_nothing_changes_nothing(toy, algorithm, fields):
     """Momentum and weight decay would move the weights all the same."""
-    update = updater(toy, "fp16", algorithm)
-    warm, _ = update(start(toy, "fp16"), toy.batch())
+    update = toy.update("fp16", algorithm)
+    warm, _ = update(toy.start("fp16"), toy.batch())
     expected = jax.tree.map(np.asarray, (warm.params, warm.opt_state, warm.loss_scale, warm.step))
     state, metrics = update(warm, toy.batch(**fields))
-    jax.tree.map(np.testing.assert_array_equal, (state.params, state.opt_state, state.loss_scale, state.step), expected)
+    found = state.params, state.opt_state, state.loss_scale, state.step
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
     assert float(metrics["empty"]) == 1 and float(metrics["skipped"]) == 0
     assert all(np.isfinite(value) for value in metrics.values())
 
 
 def test_no_advantage_with_a_kl_term_is_a_step(toy):
-    state, metrics = updater(toy, algorithm=get_algorithm("grpo", kl_coef=0.1))(
-        start(toy), toy.batch(advantages=jnp.zeros(8)))
+    state, metrics = toy.update(algorithm=get_algorithm("grpo", kl_coef=0.1))(
+        toy.start(), toy.batch(advantages=jnp.zeros(8)))
     assert float(metrics["empty"]) == 0 and int(state.step) == 1
-    assert np.abs(parameters(state) - np.concatenate([np.ravel(x) for x in jax.tree.leaves(toy.params)])).max() > 0
+    assert (parameters(state) != parameters(toy.start())).any()
 
 
 def test_junk_off_the_response_does_not_matter(toy):
     batch = toy.batch()
     junk = {name: jnp.where(batch.response_mask, getattr(batch, name), jnp.nan)
             for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs")}
-    update = updater(toy, algorithm=get_algorithm("grpo", kl_coef=0.1))
-    clean, _ = update(start(toy), batch)
-    found, _ = update(start(toy), batch.replace(**junk))
+    update = toy.update(algorithm=get_algorithm("grpo", kl_coef=0.1))
+    clean, _ = update(toy.start(), batch)
+    found, _ = update(toy.start(), batch.replace(**junk))
     np.testing.assert_array_equal(parameters(found), parameters(clean))
 
 
 def test_an_overflow_in_float16_is_skipped_and_halves_the_scale(toy):
-    update = updater(toy, "fp16")
-    state, metrics = update(start(toy, "fp16", initial=2.0**24), toy.batch(advantages=jnp.full(8, 1e4)))
+    update = toy.update("fp16")
+    state, metrics = update(toy.start("fp16", initial=2.0**24), toy.batch(advantages=jnp.full(8, 1e4)))
     assert float(metrics["skipped"]) == 1 and float(state.loss_scale.loss_scale) == 2.0**23
     assert int(state.step) == 0
-    np.testing.assert_array_equal(parameters(state), np.concatenate([np.ravel(x) for x in jax.tree.leaves(toy.params)]))
+    np.testing.assert_array_equal(parameters(state), parameters(toy.start()))
 
 
 # -- many steps ----------------------------------------------------------------------------------------
@@ -142,9 +129,8 @@ def test_an_overflow_in_float16_is_skipped_and_halves_the_scale(toy):
 def test_likely_tokens_become_likelier(toy, precision):
     """30 steps towards the first half of the rows and away from the second."""
     sign = jnp.where(jnp.arange(8) < 4, 1.0, -1.0)
-    algorithm = get_algorithm("reinforce")
-    batch, update = toy.batch(advantages=sign), updater(toy, precision, algorithm)
-    state, losses = start(toy, precision, growth_interval=10), []
+    batch, update = toy.batch(advantages=sign), toy.update(precision, get_algorithm("reinforce"))
+    state, losses = toy.start(precision, growth_interval=10), []
     for _ in range(30):
         state, metrics = update(state, batch)
         assert float(metrics["skipped"]) == 0
@@ -155,7 +141,7 @@ def test_likely_tokens_become_likelier(toy, precision):
 
 
 def test_the_state_is_donated_and_nothing_is_compiled_again(toy):
-    update, state = updater(toy, "fp16"), start(toy, "fp16")
+    update, state = toy.update("fp16"), toy.start("fp16")
     for seed in range(3):
         given = state
         state, _ = update(state, toy.batch(seed=seed))
@@ -166,7 +152,7 @@ def test_the_state_is_donated_and_nothing_is_compiled_again(toy):
 
 def test_masters_and_moments_stay_float32(toy):
     for name in ("fp16", "bf16"):
-        state, _ = updater(toy, name)(start(toy, name), toy.batch())
+        state, _ = toy.update(name)(toy.start(name), toy.batch())
         assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state))} <= {
             jnp.dtype("float32"), jnp.dtype("int32")}
 
@@ -204,8 +190,8 @@ def cosines(found, expected):
 def test_float16_gradients_point_where_float32s_do():
     """A row of one token, 8,192 times, among ragged ordinary rows; through the update, loss scaling included."""
     columns, vocab = 8192, 64
-    model = Decoder(DecoderConfig(family="qwen2", vocab_size=vocab, hidden_size=32, intermediate_size=64, num_layers=2,
-                                  num_heads=2, num_kv_heads=1, head_dim=16, tie_embeddings=True))
+    model = Decoder(DecoderConfig(family="qwen2", vocab_size=vocab, hidden_size=32, intermediate_size=64,
+                                  num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, tie_embeddings=True))
     params = init_params(model, jax.random.key(0))
     generator = np.random.default_rng(0)
     tokens = generator.integers(0, vocab, (3, columns)).astype(np.int32)
@@ -215,7 +201,7 @@ def test_float16_gradients_point_where_float32s_do():
     sampled = mask.copy()
     sampled[:, :1100] = False
     policy = get_precision("fp32").policy
-    old = token_logprobs(model, params, tokens, mask, policy=policy)
+    old = jax.jit(lambda *args: token_logprobs(model, *args, policy=policy))(params, tokens, mask)
     batch = Batch(tokens=jnp.asarray(tokens), mask=jnp.asarray(mask), response_mask=jnp.asarray(sampled),
                   rollout_logprobs=old, old_logprobs=old, advantages=jnp.array([1.0, -1.0, 0.5]))
     grads = {}
@@ -227,5 +213,6 @@ def test_float16_gradients_point_where_float32s_do():
         grads[name] = state.opt_state
     found = cosines(grads["fp16"], grads["fp32"])
     worst = min(found, key=lambda name: found[name][0])
-    print(f"worst of {len(found)} tensors: {worst}, cosine {found[worst][0]:.6f}, norm {found[worst][1]:.1e} of the largest")
-    assert found[worst][0] >= 0.999, (worst, found[worst])
+    cosine, share = found[worst]
+    print(f"worst of {len(found)} tensors: {worst}, cosine {cosine:.6f}, norm {share:.1e} of the largest")
+    assert cosine >= 0.999

@@ -4,6 +4,7 @@ guard; 130 and 143 after SIGINT and SIGTERM."""
 from __future__ import annotations
 
 import dataclasses
+from importlib import import_module
 import os
 from pathlib import Path
 import sys
@@ -24,40 +25,21 @@ def _train(config):
 
     outcome = train(config)
     if outcome.code == 0:
-        _show(outcome.folder)
+        _show(outcome.folder, outcome.precision)
     return outcome.code
 
 
-def _sft(config):
-    from jaxrl_fp16.training.commands import run_sft
-
-    return run_sft(config)
-
-
-def _eval(config):
-    from jaxrl_fp16.training.commands import run_eval
-
-    return run_eval(config)
-
-
-def _generate(config):
-    from jaxrl_fp16.training.commands import run_generate
-
-    return run_generate(config)
-
-
-def _export(config):
-    from jaxrl_fp16.training.commands import run_export
-
-    return run_export(config)
+def _command(name):
+    """A command of `training.commands`, imported when it runs."""
+    return lambda config: getattr(import_module("jaxrl_fp16.training.commands"), name)(config)
 
 
 COMMANDS = {
     "train": (_train, "RL, after a warm start where sft.steps asks for one; --resume RUN_FOLDER goes on"),
-    "sft": (_sft, "supervised training on the task's solutions"),
-    "eval": (_eval, "accuracy, pass@k and standard error on evaluation.sets"),
-    "generate": (_generate, "responses to prompts, printed"),
-    "export": (_export, "a run's newest checkpoint (--resume RUN_FOLDER) as a Hugging Face folder, model/"),
+    "sft": (_command("run_sft"), "supervised training on the task's solutions"),
+    "eval": (_command("run_eval"), "accuracy, pass@k and standard error on evaluation.sets"),
+    "generate": (_command("run_generate"), "responses to prompts, printed"),
+    "export": (_command("run_export"), "the newest checkpoint of --resume RUN_FOLDER as a Hugging Face folder, model/"),
 }
 
 
@@ -129,14 +111,14 @@ def _help(command):
     return 0
 
 
-def _show(folder):
+def _show(folder, precision):
     """The picture and the table that a run ends with."""
     from jaxrl_fp16.console import Console
     from jaxrl_fp16.lab.report import draw_run, summary
 
     console = Console()
-    console.table("what happened", ("", "first", "last"), summary(folder))
-    picture = draw_run(folder, Path(folder).name)
+    console.table(f"what happened, in {precision}", ("", "first", "last"), summary(folder))
+    picture = draw_run(folder, f"{folder.name} in {precision}")
     if picture is not None:
         console.say(f"picture: {picture}")
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from jaxrl_fp16.logs import read_metrics
 
-INK, ACCENT, SECOND, GRID = "#1f2933", "#c2410c", "#1d4ed8", "#d9dee4"
+INK, ACCENT, SECOND, FAINT, GRID = "#1f2933", "#c2410c", "#1d4ed8", "#9aa5b1", "#d9dee4"
 TABLE = (
     ("reward", "reward", ".3f"),
     ("response tokens", "response_length", ".1f"),
@@ -81,7 +81,7 @@ def _line(axes, records, key, **style):
 
 def _reward(axes, records, steps):
     axes.set_title("reward, and accuracy on held-out problems", loc="left", fontsize=10, color=INK)
-    _line(axes, steps, "reward", color=GRID, linewidth=1.4, label="training reward")
+    _line(axes, steps, "reward", color=FAINT, linewidth=1.2, label="training reward")
     colours = iter((ACCENT, SECOND, INK))
     names = dict.fromkeys(key for record in records for key in record if key.endswith("/accuracy"))
     for key, colour in zip(names, colours, strict=False):
@@ -102,11 +102,17 @@ def _scale(axes, steps):
 
 def _mismatch(axes, steps):
     axes.set_title("token KL (k3): which programs disagree, and how much", loc="left", fontsize=10, color=INK)
-    _line(axes, steps, "mismatch/kl_k3", color=ACCENT, linewidth=1.4, label="sampler | scorer")
-    _line(axes, steps, "mismatch_grad/kl_k3", color=SECOND, linewidth=1.4, label="scorer | gradient program")
-    if any(step.get("mismatch/kl_k3", 0) > 0 for step in steps):
-        axes.set_yscale("log")
-    axes.legend(frameon=False, fontsize=8)
+    lines = (("mismatch", ACCENT, "sampler | scorer"), ("mismatch_grad", SECOND, "scorer | gradient program"))
+    for prefix, colour, label in lines:
+        key = f"{prefix}/kl_k3"
+        differ = [step for step in steps if step.get(key, 0) > 0]  # a step without any difference has no logarithm
+        equal = len(steps) - len(differ)
+        label += f" (equal in {equal} of {len(steps)} steps)" if equal else ""
+        _line(axes, differ, key, color=colour, linewidth=1.2, marker=".", markersize=4, label=label)
+        if differ:
+            axes.set_yscale("log")
+    if axes.lines:
+        axes.legend(frameon=False, fontsize=8, loc="best")
 
 
 def _entropy(axes, steps):

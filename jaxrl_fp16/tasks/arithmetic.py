@@ -16,6 +16,7 @@ from typing import Annotated, Callable, Literal
 
 import annotated_types
 
+from jaxrl_fp16.schema import Doc
 from jaxrl_fp16.tasks.examples import Example
 
 ALPHABET = "0123456789+-*%(),="
@@ -27,11 +28,14 @@ MAX_DRAWS = 2000             # in a row without a fitting text, before the setti
 class ArithmeticConfig:
     """Which problems are drawn; kinds are mixed in equal parts."""
 
-    # add: two numbers. subtract: two, result not negative. chain: `terms` numbers added and subtracted, with
-    # the running totals. multiply: partial products, then their sum. modular: a sum, then its remainder.
-    kinds: tuple[Literal["add", "subtract", "chain", "multiply", "modular"], ...] = ("chain",)
-    digits: Annotated[int, annotated_types.Interval(ge=1, le=6)] = 2    # of the largest number
-    terms: Annotated[int, annotated_types.Interval(ge=2, le=8)] = 3     # of a chain
+    kinds: Annotated[
+        tuple[Literal["add", "subtract", "chain", "multiply", "modular"], ...],
+        annotated_types.MinLen(1),
+        Doc("add: two numbers; subtract: two, result not negative; chain: `terms` numbers added and subtracted, with "
+            "the running totals; multiply: partial products, then their sum; modular: a sum, then its remainder"),
+    ] = ("chain",)
+    digits: Annotated[int, annotated_types.Interval(ge=1, le=6), Doc("of the largest number")] = 2
+    terms: Annotated[int, annotated_types.Interval(ge=2, le=8), Doc("of a chain")] = 3
 
     @property
     def max_prompt_chars(self) -> int:

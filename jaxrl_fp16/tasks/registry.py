@@ -8,6 +8,7 @@ from typing import Annotated, Callable, ContextManager, Iterator, Literal, Seque
 
 from annotated_types import Ge, Gt
 
+from jaxrl_fp16.schema import Doc
 from jaxrl_fp16.tasks import arithmetic, math
 from jaxrl_fp16.tasks.arithmetic import ArithmeticConfig
 from jaxrl_fp16.tasks.examples import Example, load_examples, load_hub_examples
@@ -19,27 +20,29 @@ from jaxrl_fp16.tasks.templates import Template, get_template, render
 class TaskConfig:
     """Section `task`: problems, prompts and rewards."""
 
-    name: str = "arithmetic"                    # a key of TASKS
-    path: str | None = None                     # JSONL file of problems, for `math`
-    hub: str | None = None                      # or a Hub data set; needs the extra `hub`
-    split: str = "train"                        # of the Hub data set
-    problem_field: str = "problem"
-    answer_field: str = "answer"
-    solution_field: str | None = None           # a target text for supervised training
-    template: str | None = None                 # a name, or a text with field names; None: the task's own
-    system: str | None = None                   # system text, with template `chat`
-    # where a response's answer stands; None: as the template says, or the task (`arithmetic`: text)
-    answer_from: Literal["boxed", "boxed_after_think", "answer_tag", "last_number", "text"] | None = None
-    reward_file: str | None = None              # Python file with a reward function of one's own
-    reward_function: str = "reward"             # its name there
+    name: Annotated[str, Doc("arithmetic or math")] = "arithmetic"
+    path: Annotated[str | None, Doc("JSONL file of problems, for math")] = None
+    hub: Annotated[str | None, Doc("or a Hub data set; needs the extra `hub`")] = None
+    split: Annotated[str, Doc("of the Hub data set")] = "train"
+    problem_field: Annotated[str, Doc("which field of a row is the problem")] = "problem"
+    answer_field: Annotated[str, Doc("which is its answer")] = "answer"
+    solution_field: Annotated[str | None, Doc("which is a target text for supervised training; null: none")] = None
+    template: Annotated[str | None, Doc("a name, or a text with field names; null: the task's own")] = None
+    system: Annotated[str | None, Doc("system text, with template chat")] = None
+    answer_from: Annotated[
+        Literal["boxed", "boxed_after_think", "answer_tag", "last_number", "text"] | None,
+        Doc("where a response's answer stands; null: as the template says, or the task (arithmetic: text)"),
+    ] = None
+    reward_file: Annotated[str | None, Doc("Python file with a reward function of one's own; null: the task's")] = None
+    reward_function: Annotated[str, Doc("its name there")] = "reward"
     arithmetic: ArithmeticConfig = ArithmeticConfig()
-    seed: int = 0                               # of generated problems
-    train_size: Annotated[int, Ge(1)] | None = None    # None: all rows; 100,000 generated problems
-    heldout_size: Annotated[int, Ge(0)] | None = None  # None: no row; 256 generated problems
-    deadline_seconds: Annotated[float, Gt(0)] = 10.0   # for one answer, or one group (reward_file)
-    workers: Annotated[int, Ge(1)] = 4          # grading processes at most
-    memory_mb: Annotated[int, Ge(256)] = 2048   # address space of each
-    max_response_chars: Annotated[int, Ge(1)] = 200_000  # longer responses score 0 (`math`)
+    seed: Annotated[int, Doc("of generated problems")] = 0
+    train_size: Annotated[int | None, Ge(1), Doc("null: all rows; 100,000 generated problems")] = None
+    heldout_size: Annotated[int | None, Ge(0), Doc("null: no row; 256 generated problems")] = None
+    deadline_seconds: Annotated[float, Gt(0), Doc("for grading one answer, or one group (reward_file)")] = 10.0
+    workers: Annotated[int, Ge(1), Doc("grading processes at most")] = 4
+    memory_mb: Annotated[int, Ge(256), Doc("address space of each")] = 2048
+    max_response_chars: Annotated[int, Ge(1), Doc("longer responses score 0 (math)")] = 200_000
 
 
 @dataclasses.dataclass(frozen=True)

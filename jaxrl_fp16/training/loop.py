@@ -28,6 +28,7 @@ class Outcome:
     """How a run ended."""
 
     folder: Path
+    precision: str  # resolved
     code: int       # 0, or 128 + the signal that ended it
 
 
@@ -107,11 +108,11 @@ def train(config):
             if last or stops or run.checkpoints.due(step):
                 run.checkpoints.save(step, learner, {"position": position})
             if stops:
-                return Outcome(run.folder, run.end_by_signal(step))
+                return Outcome(run.folder, config.precision, run.end_by_signal(step))
 
         if config.run.export:
             run.export(learner.policy.params)
-        return Outcome(run.folder, 0)
+        return Outcome(run.folder, config.precision, 0)
 
 
 # -- before the first step -----------------------------------------------------------------------

@@ -1,6 +1,22 @@
-"""Skips what this machine cannot run, with the reason."""
+"""Skips what this machine cannot run, with the reason; what the tests of whole runs share."""
+
+import json
 
 import pytest
+
+# A run of seconds: a random model of 16,000 parameters on sums of two digits.
+TINY = {
+    "run": {"steps": 2},
+    "model": {"family": "qwen2", "hidden_size": 32, "intermediate_size": 48, "num_layers": 2, "num_heads": 2,
+              "num_kv_heads": 1, "head_dim": 16, "tie_embeddings": True},
+    "task": {"arithmetic": {"kinds": ["add"], "digits": 1}, "train_size": 64, "heldout_size": 6},
+    "sampling": {"max_new_tokens": 4, "group_size": 4},
+    "optimizer": {"learning_rate": 1e-2},
+    "training": {"prompts_per_step": 8, "minibatch_size": 16, "microbatch_size": 8, "max_prompt_tokens": 6,
+                 "truncated": "keep"},
+    "sft": {"batch_size": 16, "microbatch_size": 16, "max_length": 10, "optimizer": {"learning_rate": 1e-2}},
+    "checkpoint": {"every": 1, "keep": 9},
+}
 
 
 def pytest_runtest_setup(item):
@@ -12,3 +28,34 @@ def pytest_runtest_setup(item):
         jax.devices("gpu")
     except RuntimeError as error:
         pytest.skip(f"needs an NVIDIA GPU: {str(error).splitlines()[0]}")
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory):
+    """The file with TINY's config."""
+    path = tmp_path_factory.mktemp("config") / "tiny.yaml"
+    path.write_text(json.dumps(TINY))
+    return path
+
+
+@pytest.fixture(scope="session")
+def compiled(tmp_path_factory):
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def compile_cache(compiled):
+    """The folder for `run.compile_cache` that keeps the small programs too; JAX's settings are put back afterwards."""
+    import jax
+    from jax.experimental.compilation_cache import compilation_cache
+
+    wanted = {"jax_persistent_cache_min_compile_time_secs": 0.0, "jax_persistent_cache_min_entry_size_bytes": -1}
+    names = [*wanted, "jax_compilation_cache_dir", "jax_platforms"]
+    before = {name: getattr(jax.config, name) for name in names}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    yield str(compiled)
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()

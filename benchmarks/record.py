@@ -1,0 +1,88 @@
+"""Results of benchmarks: a table on the console, and the same numbers with what they hang on as JSON."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+from pathlib import Path
+import platform
+import subprocess
+
+from rich.console import Console
+from rich.table import Table
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("jax", "jaxlib", "flax", "optax", "numpy", "torch", "transformers")
+
+
+def record(name, rows, facts=None, folder=ROOT / "benchmarks" / "results"):
+    """Writes `results/NAME.json` and prints `rows`, a list of flat dicts; returns the file's path.
+
+    facts: plain values that describe the run, beside date, device, versions, flags and commit.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json"
+    document = {"name": name, **_circumstances(), **(facts or {}), "rows": rows}
+    path.write_text(json.dumps(document, indent=2) + "\n")
+    print_table(name, rows)
+    return path
+
+
+def print_table(title, rows):
+    """One line a row, one column a key, in the order in which keys first appear."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(*columns, title=title)
+    for row in rows:
+        table.add_row(*(_text(row.get(column, "")) for column in columns))
+    Console(width=160).print(table)
+
+
+def _text(value):
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _circumstances():
+    import jax
+
+    device = jax.devices()[0]
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "device": f"{device.platform}: {device.device_kind}",
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": os.getloadavg()[0],
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "xla_flags": os.environ.get("XLA_FLAGS", ""),
+        "commit": _commit(),
+    }
+
+
+def _processor():
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "")
+
+
+def _version(name):
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _commit():
+    """The commit, with a `+` where tracked files differ from it; None outside of a repository."""
+    def git(*arguments):
+        return subprocess.run(["git", *arguments], cwd=ROOT, text=True, capture_output=True)
+
+    head = git("rev-parse", "--short", "HEAD")
+    changed = git("status", "--porcelain", "--untracked-files=no").stdout.strip()
+    return head.stdout.strip() + ("+" if changed else "") if head.returncode == 0 else None
+
+
+__all__ = ["record", "print_table"]

@@ -1,0 +1,389 @@
+"""Whole runs of a tiny model: what they write, how they resume, how they stop."""
+
+import contextlib
+import io
+import json
+import math
+from pathlib import Path
+import signal
+from types import SimpleNamespace
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_fp16 import cli
+from jaxrl_fp16.config import load_config
+from jaxrl_fp16.logs import RunLog, read_metrics
+from jaxrl_fp16.precision import LossScaleConfig, make_loss_scale
+from jaxrl_fp16.training.checkpoint import CheckpointConfig, Checkpoints
+from jaxrl_fp16.training.loop import train
+from jaxrl_fp16.training.run import Guard, SkipGuard
+from jaxrl_fp16.training.run_config import Config
+
+REWARD = '''
+def reward(prompts, responses, examples):
+    """The share of digits among four characters."""
+    return [sum(character.isdigit() for character in response) / 4 for response in responses]
+'''
+COMPARISONS = (
+    "kl_k1", "kl_k3", "logprob_abs_diff_mean", "logprob_abs_diff_max", "prob_abs_diff_mean", "prob_diff_max",
+    "prob_diff_min", "seq_log_ratio_mean", "seq_log_ratio_std", "seq_log_ratio_min", "seq_log_ratio_max", "seq_kl",
+    "chi2_token", "chi2_seq", "ess_seq", "exact_fraction",
+)
+TIMES = ("seconds/sample", "seconds/learn", "tokens_per_second")
+
+
+@pytest.fixture(scope="module")
+def start(tiny, compile_cache, tmp_path_factory):
+    """start(flag, ...) -> how a run with these flags ended, `code` and `folder`, and its console in `said`."""
+    rewards = tmp_path_factory.mktemp("rewards") / "digits.py"
+    rewards.write_text(REWARD)
+
+    def start(*flags, through=lambda arguments: run(arguments)):
+        own = ["--run.dir", str(tmp_path_factory.mktemp("runs")), "--run.compile_cache", compile_cache]
+        if not any("reward_file" in flag for flag in flags):
+            own += ["--task.reward_file", str(rewards)]
+        console = io.StringIO()
+        with contextlib.redirect_stdout(console):
+            outcome = through([str(tiny), *own, "--run.name", "tiny", *flags])
+        return SimpleNamespace(code=outcome.code, folder=outcome.folder, said=console.getvalue(), flags=own)
+
+    def run(arguments):
+        return train(load_config(Config, arguments[0], arguments[1:]))
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def command(start):
+    """command(flag, ...) -> the same through the command line, which draws the picture too."""
+
+    def through(arguments):
+        code = cli.main(["train", *arguments])
+        folders = list(Path(arguments[arguments.index("--run.dir") + 1]).glob("*"))
+        return SimpleNamespace(code=code, folder=folders[0] if folders else None)
+
+    return lambda *flags: start(*flags, through=through)
+
+
+EVALUATED = ("--evaluation.sets", "[{name: own, samples: 4, temperature: 1}]", "--evaluation.rows", "32",
+             "--evaluation.every", "2")
+
+
+@pytest.fixture(scope="module")
+def whole(command):
+    """Four steps without a break, and how many programs had been compiled at each."""
+    compiled, counts = [], {}
+    listen = lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
+    with pytest.MonkeyPatch.context() as patch:
+        metrics = RunLog.metrics
+
+        def counted(log, step, values):
+            counts[step] = len(compiled)
+            metrics(log, step, values)
+
+        patch.setattr(RunLog, "metrics", counted)
+        jax.monitoring.register_event_duration_secs_listener(listen)
+        run = command("--run.steps", "4", *EVALUATED)
+        jax.monitoring.unregister_event_duration_listener(listen)
+    run.compiled = counts
+    return run
+
+
+def arrays(folder, step):
+    """Every array of a checkpoint by its path, as bytes."""
+    about = json.loads((folder / "checkpoints" / str(step) / "about.json").read_text())
+    template = {}
+    for name, (dtype, shape) in about["leaves"].items():
+        key = dtype.startswith("key")
+        leaf = jax.eval_shape(lambda: jax.random.key(0)) if key else jax.ShapeDtypeStruct(shape, dtype)
+        *path, last = name.split(".")
+        node = template
+        for part in path:
+            node = node.setdefault(part, {})
+        node[last] = leaf
+    with Checkpoints(folder / "checkpoints", CheckpointConfig()) as checkpoints:
+        state, extra, _ = checkpoints.restore(template, step)
+    leaves = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        leaves[jax.tree_util.keystr(path, simple=True, separator=".")] = np.asarray(
+            jax.random.key_data(leaf) if key else leaf)
+    return leaves, extra
+
+
+def without_times(records):
+    return [{key: value for key, value in record.items() if key not in TIMES} for record in records]
+
+
+# -- what a run writes ------------------------------------------------------------------------------------
+
+
+def test_a_run_leaves_its_folder(whole):
+    folder = whole.folder
+    assert whole.code == 0 and folder.name.startswith("tiny-")
+    config = load_config(Config, folder / "config.yaml")
+    assert (config.precision, config.rollout_precision, config.run.platform) == ("fp16", None, "cpu")
+    record = json.loads((folder / "environment.json").read_text())
+    assert record["policy"] == record["rollout_policy"] == "params=float32,compute=float16,output=float32"
+    assert {"versions", "device_kind", "xla_flags", "seed", "mesh"} <= set(record)
+    assert record["versions"]["jax"] == jax.__version__
+    assert [step.name for step in sorted((folder / "checkpoints").iterdir())] == ["1", "2", "3", "4"]
+    (events,) = folder.glob("events.out.tfevents.*")
+    assert b"mismatch/kl_k3" in events.read_bytes()
+    assert (folder / "plot.png").stat().st_size > 10_000
+    assert {"config.json", "generation_config.json", "model.safetensors", "tokenizer.json"} <= {
+        path.name for path in (folder / "model").iterdir()}
+
+
+def test_the_console_tells_what_happens(whole):
+    for text in ("0.02M parameters, in fp16 (compute float16, blockwise attention) on 1 x cpu", "memory, about: ",
+                 "grpo: 4 steps of 8 prompts x 4 = 32 rows, in minibatches of 16", "step 4/4  reward", "own accuracy",
+                 "effective sample size", f"{whole.folder}/model", "plot.png"):
+        assert text in whole.said
+
+
+def test_every_step_is_measured(whole):
+    first, *steps = read_metrics(whole.folder)
+    assert first["step"] == 0 and {key.rpartition("/")[2] for key in first if key.startswith("eval/own/")} == {
+        "accuracy", "stderr", "pass@1", "pass@2", "pass@4", "response_length", "finished", "problems"}
+    assert [record["step"] for record in steps] == [1, 2, 3, 4]
+    wanted = {f"{prefix}/{name}" for prefix in ("mismatch", "mismatch_grad") for name in COMPARISONS}
+    wanted |= {"loss", "grad_norm", "loss_scale", "skipped", "empty", "reward", "entropy", "learning_rate", *TIMES}
+    for record in steps:
+        assert not wanted - set(record)
+        assert all(math.isfinite(value) for value in record.values())
+        assert record["mismatch/kl_k3"] < 1e-4 and record["mismatch/ess_seq"] > 0.999
+        assert record["loss_scale"] == 2**15 and record["skipped"] == record["empty"] == 0
+    assert [record["step"] for record in steps if "eval/own/accuracy" in record] == [2, 4]
+
+
+def test_a_reward_of_ones_own_drives_the_run(whole):
+    lines = [json.loads(line) for line in (whole.folder / "samples.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+    for line in lines:
+        assert line["reward"] == sum(character.isdigit() for character in line["response"]) / 4
+        assert line["prompt"].endswith("=") and line["answer"].isdigit()
+    rewards = [record["reward"] for record in read_metrics(whole.folder)[1:]]
+    assert rewards[-1] > rewards[0] + 0.1
+
+
+def test_nothing_is_compiled_after_the_first_iteration(whole):
+    """The second may still meet small operations of its own; the third and fourth meet none, evaluations included."""
+    assert whole.compiled[4] == whole.compiled[3] == whole.compiled[2]
+    assert whole.compiled[2] == whole.compiled[1]
+
+
+def test_transformers_loads_the_model(whole):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    from jaxrl_fp16.forward import logits
+    from jaxrl_fp16.models import load_pretrained
+    from jaxrl_fp16.precision import get_precision
+
+    folder = whole.folder / "model"
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert theirs.generation_config.eos_token_id == [1] and theirs.generation_config.temperature == 1.0
+    prompts = tokenizer(["1+2=", "9+9="], return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        tokens = theirs.generate(**prompts, do_sample=False, max_new_tokens=5, eos_token_id=-1)
+        expected = theirs(tokens).logits.numpy()
+    assert tokenizer.decode(tokens[0][:4]) == "1+2="
+    model, params = load_pretrained(folder)
+    tokens = tokens.numpy().astype(np.int32)
+    found = jax.jit(lambda params, rows: logits(model, params, rows, rows >= 0, get_precision("fp32").policy))(
+        params, tokens)
+    np.testing.assert_allclose(found, expected, atol=1e-4)
+    # Their greedy tokens are ours.
+    assert (np.asarray(found).argmax(-1)[:, 3:-1] == tokens[:, 4:]).all()
+    saved, _ = arrays(whole.folder, 4)
+    np.testing.assert_array_equal(params["embedding"],
+                                  saved["policy.params.embedding"].astype(np.float16).astype(np.float32))
+
+
+# -- resuming ------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def resumed(start):
+    """Two steps, then two more by another start in the same folder."""
+    half = start("--run.steps", "2", *EVALUATED)
+    names = {path.name for path in half.folder.glob("*")}
+    again = start("--run.steps", "4", *EVALUATED, *half.flags, "--resume", str(half.folder))
+    assert half.folder == again.folder and "model" in names
+    return again
+
+
+def test_a_resumed_run_is_bitwise_one_that_never_stopped(whole, resumed):
+    assert "resumed after step 2" in resumed.said
+    assert without_times(read_metrics(resumed.folder)) == without_times(read_metrics(whole.folder))
+    texts = [(run.folder / "samples.jsonl").read_text() for run in (whole, resumed)]
+    assert texts[0] == texts[1]
+    (expected, place), (found, other) = arrays(whole.folder, 4), arrays(resumed.folder, 4)
+    assert place == other and set(found) == set(expected)
+    assert {"policy.loss_scale.loss_scale", "policy.key", "policy.step"} <= set(found)
+    assert [name for name in found if found[name].tobytes() != expected[name].tobytes()] == []
+
+
+def test_what_came_after_the_checkpoint_is_cut_off(start, resumed):
+    """As a killed process leaves it: later metrics, half a line, and a checkpoint that is not finished."""
+    folder = resumed.folder
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('{"step": 5, "reward": 1.0}\n{"step": 6, "rew')
+    (folder / "checkpoints" / "5.partial").mkdir()
+    again = start("--run.steps", "4", *EVALUATED, *resumed.flags, "--resume", str(folder))
+    assert again.code == 0 and [record["step"] for record in read_metrics(folder)] == [0, 1, 2, 3, 4]
+
+
+def test_resuming_under_another_config_is_refused(command, resumed, capsys):
+    before = {path: path.stat().st_mtime_ns for path in resumed.folder.rglob("*")}
+    run = command("--resume", str(resumed.folder), *EVALUATED, *resumed.flags, "--optimizer.learning_rate", "1e-3")
+    error = capsys.readouterr().err
+    assert run.code == 2 and error.count("\n") == 1
+    assert "optimizer.learning_rate was 0.01, is 0.001; allowed to differ: run.steps" in error
+    assert {path: path.stat().st_mtime_ns for path in resumed.folder.rglob("*")} == before
+
+
+# -- stopping ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number, place", [(signal.SIGTERM, "metrics"), (signal.SIGINT, "samples")])
+def test_a_signal_ends_the_step_and_saves(start, monkeypatch, number, place):
+    write = getattr(RunLog, place)
+
+    def write_and_signal(log, step, values):
+        write(log, step, values)
+        if step == 1:
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(RunLog, place, write_and_signal)
+    run = start("--checkpoint.every", "0", "--run.steps", "3")
+    assert run.code == 128 + number
+    assert f"stopped by {number.name}; saved after step 1" in run.said
+    assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["1"]
+    assert [record["step"] for record in read_metrics(run.folder)] == [0, 1]
+    assert signal.getsignal(number) != signal.SIG_IGN and not (run.folder / "model").exists()
+
+
+def test_a_second_signal_stops_at_once(start, monkeypatch):
+    def signal_twice(log, step, values):
+        signal.raise_signal(signal.SIGTERM)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(RunLog, "metrics", signal_twice)
+    with pytest.raises(SystemExit, match="143"):
+        start()
+
+
+def failing(folder, body):
+    path = folder / "failing.py"
+    path.write_text(f"def reward(prompts, responses, examples):\n    {body}\n")
+    return "--task.reward_file", str(path)
+
+
+@pytest.mark.parametrize("body, message", [
+    ("return [None] * len(responses)", "32 of 32 rewards failed (reward returned 'None' for a reward); allowed: a"),
+    ("return 1 / 0", "32 of 32 rewards failed (ZeroDivisionError: division by zero); allowed: a share of training.max"),
+    ("return [1.0]", "reward returned 1 rewards for a group of 4 responses; one number a response is needed"),
+], ids=["no number", "raises", "wrong number"])
+def test_a_reward_function_that_fails_stops_the_run(command, capsys, tmp_path, body, message):
+    run = command(*failing(tmp_path, body))
+    error = capsys.readouterr().err
+    assert run.code == 3 and message in error and error.count("\n") == 1
+
+
+def test_a_few_failed_rewards_are_left_out(start, tmp_path):
+    flags = failing(tmp_path, "return [None] + [len(text) / 4 for text in responses[1:]]")
+    run = start(*flags, "--training.max_failed_rewards", "0.25", "--run.steps", "1")
+    step = read_metrics(run.folder)[-1]
+    assert run.code == 0 and step["rewards_failed"] == 8 and math.isfinite(step["loss"])
+
+
+def test_data_without_a_prompt_that_fits_is_refused_before_anything_is_written(command, capsys):
+    run = command("--training.max_prompt_tokens", "3")
+    error = capsys.readouterr().err
+    assert (run.code, run.folder) == (2, None) and error.count("\n") == 1
+    assert "none of the 64 prompts fits into training.max_prompt_tokens = 3" in error
+
+
+def test_gradients_that_stay_infinite_stop_the_run(command, capsys):
+    """A scale at which float16 overflows; each step that it skips halves it, and changes nothing else."""
+    scale = 2.0**60
+    run = command("--loss_scale.initial", str(scale), "--loss_scale.maximum", str(scale), "--run.steps", "5",
+                  "--training.max_skipped_steps", "5")
+    error = capsys.readouterr().err
+    assert run.code == 3 and error.count("\n") == 1
+    assert "5 optimizer steps of the policy skipped in a row: gradients are not finite" in error
+    assert "the last checkpoint is of step 2" in error
+    records = read_metrics(run.folder)
+    assert [(record["skipped"], record["loss_scale"]) for record in records[1:3]] == [(2, scale / 2), (2, scale / 8)]
+    state, _ = arrays(run.folder, 2)
+    fresh, _ = arrays(run.folder, 1)
+    assert state["policy.loss_scale.skipped"] == 4 and state["policy.step"] == 0
+    assert state["policy.loss_scale.loss_scale"] == scale / 16
+    changed = {name for name in state if state[name].tobytes() != fresh[name].tobytes()}
+    assert changed == {"policy.loss_scale.loss_scale", "policy.loss_scale.skipped", "policy.key"}
+
+
+def test_what_the_skip_guard_counts():
+    scale = make_loss_scale(LossScaleConfig(initial=8.0, minimum=2.0))
+    run = SimpleNamespace(config=SimpleNamespace(training=SimpleNamespace(max_skipped_steps=3)),
+                          setup=SimpleNamespace(precision=SimpleNamespace(loss_scale=scale)),
+                          checkpoints=SimpleNamespace(latest=lambda: None))
+    step = lambda skipped, scale=8.0, **more: {"skipped": skipped, "loss_scale": scale, **more}
+    guard = SkipGuard(run)
+    for skipped in (1, 1, 0, 1, 1, 0):
+        guard.check(step(skipped))
+    guard.check(step(1, 4.0))      # it leaves the scale at its minimum, but was not taken there
+    with pytest.raises(Guard, match="2 optimizer steps of the policy skipped with the loss scale at its minimum, 2"):
+        guard.check(step(1, 2.0))
+    guard = SkipGuard(run)
+    critic = {"critic/skipped": 1, "critic/loss_scale": 8.0}
+    guard.check(step(0, **critic)), guard.check(step(1, **critic))
+    with pytest.raises(Guard, match="3 optimizer steps of the critic skipped in a row: .*; there is no checkpoint yet"):
+        guard.check(step(1, **critic))
+
+
+# -- other algorithms and settings -----------------------------------------------------------------------------------
+
+
+VARIANTS = {
+    "ppo": ("--algorithm.preset", "ppo", "--algorithm.kl_coef", "0.1", "--algorithm.kl_in", "reward"),
+    "pg_seq_is": ("--algorithm.preset", "pg_seq_is", "--sampling.top_k", "5", "--algorithm.kl_coef", "0.1",
+                  "--training.minibatch_size", "32"),
+    "rollout": ("--training.old_logprobs", "rollout", "--training.truncated", "mask", "--training.epochs", "2"),
+}
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_two_steps_of_another_algorithm(start, name):
+    run = start(*VARIANTS[name], "--run.export", "false")
+    steps = read_metrics(run.folder)[1:]
+    state, _ = arrays(run.folder, 2)
+    assert run.code == 0 and len(steps) == 2 and not (run.folder / "model").exists()
+    for step in steps:
+        assert all(math.isfinite(value) for value in step.values()) and step["skipped"] == 0
+    # A minibatch whose responses are all cut teaches nothing where those are masked.
+    empty = sum(step["empty"] for step in steps)
+    assert state["policy.step"] == 2 * {"ppo": 2, "pg_seq_is": 1, "rollout": 4}[name] - empty
+    assert empty == 0 if name != "rollout" else steps[0]["empty"] < 4
+    if name == "ppo":
+        assert {"critic/loss", "critic/grad_norm", "critic/loss_scale"} <= set(steps[0])
+        assert state["critic.step"] == 4 and state["critic.params.value.kernel"].any()
+    if name == "pg_seq_is":
+        # At the first step policy and reference are one; the kept five tokens hold less than all of the mass.
+        assert steps[0]["kl"] < 1e-6 < steps[1]["kl"] and steps[0]["full_logprob"] < 0
+    assert ("reference.embedding" in state) == (name != "rollout")
+
+
+def test_a_sampler_in_another_precision_says_so(start, whole):
+    run = start("--rollout_precision", "bf16", "--run.steps", "1", "--run.export", "false")
+    assert "ablation: the sampler computes in bf16, all else in fp16" in run.said
+    config = load_config(Config, run.folder / "config.yaml")
+    assert (config.precision, config.rollout_precision) == ("fp16", "bf16")
+    record = json.loads((run.folder / "environment.json").read_text())
+    assert "float16" in record["policy"] and "bfloat16" in record["rollout_policy"]
+    ablated, plain = read_metrics(run.folder)[1], read_metrics(whole.folder)[1]
+    assert ablated["mismatch/kl_k3"] > 10 * plain["mismatch/kl_k3"]
+    assert ablated["mismatch_grad/kl_k3"] < ablated["mismatch/kl_k3"] / 10

@@ -30,7 +30,7 @@ def measure(kind, precision, params, rows, tokens, seeds):
     model, policy = MODEL.clone(attention=kind), rl.get_precision(precision).policy
     sampling = rl.SamplingConfig(max_new_tokens=tokens, group_size=1)
     sample = rl.make_sampler(model, policy, sampling, eos_id=EOS, pad_id=PAD)
-    score = jax.jit(lambda params, tokens, mask: rl.token_logprobs(model, params, tokens, mask, policy=policy))
+    score = jax.jit(lambda *arrays: rl.token_logprobs(model, *arrays, policy=policy))
     runs = []
     for seed in range(seeds):
         rollout = sample(params, *make_prompts(rows, seed), jax.random.key(seed))
@@ -45,7 +45,7 @@ def measure(kind, precision, params, rows, tokens, seeds):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--rows", type=int, default=64)
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--seeds", type=int, default=3)

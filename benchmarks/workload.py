@@ -23,7 +23,7 @@ def make_prompts(rows, seed=0):
 
 
 def make_params(logit_std=None, seed=0):
-    """Random parameters; with `logit_std`, the last norm is scaled so that logits have that standard deviation."""
+    """Random parameters; the last norm is scaled so that logits have standard deviation `logit_std`."""
     params = rl.init_params(MODEL, jax.random.key(seed))
     if logit_std is None:
         return params

@@ -38,13 +38,24 @@ def tiny(tmp_path_factory):
     return path
 
 
+@pytest.fixture(scope="module")
+def quick_compile():
+    """XLA leaves most optimizations out: for programs whose speed and last bits are no matter of the test."""
+    import jax
+
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", before)
+
+
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
     return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture(scope="module")
-def compile_cache(compiled):
+def compile_cache(compiled, quick_compile):
     """The folder for `run.compile_cache` that keeps the small programs too; JAX's settings are put back afterwards."""
     import jax
     from jax.experimental.compilation_cache import compilation_cache

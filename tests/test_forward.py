@@ -13,8 +13,9 @@ from jaxrl_fp16.models import Critic, Decoder, DecoderConfig, critic_params, ini
 from jaxrl_fp16.precision import get_precision
 
 V, ROWS, COLUMNS = 23, 5, 12
-MODEL = Decoder(DecoderConfig(family="qwen2", vocab_size=V, hidden_size=16, intermediate_size=24, num_layers=2,
-                              num_heads=4, num_kv_heads=2, head_dim=4, tie_embeddings=True))
+MODEL = Decoder(DecoderConfig(
+    family="qwen2", vocab_size=V, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2,
+    head_dim=4, tie_embeddings=True))
 FP32 = get_precision("fp32").policy
 # Padding nowhere, left, right, between, everywhere but at one token.
 MASK = np.array([[1] * 12, [0] * 4 + [1] * 8, [1] * 7 + [0] * 5, [0, 1, 1, 0, 0, 1, 0, 1, 1, 1, 0, 1],
@@ -181,8 +182,9 @@ def test_the_heads_gradient_is_summed_over_chunks_in_float32(monkeypatch):
 def test_an_embedding_row_of_8192_equal_tokens_has_its_whole_gradient(params):
     """In float16: against float32, where the sum over one row's tokens exceeds what float16 adds up."""
     tokens, mask = np.full((1, 8192), 3, np.int32), np.ones((1, 8192), bool)
-    one_layer = Decoder(DecoderConfig(family="qwen2", vocab_size=V, hidden_size=8, intermediate_size=8, num_layers=1,
-                                      num_heads=1, num_kv_heads=1, head_dim=8))
+    one_layer = Decoder(DecoderConfig(
+        family="qwen2", vocab_size=V, hidden_size=8, intermediate_size=8, num_layers=1, num_heads=1,
+        num_kv_heads=1, head_dim=8))
     weights = init_params(one_layer, jax.random.key(0))
 
     def embedding_gradient(name):

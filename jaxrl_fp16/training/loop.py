@@ -54,7 +54,7 @@ def train(config):
         if config.sft.steps and config.resume is None:
             params, metrics = warm_start(run, params)
             if run.stops():
-                return Outcome(run.folder, run.end_by_signal(0))
+                return Outcome(run.folder, config.precision, run.end_by_signal(0))
         learner, start, position = make_learner(run, algorithm, params), 0, 0
         if config.resume is not None:
             learner, position, start = run.restore(learner)

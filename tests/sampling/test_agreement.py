@@ -1,6 +1,6 @@
 """How far sampler and scorer may be apart at equal weights, on a random model of 5.8M parameters.
 
-Logits have standard deviation 3, as those of trained models do. benchmarks/mismatch.py prints the whole table.
+Its logits have standard deviation 3. benchmarks/mismatch.py prints the whole table.
 """
 
 import functools
@@ -16,8 +16,9 @@ from jaxrl_fp16.rl import mismatch_metrics
 from jaxrl_fp16.sampling import SamplingConfig, make_sampler
 
 ROWS, PROMPT, NEW, VOCAB = 64, 64, 128, 4096
-MODEL = Decoder(DecoderConfig(family="qwen2", vocab_size=VOCAB, hidden_size=256, intermediate_size=768, num_layers=6,
-                              num_heads=8, num_kv_heads=4, head_dim=32, tie_embeddings=True))
+MODEL = Decoder(DecoderConfig(
+    family="qwen2", vocab_size=VOCAB, hidden_size=256, intermediate_size=768, num_layers=6, num_heads=8,
+    num_kv_heads=4, head_dim=32, tie_embeddings=True))
 
 
 def prompts():

@@ -1,4 +1,4 @@
-"""The sampler: its contract, its distribution, what it agrees with, and that it runs in place and stops early."""
+"""The sampler: its contract, its distribution, its agreement with the scorer, and how its program runs."""
 
 import functools
 import re
@@ -17,8 +17,9 @@ from jaxrl_fp16.sampling.support import draw, kept_ids, support_size
 from jaxrl_fp16.tokenizer import character_tokenizer, token_bytes
 
 V, PAD, EOS = 24, 0, 1
-MODEL = Decoder(DecoderConfig(family="qwen2", vocab_size=V, hidden_size=16, intermediate_size=24, num_layers=2,
-                              num_heads=4, num_kv_heads=2, head_dim=4, tie_embeddings=True))
+MODEL = Decoder(DecoderConfig(
+    family="qwen2", vocab_size=V, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2,
+    head_dim=4, tie_embeddings=True))
 LENGTHS = (6, 1, 4)
 COLUMNS = 6
 MASK = np.arange(COLUMNS) >= COLUMNS - np.array(LENGTHS)[:, None]
@@ -35,14 +36,14 @@ def params():
 @functools.cache
 def maker(precision="fp32", eos_id=EOS, tokenizer=None, kind="blockwise", **settings):
     config = SamplingConfig(**{"max_new_tokens": 12, "group_size": 4, **settings})
-    policy = get_precision(precision).policy
-    return make_sampler(MODEL.clone(attention=kind), policy, config, eos_id=eos_id, pad_id=PAD, tokenizer=tokenizer)
+    model, policy = MODEL.clone(attention=kind), get_precision(precision).policy
+    return make_sampler(model, policy, config, eos_id=eos_id, pad_id=PAD, tokenizer=tokenizer)
 
 
 def scored(params, rollout, precision="fp32", temperature=1.0):
-    policy = get_precision(precision).policy
-    return jax.jit(lambda p, r: token_logprobs(
-        MODEL, p, r.tokens, r.mask, policy=policy, temperature=temperature, support=r.support))(params, rollout)
+    settings = dict(policy=get_precision(precision).policy, temperature=temperature)
+    score = jax.jit(lambda p, r: token_logprobs(MODEL, p, r.tokens, r.mask, support=r.support, **settings))
+    return score(params, rollout)
 
 
 def assert_same_rollout(a, b):
@@ -100,7 +101,8 @@ def test_nothing_is_compiled_again_from_one_iteration_to_the_next(params):
     sample = maker()
     for iteration in range(3):
         newer = jax.tree.map(lambda x: x * (1 + 0.01 * iteration), params)
-        sample(newer, np.roll(PROMPTS, iteration, axis=0), np.roll(MASK, iteration, axis=0), jax.random.key(iteration))
+        prompts, mask = (np.roll(x, iteration, axis=0) for x in (PROMPTS, MASK))
+        sample(newer, prompts, mask, jax.random.key(iteration))
     assert sample._cache_size() == 1
 
 
@@ -249,7 +251,9 @@ def test_tokens_are_as_frequent_as_they_are_likely(settings):
         np.testing.assert_allclose(full, np.log(probs[token]), atol=1e-5)
 
 
-@pytest.mark.parametrize("settings", [dict(top_k=5), dict(top_p=0.8, temperature=1.3), dict(top_k=7, top_p=0.7)], ids=str)
+@pytest.mark.parametrize("settings", [
+    dict(top_k=5), dict(top_p=0.8, temperature=1.3), dict(top_k=7, top_p=0.7),
+], ids=str)
 def test_a_truncated_rollout_carries_what_it_kept(params, settings):
     rollout = maker(**settings)(params, PROMPTS, MASK, KEY)
     support, response = np.asarray(rollout.support), np.asarray(rollout.response_mask)[:, COLUMNS:]
@@ -274,8 +278,8 @@ def test_the_loop_ends_when_all_rows_have(params, monkeypatch):
     monkeypatch.setattr(sampler, "decode_step", counted)
     for ends, expected in ((tuple(range(V)), 0), ((V,), 11)):
         steps.clear()
-        sample = make_sampler(MODEL, get_precision("fp32").policy, SamplingConfig(max_new_tokens=12, group_size=1),
-                              eos_id=ends, pad_id=PAD)
+        config = SamplingConfig(max_new_tokens=12, group_size=1)
+        sample = make_sampler(MODEL, get_precision("fp32").policy, config, eos_id=ends, pad_id=PAD)
         rollout = jax.block_until_ready(sample(params, PROMPTS, MASK, KEY))
         jax.effects_barrier()
         assert len(steps) == expected

@@ -63,8 +63,8 @@ class Toy:
 
     @functools.cache
     def value_update(self, precision="fp32", microbatch_size=4):
-        return make_value_update(self.critic, get_precision(precision).policy, get_algorithm("ppo"), self.optimizer,
-                                 microbatch_size=microbatch_size)
+        policy, algorithm = get_precision(precision).policy, get_algorithm("ppo")
+        return make_value_update(self.critic, policy, algorithm, self.optimizer, microbatch_size=microbatch_size)
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""Run by test_mesh_update.py in a process that has 4 virtual devices: one update and one rollout on every mesh."""
+"""Run by test_mesh_update.py in a process that has 4 virtual devices."""
 
 import jax
 import numpy as np
@@ -16,8 +16,9 @@ from jaxrl_fp16.types import Batch
 
 MESHES = [(4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 2, 1)]
 ROWS, COLUMNS, VOCAB = 8, 24, 64
-MODEL = Decoder(DecoderConfig(family="qwen2", vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_layers=2,
-                              num_heads=4, num_kv_heads=4, head_dim=4))
+MODEL = Decoder(DecoderConfig(
+    family="qwen2", vocab_size=VOCAB, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4,
+    num_kv_heads=4, head_dim=4))
 PRECISION = get_precision("fp32")
 
 
@@ -39,8 +40,9 @@ def steps_on(mesh):
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     params = init_params(MODEL, jax.random.key(0), mesh)
     state = create_train_state(params, optimizer, PRECISION.loss_scale, jax.random.key(1), shardings)
-    update = make_update(MODEL, PRECISION.policy, get_algorithm("grpo_token_tis"), optimizer, microbatch_size=4,
-                         state_shardings=shardings_of(state))
+    update = make_update(
+        MODEL, PRECISION.policy, get_algorithm("grpo_token_tis"), optimizer, microbatch_size=4,
+        state_shardings=shardings_of(state))
     metrics = []
     for _ in range(2):
         state, found = update(state, shard_batch(make_batch(), mesh))

@@ -307,6 +307,23 @@ def test_data_without_a_prompt_that_fits_is_refused_before_anything_is_written(c
     assert "none of the 64 prompts fits into training.max_prompt_tokens = 3" in error
 
 
+@pytest.mark.parametrize("place, error, code, message", [
+    ("loop.learn", jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room"), 3, "out of device memory; what lowers it: "),
+    ("loop.sample_records", OSError(28, "No space left on device", "samples.jsonl"), 3,
+     "No space left on device: 'samples.jsonl'; the last finished checkpoint is intact"),
+    ("run.save_pretrained", ValueError("tensor x holds 1e+06"), 3, "tensor x holds 1e+06"),
+    ("run.make_evaluators", KeyboardInterrupt(), 130, "interrupted"),
+], ids=["memory", "disk", "export", "interrupt"])
+def test_what_else_ends_a_run_in_one_line(command, monkeypatch, capsys, place, error, code, message):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr(f"jaxrl_fp16.training.{place}", fail)
+    run = command("--run.steps", "0" if place == "run.save_pretrained" else "1")
+    line = capsys.readouterr().err
+    assert run.code == code and message in line and line.count("\n") == 1
+
+
 def test_gradients_that_stay_infinite_stop_the_run(command, capsys):
     """A scale at which float16 overflows; each step that it skips halves it, and changes nothing else."""
     scale = 2.0**60

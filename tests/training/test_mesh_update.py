@@ -1,4 +1,4 @@
-"""The update and the sampler on 4 virtual devices, in a process of its own: four_devices.py holds the tests."""
+"""The update and the sampler on 4 virtual devices, in a process of its own."""
 
 import os
 from pathlib import Path
@@ -8,8 +8,9 @@ import sys
 
 def test_on_four_devices():
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+    tests = Path(__file__).with_name("four_devices.py")
     run = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", Path(__file__).with_name("four_devices.py")],
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}, text=True, capture_output=True, timeout=300,
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests], text=True, capture_output=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags}, timeout=300,
     )
     assert run.returncode == 0, run.stdout + run.stderr

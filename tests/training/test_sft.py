@@ -9,6 +9,8 @@ from jaxrl_fp16.forward import token_logprobs
 from jaxrl_fp16.precision import get_precision
 from jaxrl_fp16.training.sft import Pairs, make_sft_update
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 
 @pytest.fixture(scope="module")
 def update(toy):

@@ -3,7 +3,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 
 from jaxrl_fp16.precision import get_precision
@@ -43,7 +42,8 @@ def test_without_copy_the_parameters_are_handed_over(toy, given):
 def test_two_states_of_one_precision_are_donated_one_by_one(toy):
     """Policy and critic start from the same loss scale and key."""
     scale, key = get_precision("fp16").loss_scale, jax.random.key(0)
-    states = [init_train_state(params, toy.optimizer, scale, key) for params in (toy.params, toy.critic_params)]
+    both = toy.params, toy.critic_params
+    states = [init_train_state(params, toy.optimizer, scale, key) for params in both]
     step = jax.jit(lambda state: state.replace(step=state.step + 1), donate_argnums=0)
     assert [int(step(state).step) for state in states] == [1, 1]
     assert not scale.loss_scale.is_deleted()
@@ -51,6 +51,7 @@ def test_two_states_of_one_precision_are_donated_one_by_one(toy):
 
 def test_masters_and_moments_are_float32(toy):
     for name in ("fp16", "bf16", "fp32"):
-        state = init_train_state(toy.params, optax.adamw(1e-3), get_precision(name).loss_scale, jax.random.key(0))
+        state = toy.start(name)
         floating = [leaf.dtype for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
-        assert len(floating) == 3 * len(jax.tree.leaves(toy.params)) + 1 and set(floating) == {jnp.dtype("float32")}
+        assert len(floating) == 3 * len(jax.tree.leaves(toy.params)) + 1  # and the loss scale
+        assert set(floating) == {jnp.dtype("float32")}

@@ -131,5 +131,5 @@ def test_a_microbatch_takes_rows_from_the_whole_batch():
 
 @pytest.mark.parametrize("size", [0, 3, 9, -1])
 def test_a_size_that_does_not_divide_is_refused(size):
-    with pytest.raises(ValueError, match=f"microbatch_size is {size}; allowed: a divisor of the batch's 8 rows"):
+    with pytest.raises(ValueError, match=f"microbatch_size is {size}; allowed: a divisor of the batch's 8"):
         split_rows(jnp.zeros((8, 2)), size)

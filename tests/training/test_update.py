@@ -1,4 +1,4 @@
-"""The policy's update: microbatches, empty batches, learning, donation, compilations, and FP16's gradients."""
+"""The policy's update: microbatches, empty batches, learning, donation, and FP16's gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ def test_every_microbatch_size_gives_the_step_of_the_whole_batch(toy, algorithm,
         assert metrics.keys() == expected.keys()
         for name in expected:
             np.testing.assert_allclose(metrics[name], expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
-        # Adam divides the smallest gradients by their own size: compared where float32 sums are not all noise.
+        # Adam divides a gradient by its own size: where it is all rounding, so is the step of 1e-2.
         np.testing.assert_allclose(found, whole, atol=2e-4)
 
 
@@ -49,7 +49,8 @@ def test_the_loss_and_its_gradient_are_those_of_policy_loss(toy):
     batch = toy.batch()
 
     def loss(params):
-        logprobs = token_logprobs(toy.model, params, batch.tokens, batch.mask, policy=get_precision("fp32").policy)
+        policy = get_precision("fp32").policy
+        logprobs = token_logprobs(toy.model, params, batch.tokens, batch.mask, policy=policy)
         return policy_loss(
             GRPO, logprobs=logprobs, old_logprobs=batch.old_logprobs, rollout_logprobs=batch.rollout_logprobs,
             advantages=batch.advantages, mask=batch.response_mask, max_new_tokens=10)[0]
@@ -190,10 +191,11 @@ def cosines(found, expected):
 
 
 def test_float16_gradients_point_where_float32s_do():
-    """A row of one token, 8,192 times, among ragged ordinary rows; through the update, loss scaling included."""
+    """A row of one token, 8,192 times, among ragged ordinary ones; through the update and its loss scale."""
     columns, vocab = 8192, 64
-    model = Decoder(DecoderConfig(family="qwen2", vocab_size=vocab, hidden_size=32, intermediate_size=64,
-                                  num_layers=2, num_heads=2, num_kv_heads=1, head_dim=16, tie_embeddings=True))
+    model = Decoder(DecoderConfig(
+        family="qwen2", vocab_size=vocab, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2,
+        num_kv_heads=1, head_dim=16, tie_embeddings=True))
     params = init_params(model, jax.random.key(0))
     generator = np.random.default_rng(0)
     tokens = generator.integers(0, vocab, (3, columns)).astype(np.int32)
@@ -210,7 +212,8 @@ def test_float16_gradients_point_where_float32s_do():
     for name in ("fp16", "fp32"):
         precision = get_precision(name)
         update = make_update(model, precision.policy, GRPO, recorder(), microbatch_size=3)
-        state, metrics = update(init_train_state(params, recorder(), precision.loss_scale, jax.random.key(0)), batch)
+        state = init_train_state(params, recorder(), precision.loss_scale, jax.random.key(0))
+        state, metrics = update(state, batch)
         assert float(metrics["skipped"]) == 0
         grads[name] = state.opt_state
     found = cosines(grads["fp16"], grads["fp32"])

@@ -1,0 +1,167 @@
+"""sft, eval, generate and export through the command line, on a tiny model."""
+
+import json
+from pathlib import Path
+import signal
+
+import numpy as np
+import pytest
+
+from jaxrl_fp16 import cli
+from jaxrl_fp16.console import Console
+from jaxrl_fp16.logs import RunLog, read_metrics
+from jaxrl_fp16.models import load_pretrained
+
+SETS = ("--evaluation.sets", "[{name: sampled, samples: 4, temperature: 1}, {name: greedy, limit: 3}]",
+        "--evaluation.rows", "16")
+
+
+@pytest.fixture(scope="module")
+def command(tiny, compile_cache):
+    """command(name, flag, ...) -> exit code of that command on the tiny config."""
+    return lambda name, *flags: cli.main([name, str(tiny), "--run.compile_cache", compile_cache, *flags])
+
+
+def one_run(folder):
+    (found,) = Path(folder).glob("*")
+    return found
+
+
+def embedding(folder):
+    return np.asarray(load_pretrained(folder)[1]["embedding"])
+
+
+def test_sft_from_start_to_resume_and_export(command, tmp_path, capsys):
+    flags = ("--run.dir", str(tmp_path / "runs"), "--sft.steps", "4", "--checkpoint.every", "2")
+    assert command("sft", *flags) == 0
+    folder, said = one_run(tmp_path / "runs"), capsys.readouterr().out
+    assert "supervised: 4 steps of 16 rows" in said and "step 4/4  loss" in said
+    records = read_metrics(folder)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert {"loss", "grad_norm", "loss_scale", "skipped", "learning_rate"} <= set(records[0])
+    assert records[-1]["loss"] < records[0]["loss"] - 0.2
+    assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == ["2", "4"]
+    weights = embedding(folder / "model")
+
+    # At its end already: nothing is done but the export.
+    assert command("sft", *flags, "--resume", str(folder)) == 0
+    assert read_metrics(folder) == records
+    np.testing.assert_array_equal(embedding(folder / "model"), weights)
+    # Further, as a run of six steps would have gone.
+    assert command("sft", *flags, "--sft.steps", "6", "--resume", str(folder)) == 0
+    assert [record["step"] for record in read_metrics(folder)] == [1, 2, 3, 4, 5, 6]
+    assert (embedding(folder / "model") != weights).any()
+
+    # Its newest checkpoint again, where the export was lost.
+    last = embedding(folder / "model")
+    for path in (folder / "model").iterdir():
+        path.unlink()
+    (folder / "model").rmdir()
+    capsys.readouterr()
+    assert command("export", *flags, "--sft.steps", "6", "--resume", str(folder)) == 0
+    assert f"weights for Transformers and vLLM: {folder}/model" in capsys.readouterr().out
+    np.testing.assert_array_equal(embedding(folder / "model"), last)
+
+
+def test_a_signal_ends_supervised_training_too(command, tmp_path, monkeypatch):
+    write = RunLog.metrics
+
+    def write_and_signal(log, step, values):
+        write(log, step, values)
+        signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(RunLog, "metrics", write_and_signal)
+    flags = ("--run.dir", str(tmp_path), "--sft.steps", "4", "--checkpoint.every", "0")
+    assert command("sft", *flags) == 143
+    assert [path.name for path in (one_run(tmp_path) / "checkpoints").iterdir()] == ["1"]
+
+
+def test_a_warm_start_and_a_signal_within_it(command, tmp_path, monkeypatch, capsys):
+    flags = ("--run.steps", "0", "--sft.steps", "4")
+    assert command("train", *flags, "--run.dir", str(tmp_path / "whole")) == 0
+    assert "warm start 4/4  loss " in capsys.readouterr().out
+    folder = one_run(tmp_path / "whole")
+    (record,) = read_metrics(folder)
+    assert record["step"] == 0 and 0 < record["sft/loss"] < 4 and (folder / "model" / "config.json").exists()
+
+    say = Console.say
+
+    def say_and_signal(console, text):
+        say(console, text)
+        if text.startswith("warm start 1/4"):
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(Console, "say", say_and_signal)
+    assert command("train", *flags, "--run.dir", str(tmp_path / "cut")) == 130
+    said = capsys.readouterr().out
+    assert "warm start 2/4" not in said and "stopped by SIGINT; before the first step, with nothing to save" in said
+
+
+def test_sft_without_steps_is_refused(command, tmp_path, capsys):
+    assert command("sft", "--run.dir", str(tmp_path / "runs")) == 2
+    assert "sft.steps is 0; allowed: 1 or more" in capsys.readouterr().err and not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("flags", [("--sft.max_length", "4"), ("--task.name", "math")], ids=["too long", "no solution"])
+def test_sft_without_a_solution_that_fits_is_refused(command, tmp_path, capsys, flags):
+    if "math" in flags:
+        data = tmp_path / "data.jsonl"
+        data.write_text('{"problem": "1+1", "answer": "2"}\n' * 8)
+        flags = (*flags, "--task.path", str(data), "--task.template", "{problem}", "--task.heldout_size", "1")
+    assert command("sft", "--sft.steps", "2", "--run.dir", str(tmp_path / "runs"), *flags) == 2
+    error = capsys.readouterr().err
+    assert "problems has a solution that fits into max_length" in error and error.count("\n") == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_eval_prints_a_table_and_a_json_line(command, tmp_path, capsys):
+    assert command("eval", *SETS, "--run.dir", str(tmp_path / "runs")) == 0
+    said = capsys.readouterr().out
+    metrics = json.loads(next(line for line in said.splitlines() if line.startswith("{")))
+    assert metrics["eval/sampled/problems"] == 6 and metrics["eval/greedy/problems"] == 3
+    assert {"eval/sampled/accuracy", "eval/sampled/stderr", "eval/sampled/pass@4", "eval/greedy/accuracy"} <= set(metrics)
+    assert "eval/greedy/pass@1" not in metrics
+    assert "random weights in fp16" in said and "sampled/accuracy" in said
+    assert not (tmp_path / "runs").exists()
+
+
+def test_generate_prints_a_group_for_each_prompt(command, capsys):
+    flags = ("--generate.count", "2", "--training.max_prompt_tokens", "6")
+    assert command("generate", *flags) == 0
+    first = capsys.readouterr().out
+    blocks = first.split("> ")[1:]
+    assert len(blocks) == 2
+    for block in blocks:
+        prompt, *responses = block.rstrip("\n").split("\n")
+        assert prompt.endswith("=") and len(responses) == 4
+        assert all(response.endswith(("   [0]", "   [1]")) for response in responses)
+    assert command("generate", *flags) == 0
+    assert capsys.readouterr().out.split("> ")[1:] == blocks
+    # Own prompts have no answer to be graded against.
+    assert command("generate", "--generate.prompts", '["1+2=", "7+7="]') == 0
+    said = capsys.readouterr().out
+    assert said.count("> ") == 2 and "> 1+2=\n" in said and "   [" not in said
+
+
+@pytest.mark.parametrize("name, flags, message", [
+    ("eval", (), "evaluation.sets is empty; allowed: one set or more"),
+    ("eval", (*SETS, "--resume", "somewhere"), "eval reads no run folder; allowed: --model.path somewhere/model"),
+    ("generate", ("--resume", "somewhere"), "generate reads no run folder"),
+    ("generate", ("--generate.prompts", '["1+1+1+1+1="]'), "'1+1+1+1+1=' is longer than training.max_prompt_tokens = 6"),
+    ("export", (), "export needs --resume RUN_FOLDER"),
+    ("export", ("--resume", "somewhere"), "somewhere has no config.yaml; allowed: the folder of an earlier run"),
+    ("eval", ("--evaluation.sets", "[{name: a, path: absent.jsonl}]"), "evaluation: absent.jsonl: no such data file"),
+])
+def test_what_is_refused(command, capsys, name, flags, message):
+    assert command(name, *flags) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_an_evaluation_is_the_same_each_time(command, capsys):
+    """Sampled with the keys of run.seed."""
+    lines = []
+    for _ in range(2):
+        assert command("eval", *SETS) == 0
+        lines.append(capsys.readouterr().out.splitlines()[-1])
+    assert lines[0] == lines[1] and lines[0].startswith("{")

@@ -75,7 +75,7 @@ def test_arguments_that_make_no_command(arguments, message, capsys, tmp_path, mo
     (["--sampling.group_size", "1"], "group_size is 1; advantage 'group_std' allows 2 or more, gae 1"),
     (["--mesh.fsdp", "7"], "does not fit"),
     (["--evaluation.sets", "[{name: a, path: absent.jsonl}]"], "evaluation: absent.jsonl: no such data file"),
-    (["--critic.optimizer.schedule", "linear"], "schedule 'linear' with decay_steps 0; allowed: more than warmup_steps"),
+    (["--critic.optimizer.schedule", "linear"], "schedule 'linear' with decay_steps 0; allowed: more than warmup"),
     (["--resume", "absent"], "resume: absent has no config.yaml; allowed: the folder of an earlier run"),
 ])
 def test_values_that_are_refused(refused, flags, message):

@@ -110,5 +110,6 @@ def truncation_rule(rule, graded):
 
 
 __all__ = [
-    "PromptBatch", "data_order", "holds_epoch", "next_prompts", "Graded", "sample_and_grade", "in_groups", "truncation_rule",
+    "PromptBatch", "data_order", "holds_epoch", "next_prompts", "Graded", "sample_and_grade", "in_groups",
+    "truncation_rule",
 ]

@@ -32,13 +32,13 @@ def run_sft(config):
     if not steps:
         raise ConfigError("sft.steps is 0; allowed: 1 or more")
     with open_run(config, check=check_pairs) as (run, params):
-        learner, position, start = Learner(fresh_state(run, params)), 0, 0
+        learner, place, start = Learner(fresh_state(run, params)), 0, 0
         if config.resume is not None:
-            learner, position, start = run.restore(learner)
+            learner, place, start = run.restore(learner)
         run.start_log(start, steps, line=SFT_LINE)
         run.log.say(f"supervised: {steps} steps of {config.sft.batch_size} rows")
         guard, schedule, state = SkipGuard(run), make_schedule(config.sft.optimizer), learner.policy
-        for step, state, metrics, position in supervise(run, state, position, start):
+        for step, state, metrics, position in supervise(run, learner.policy, place, start):
             metrics = {name: float(value) for name, value in metrics.items()}
             metrics["learning_rate"] = float(schedule(state.step))
             last = step == steps

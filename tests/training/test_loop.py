@@ -169,6 +169,13 @@ def test_a_reward_of_ones_own_drives_the_run(whole):
     assert rewards[-1] > rewards[0] + 0.1
 
 
+def test_each_step_draws_with_a_key_of_its_own(whole):
+    keys = {arrays(whole.folder, step)[0]["policy.key"].tobytes() for step in (1, 2, 3, 4)}
+    lines = [json.loads(line) for line in (whole.folder / "samples.jsonl").read_text().splitlines()]
+    responses = {step: [line["response"] for line in lines if line["step"] == step] for step in (1, 2)}
+    assert len(keys) == 4 and responses[1] != responses[2]
+
+
 def test_nothing_is_compiled_after_the_first_iteration(whole):
     """The second may still meet small operations of its own; the third and fourth meet none, evaluations included."""
     assert whole.compiled[4] == whole.compiled[3] == whole.compiled[2]
@@ -308,7 +315,7 @@ def test_data_without_a_prompt_that_fits_is_refused_before_anything_is_written(c
 
 
 @pytest.mark.parametrize("place, error, code, message", [
-    ("loop.learn", jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room"), 3, "out of device memory; what lowers it: "),
+    ("loop.learn", jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room"), 3, "out of device memory; what lowers"),
     ("loop.sample_records", OSError(28, "No space left on device", "samples.jsonl"), 3,
      "No space left on device: 'samples.jsonl'; the last finished checkpoint is intact"),
     ("run.save_pretrained", ValueError("tensor x holds 1e+06"), 3, "tensor x holds 1e+06"),

@@ -45,7 +45,7 @@ def test_a_warm_up_rises_from_its_first_share_to_the_peak(schedule, after):
 
 
 def test_a_schedule_without_room_to_fall_is_refused():
-    with pytest.raises(ValueError, match="schedule 'cosine' with decay_steps 3; allowed: more than warmup_steps, here 3"):
+    with pytest.raises(ValueError, match="'cosine' with decay_steps 3; allowed: more than warmup_steps, here 3"):
         OptimizerConfig(schedule="cosine", warmup_steps=3, decay_steps=3)
 
 

@@ -108,16 +108,28 @@ def _visible(queries, j):
 
 
 def _blockwise_cache(q, k, v, positions):
-    grouped = _group(q, k.shape[1])
-    queries = positions[:, None, None, None]
+    """All blocks side by side, then absorbed in order: what `_absorb` does, without a slice of the cache per block."""
+    k, v = _restore(k, q.dtype), _restore(v, q.dtype)
+    grouped, blocks = _group(q, k.shape[1])[..., 0, :], k.shape[2] // BLOCK
+    visible = jnp.arange(k.shape[2]) <= positions[:, None, None, None]
+    scores = matmul("bkge,bkse->bkgs", grouped, k) * q.shape[-1] ** -0.5
+    scores = jnp.where(visible, scores, -jnp.inf).reshape(*scores.shape[:-1], blocks, BLOCK)
+    peaks = lax.cummax(jnp.max(scores, axis=-1), axis=3)
+    weights = jnp.exp(scores - peaks[..., None])
+    totals = jnp.sum(weights, axis=-1)
+    values = v.reshape(*v.shape[:2], blocks, BLOCK, v.shape[-1])
+    mixes = matmul("bkgjc,bkjce->bkjge", weights.astype(v.dtype), values)
+    fades = jnp.exp(peaks[..., :-1] - peaks[..., 1:])
 
-    def body(j, carry):
-        key, value = (_restore(_block_of(x, j), q.dtype) for x in (k, v))
-        return _absorb(carry, grouped, key, value, _visible(queries, j))
+    def absorb(carry, block):
+        (total, mixed), (fade, more, mix) = carry, block
+        return (total * fade + more, mixed * fade[..., None] + mix), None
 
-    blocks = jnp.max(positions) // BLOCK + 1
-    _, total, mixed = lax.fori_loop(0, blocks, body, _start(grouped))
-    return _ungroup(mixed / total[..., None]).astype(q.dtype)
+    first, rest = (totals[..., 0], mixes[:, :, 0]), (fades, totals[..., 1:], mixes[:, :, 1:])
+    rest = [jnp.moveaxis(x, axis, 0) for x, axis in zip(rest, (3, 3, 2))]
+    # Unrolled, or a GPU would launch a kernel for each of these small steps.
+    (total, mixed), _ = lax.scan(absorb, first, tuple(rest), unroll=min(max(blocks - 1, 1), 16))
+    return _ungroup((mixed / total[..., None])[..., None, :]).astype(q.dtype)
 
 
 def _blockwise(q, k, v):

@@ -11,6 +11,8 @@ import jax.numpy as jnp
 
 from jaxrl_fp16.forward import logprob_of
 
+PIECE = 64  # ids in the second stage of a draw
+
 
 def support_size(config, vocab_size):
     """K: how many ids a truncated distribution can keep; 0 where it is not truncated."""
@@ -56,7 +58,28 @@ def draw(config, logits, keys):
 
 
 def _categorical(keys, logits):
-    return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
+    """int32 [B]: an index out of `softmax(logits)` [B,V] by inversion, in two stages, with two uniforms a row.
+
+    A uniform float32 has 2^23 values: the first picks one of some 64-wide pieces
+    by their mass, the second an index within it, so that rare tokens keep their
+    share. One Gumbel noise an id, the other way, costs V random numbers a row.
+    """
+    rows, size = logits.shape
+    mass = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
+    mass = jnp.pad(mass, ((0, 0), (0, -size % PIECE))).reshape(rows, -1, PIECE)
+    first, second = jax.vmap(lambda key: jax.random.uniform(key, (2,)))(keys).T
+    piece = _invert(jnp.sum(mass, axis=-1), first)
+    inside = jnp.take_along_axis(mass, piece[:, None, None], axis=1)[:, 0]
+    return (piece * PIECE + _invert(inside, second)).astype(jnp.int32)
+
+
+def _invert(mass, uniform):
+    """int32 [B]: the first index whose cumulated `mass` [B,N] exceeds `uniform` [B] of the whole."""
+    cumulated = jnp.cumsum(mass, axis=-1)
+    index = jnp.sum(cumulated <= (uniform * cumulated[:, -1])[:, None], axis=-1)
+    # XLA sums in a tree, which need not rise at every step: an index of mass 0 could be met by a rounding.
+    found = jnp.take_along_axis(mass, index[:, None], axis=-1, mode="fill", fill_value=0.0)[:, 0]
+    return jnp.where(found > 0, index, jnp.argmax(mass, axis=-1))
 
 
 __all__ = ["support_size", "kept_ids", "draw"]

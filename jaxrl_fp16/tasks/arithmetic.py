@@ -36,6 +36,9 @@ class ArithmeticConfig:
     ] = ("chain",)
     digits: Annotated[int, annotated_types.Interval(ge=1, le=6), Doc("of the largest number")] = 2
     terms: Annotated[int, annotated_types.Interval(ge=2, le=8), Doc("of a chain")] = 3
+    max_total: Annotated[
+        int | None, annotated_types.Ge(1), Doc("a chain subtracts, where it can, what would lead beyond it; null: none")
+    ] = None
 
     @property
     def max_prompt_chars(self) -> int:
@@ -59,7 +62,8 @@ def chain(draw: random.Random, config: ArithmeticConfig) -> tuple[str, list[int]
     text, totals = str(total), []
     for _ in range(config.terms - 1):
         term = _number(draw, config)
-        sign = "-" if term <= total and draw.random() < 0.5 else "+"  # totals stay at 0 or above
+        beyond = config.max_total is not None and total + term > config.max_total
+        sign = "-" if term <= total and (draw.random() < 0.5 or beyond) else "+"  # totals stay at 0 or above
         total += term if sign == "+" else -term
         text, totals = f"{text}{sign}{term}", [*totals, total]
     return text + "=", totals

@@ -75,8 +75,7 @@ def test_fields_left_out_take_the_familys_value():
     assert hash(qwen2) == hash(DecoderConfig(family="qwen2", **SHAPE))
 
 
-@pytest.mark.parametrize("case, kind", [("qwen2", "blockwise"), ("qwen2", "plain"), ("qwen3", "blockwise"),
-                                        ("llama", "blockwise")])
+@pytest.mark.parametrize("case, kind", [("qwen2", "plain"), ("qwen3", "blockwise"), ("llama", "blockwise")])
 def test_one_step_at_a_time_is_all_at_once(case, kind):
     """Rows stand at positions of their own, across the border of a block."""
     model = decoder(case, attention=kind)
@@ -194,7 +193,7 @@ def test_a_critic_starts_at_zero_as_a_copy():
     params = random_params(model)
     critic = critic_params(params)
     tokens = jnp.arange(10).reshape(2, 5)
-    values = Critic(model).apply({"params": critic}, tokens)
+    values = jax.jit(lambda *args: Critic(model).apply(*args))({"params": critic}, tokens)
     assert values.dtype == jnp.float32 and values.shape == (2, 5) and not np.asarray(values).any()
     for leaf, other in zip(jax.tree.leaves(params), jax.tree.leaves(critic["body"]), strict=True):
         assert leaf.unsafe_buffer_pointer() != other.unsafe_buffer_pointer()

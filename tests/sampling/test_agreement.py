@@ -7,7 +7,6 @@ import functools
 
 import jax
 import numpy as np
-import pytest
 
 from jaxrl_fp16.forward import logits, token_logprobs
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params
@@ -59,6 +58,5 @@ def test_with_plain_attention_fp16_is_at_most_a_fifth_of_bf16():
     assert token_kl("fp16", "plain") <= token_kl("bf16", "plain") / 5
 
 
-@pytest.mark.parametrize("kind", ["blockwise", "plain"])
-def test_fp32_agrees_to_rounding(kind):
-    assert token_kl("fp32", kind) < 1e-10
+def test_fp32_agrees_to_rounding():
+    assert token_kl("fp32", "blockwise") < 1e-10

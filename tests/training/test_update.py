@@ -25,9 +25,8 @@ def parameters(state):
 
 @pytest.mark.parametrize("algorithm, sizes", [
     (get_algorithm("grpo", kl_coef=0.1, entropy_coef=0.01), (1, 2, 4)),
-    (get_algorithm("pg_seq_is"), (2,)),
-    (get_algorithm("dapo"), (4,)),
-], ids=["sequence_mean", "fixed_length", "token_mean"])
+    (get_algorithm("pg_seq_is", aggregation="token_mean"), (2,)),
+], ids=["sequence_mean", "token_mean"])
 def test_every_microbatch_size_gives_the_step_of_the_whole_batch(toy, algorithm, sizes):
     batch = toy.batch()
     # A row without a token and ragged lengths: a mean over a microbatch would be another number.
@@ -99,8 +98,8 @@ def test_a_batch_that_teaches_nothing_changes_nothing(toy, algorithm, fields):
 
 
 def test_no_advantage_with_a_kl_term_is_a_step(toy):
-    state, metrics = toy.update(algorithm=get_algorithm("grpo", kl_coef=0.1))(
-        toy.start(), toy.batch(advantages=jnp.zeros(8)))
+    update = toy.update("fp16", get_algorithm("grpo", kl_coef=0.1))
+    state, metrics = update(toy.start("fp16"), toy.batch(advantages=jnp.zeros(8)))
     assert float(metrics["empty"]) == 0 and int(state.step) == 1
     assert (parameters(state) != parameters(toy.start())).any()
 
@@ -109,16 +108,15 @@ def test_junk_off_the_response_does_not_matter(toy):
     batch = toy.batch()
     junk = {name: jnp.where(batch.response_mask, getattr(batch, name), jnp.nan)
             for name in ("old_logprobs", "rollout_logprobs", "ref_logprobs")}
-    update = toy.update(algorithm=get_algorithm("grpo", kl_coef=0.1))
-    clean, _ = update(toy.start(), batch)
-    found, _ = update(toy.start(), batch.replace(**junk))
+    update = toy.update("fp16", get_algorithm("grpo", kl_coef=0.1))
+    clean, _ = update(toy.start("fp16"), batch)
+    found, _ = update(toy.start("fp16"), batch.replace(**junk))
     np.testing.assert_array_equal(parameters(found), parameters(clean))
 
 
 def test_an_overflow_in_float16_is_skipped_and_halves_the_scale(toy):
-    update = toy.update("fp16")
-    state, metrics = update(toy.start("fp16", initial=2.0**24), toy.batch(advantages=jnp.full(8, 1e4)))
-    assert float(metrics["skipped"]) == 1 and float(state.loss_scale.loss_scale) == 2.0**23
+    state, metrics = toy.update("fp16")(toy.start("fp16"), toy.batch(advantages=jnp.full(8, 1e7)))
+    assert float(metrics["skipped"]) == 1 and float(state.loss_scale.loss_scale) == 2.0**14
     assert int(state.step) == 0
     np.testing.assert_array_equal(parameters(state), parameters(toy.start()))
 
@@ -126,7 +124,7 @@ def test_an_overflow_in_float16_is_skipped_and_halves_the_scale(toy):
 # -- many steps ----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("precision", ["fp16", "bf16", "fp32"])
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
 def test_likely_tokens_become_likelier(toy, precision):
     """30 steps towards the first half of the rows and away from the second."""
     sign = jnp.where(jnp.arange(8) < 4, 1.0, -1.0)
@@ -139,6 +137,9 @@ def test_likely_tokens_become_likelier(toy, precision):
     assert losses[-1] < losses[0] - 1.0
     assert int(state.step) == 30
     assert float(state.loss_scale.loss_scale) == (2.0**18 if precision == "fp16" else 1.0)
+    # Masters and moments are still float32.
+    kept = {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state))}
+    assert kept == {jnp.dtype("float32"), jnp.dtype("int32")}
 
 
 def test_the_state_is_donated_and_nothing_is_compiled_again(toy):
@@ -151,13 +152,6 @@ def test_the_state_is_donated_and_nothing_is_compiled_again(toy):
         programs.append(update._cache_size())
     assert len(set(programs)) == 1
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves(toy.params))
-
-
-def test_masters_and_moments_stay_float32(toy):
-    for name in ("fp16", "bf16"):
-        state, _ = toy.update(name)(toy.start(name), toy.batch())
-        assert {leaf.dtype for leaf in jax.tree.leaves((state.params, state.opt_state))} <= {
-            jnp.dtype("float32"), jnp.dtype("int32")}
 
 
 # -- FP16's gradients against FP32's ---------------------------------------------------------------------

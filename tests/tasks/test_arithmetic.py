@@ -69,3 +69,11 @@ def test_reward_needs_the_result_and_the_format():
                  "85,066", "66\n", "x66", "1,2,3,66", "-66", "٦٦"]
     rewards = reward(["37+48-19="] * 12, responses, [{"answer": "66"}] * 12)
     assert rewards == [1, 1, 0, 0, 0, 0, 0, 0, 0, 1, 0, 0]
+
+
+def test_a_chain_stays_at_or_below_its_largest_total():
+    bounded = ArithmeticConfig(kinds=("chain",), digits=1, terms=5, max_total=19)
+    totals = [int(step) for example in train_problems(bounded, 0, 300)[:] for step in example.solution.split(",")]
+    assert max(totals) <= 19 and max(totals) > 15
+    free = train_problems(ArithmeticConfig(kinds=("chain",), digits=1, terms=5), 0, 300)[:]
+    assert max(int(step) for example in free for step in example.solution.split(",")) > 19

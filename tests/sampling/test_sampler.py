@@ -223,24 +223,38 @@ def test_max_support_bounds_what_top_p_keeps():
     assert found.shape == (2, 4) and (np.asarray(found) >= 0).all()
 
 
+def chi_square_limit(freedom):
+    """What chance exceeds 1 time in 10,000 (Wilson and Hilferty's approximation)."""
+    return freedom * (1 - 2 / (9 * freedom) + 3.72 * (2 / (9 * freedom)) ** 0.5) ** 3
+
+
+@pytest.mark.parametrize("size", [10, 150])
 @pytest.mark.parametrize("settings", [dict(), dict(temperature=0.5), dict(top_k=4), dict(top_p=0.8)], ids=str)
-def test_tokens_are_as_frequent_as_they_are_likely(settings):
-    """20,000 draws from one distribution; chi-square with at most 9 degrees of freedom."""
-    config, count = SamplingConfig(**settings), 20_000
-    scores = np.random.default_rng(4).normal(size=10)
+def test_tokens_are_as_frequent_as_they_are_likely(settings, size):
+    config, count = SamplingConfig(**settings), 40_000
+    scores = np.random.default_rng(4).normal(size=size)
     probs = np.exp(scores / config.temperature)
     probs /= probs.sum()
-    kept = np.isin(np.arange(10), list(expected_support(probs, config.top_k, config.top_p)))
+    kept = np.isin(np.arange(size), list(expected_support(probs, config.top_k, config.top_p)))
     expected = np.where(kept, probs, 0) / probs[kept].sum()
     keys = jax.random.split(jax.random.key(5), count)
-    rows = jnp.broadcast_to(jnp.asarray(scores, jnp.float32), (count, 10))
+    rows = jnp.broadcast_to(jnp.asarray(scores, jnp.float32), (count, size))
     token, logprob, _, full = jax.jit(lambda rows, keys: draw(config, rows, keys))(rows, keys)
-    frequency = np.bincount(token, minlength=10) / count
+    frequency = np.bincount(token, minlength=size) / count
     assert not frequency[~kept].any()
-    assert count * ((frequency - expected)[kept] ** 2 / expected[kept]).sum() < 33.7  # 1 in 10,000 by chance
+    distance = count * ((frequency - expected)[kept] ** 2 / expected[kept]).sum()
+    assert distance < chi_square_limit(kept.sum() - 1)
     np.testing.assert_allclose(logprob, np.log(expected[token]), atol=1e-5)
     if full is not None:
         np.testing.assert_allclose(full, np.log(probs[token]), atol=1e-5)
+
+
+def test_an_id_without_mass_is_never_drawn():
+    """Nor one beyond the vocabulary: 64 does not divide 100."""
+    scores = jnp.where(jnp.arange(100) % 3 == 1, 0.0, -jnp.inf).at[99].set(-200.0)
+    keys = jax.random.split(jax.random.key(6), 20_000)
+    token, *_ = draw(SamplingConfig(), jnp.broadcast_to(scores, (20_000, 100)), keys)
+    assert set(np.asarray(token).tolist()) == set(range(1, 99, 3))
 
 
 @pytest.mark.parametrize("settings", [

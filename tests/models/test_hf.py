@@ -199,7 +199,7 @@ def test_tied_model_with_a_stored_head(tmp_path):
     (dict(num_hidden_layers=0), "num_hidden_layers is 0; allowed: an integer >= 1"),
     (dict(rms_norm_eps=-1.0), "rms_norm_eps is -1.0; allowed: a number > 0"),
     (dict(tie_word_embeddings=1), "tie_word_embeddings is 1; allowed: true or false"),
-    (dict(num_key_value_heads=3), "num_heads 4 is not a multiple of num_kv_heads 3"),
+    (dict(num_key_value_heads=3), "num_kv_heads is 3; allowed: a divisor of num_heads, 4"),
     (dict(use_sliding_window=True, max_window_layers=1), "use_sliding_window is true; allowed: false"),
     (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types is .*sliding"),
     (dict(rope_parameters=None, rope_scaling={"type": "linear"}), 'rope_type is "linear"; allowed: "def'),

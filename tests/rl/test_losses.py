@@ -1,7 +1,7 @@
 """Policy and value losses against an independent float64 NumPy reference.
 
-Gradients are central differences of that reference, in which whatever stands
-under `stop_gradient` is computed from a second copy of the log-probs.
+Gradients are central differences of that reference, token by token, in which
+whatever stands under `stop_gradient` is computed from a second copy of the log-probs.
 """
 
 import functools
@@ -71,23 +71,25 @@ def estimate(kl, d):
     return {"k1": -d, "k2": d**2 / 2, "k3": k3}[kl]
 
 
-def reference(algorithm, lp, fixed, old, mu, ref, entropy, advantages, mask):
-    """The whole loss at `lp`, with `fixed` under every stop_gradient. All float64."""
+def terms(algorithm, lp, fixed, old, mu, ref, entropy, advantages, mask):
+    """float64 [B,T]: what is aggregated into the loss at `lp`, with `fixed` under every stop_gradient."""
     w = weights(algorithm, raw_ratio(algorithm, fixed, old, mu, mask))
-    loss = aggregate(algorithm, w * token_loss(algorithm, lp, fixed, old, advantages, mask), mask)
+    total = w * token_loss(algorithm, lp, fixed, old, advantages, mask) - algorithm.entropy_coef * entropy
     if algorithm.kl_in == "loss":
-        loss += algorithm.kl_coef * aggregate(algorithm, estimate(algorithm.kl, ref - lp), mask)
-    return loss - algorithm.entropy_coef * aggregate(algorithm, entropy, mask)
+        total += algorithm.kl_coef * estimate(algorithm.kl, ref - lp)
+    return total
 
 
-def differences(f, x, mask, step=1e-6):
-    """Central differences of `f` at `x`, 0 where masked."""
-    gradient = np.zeros(x.shape)
-    for at in zip(*np.nonzero(mask)):
-        move = np.zeros(x.shape)
-        move[at] = step
-        gradient[at] = (f(x + move) - f(x - move)) / (2 * step)
-    return gradient
+def shares(algorithm, mask):
+    """[B,T]: what one token adds to the aggregate."""
+    ones = np.eye(mask.size).reshape(-1, *mask.shape)
+    return np.array([aggregate(algorithm, one, mask) for one in ones]).reshape(mask.shape)
+
+
+def slopes(f, x, step=1e-6):
+    """Central differences of `f`, elementwise at `x`: a token's loss moves with its own log-prob alone,
+    and beside a large token the digits of a small one are kept."""
+    return (f(x + step) - f(x - step)) / (2 * step)
 
 
 def ragged(scale, seed=0, rows=6, columns=8, per_token=False):
@@ -115,11 +117,12 @@ def reference_of(algorithm, batch):
     lp, old, mu, ref, entropy = (np.where(mask, batch[name], 0).astype(np.float64) for name in ARRAYS)
     advantages = batch["advantages"] if batch["advantages"].ndim == 2 else batch["advantages"][:, None]
     advantages = np.where(mask, advantages, 0).astype(np.float64)
-    whole = functools.partial(reference, algorithm, old=old, mu=mu, ref=ref, advantages=advantages, mask=mask)
+    of = functools.partial(terms, algorithm, old=old, mu=mu, ref=ref, advantages=advantages, mask=mask)
+    share = shares(algorithm, mask)
     return (
-        whole(lp=lp, fixed=lp, entropy=entropy),
-        differences(lambda x: whole(lp=x, fixed=lp, entropy=entropy), lp, mask),
-        differences(lambda x: whole(lp=lp, fixed=lp, entropy=x), entropy, mask),
+        aggregate(algorithm, of(lp=lp, fixed=lp, entropy=entropy), mask),
+        share * slopes(lambda x: of(lp=x, fixed=lp, entropy=entropy), lp),
+        share * slopes(lambda x: of(lp=lp, fixed=lp, entropy=x), entropy),
     )
 
 
@@ -136,11 +139,11 @@ def evaluate(algorithm, batch, **more):
 
 def assert_matches(algorithm, batch):
     (loss, metrics), gradients = evaluate(algorithm, batch)
-    expected, *slopes = reference_of(algorithm, batch)
-    np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-6)
-    for gradient, slope in zip(gradients, slopes):
-        # Central differences are good to 1e-9 of the largest term.
-        np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-7 * max(1, np.abs(slope).max()))
+    expected, *exact = reference_of(algorithm, batch)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4, atol=1e-7)
+    for gradient, slope in zip(gradients, exact):
+        # Central differences are good to 1e-9; nothing else is forgiven where a slope is 0.
+        np.testing.assert_allclose(gradient, slope, rtol=1e-4, atol=1e-9)
     assert all(np.isfinite(x) for x in metrics.values())
     return metrics
 
@@ -148,7 +151,15 @@ def assert_matches(algorithm, batch):
 @pytest.mark.parametrize("scale", [1e-4, 0.3, 4.0])
 @pytest.mark.parametrize("name", rl.PRESETS)
 def test_presets(name, scale):
-    assert_matches(rl.get_algorithm(name), ragged(scale, per_token=name == "ppo"))
+    """Log ratios near 0 and far from it; an advantage for a row, and for a token."""
+    for per_token in (False, True):
+        assert_matches(rl.get_algorithm(name), ragged(scale, per_token=per_token))
+
+
+@pytest.mark.parametrize("kl", rl.KL_ESTIMATORS)
+@pytest.mark.parametrize("name", rl.PRESETS)
+def test_every_estimator_in_every_presets_loss(name, kl):
+    assert_matches(rl.get_algorithm(name, kl=kl, kl_coef=0.3), ragged(0.3, seed=7))
 
 
 VARIANTS = [
@@ -304,17 +315,17 @@ def test_value_loss(aggregation):
     values += old
     v_old, v, target = (np.where(mask, x, 0).astype(np.float64) for x in (old, values, returns))
 
-    def expected(v):
+    def per_token(v):
         clipped = np.clip(v, v_old - 0.2, v_old + 0.2)
-        return aggregate(algorithm, 0.5 * np.maximum((v - target) ** 2, (clipped - target) ** 2), mask)
+        return 0.5 * np.maximum((v - target) ** 2, (clipped - target) ** 2)
 
     def loss(v, rows=slice(None), normalizer=None):
         constants = old[rows], returns[rows], jnp.asarray(mask[rows])
         return rl.value_loss(algorithm, v[rows], *constants, max_new_tokens=L, normalizer=normalizer)
 
     (computed, metrics), gradient = jax.value_and_grad(loss, has_aux=True)(jnp.asarray(values))
-    np.testing.assert_allclose(computed, expected(v), rtol=1e-5)
-    np.testing.assert_allclose(gradient, differences(expected, v, mask), rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(computed, aggregate(algorithm, per_token(v), mask), rtol=1e-5)
+    np.testing.assert_allclose(gradient, shares(algorithm, mask) * slopes(per_token, v), rtol=1e-4, atol=1e-9)
     np.testing.assert_allclose(metrics["value_error"], ((v - target)[mask] ** 2).mean(), rtol=1e-5)
     halves = [loss(values, rows, rl.normalizer_of(mask))[0] for rows in (slice(0, 3), slice(3, 6))]
     np.testing.assert_allclose(sum(halves), computed, rtol=1e-5)

@@ -8,7 +8,7 @@ import pytest
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, param_shardings
 from jaxrl_fp16.parallel import MeshConfig, make_mesh, shard_batch
 from jaxrl_fp16.precision import get_precision
-from jaxrl_fp16.rl import get_algorithm
+from jaxrl_fp16.rl import PRESETS, get_algorithm
 from jaxrl_fp16.sampling import SamplingConfig, make_sampler
 from jaxrl_fp16.training.state import create_train_state, shardings_of
 from jaxrl_fp16.training.update import make_update
@@ -77,6 +77,15 @@ def test_loss_and_gradient_norm_are_those_of_one_device(shape, expected):
         for name in ("loss", "grad_norm"):
             np.testing.assert_allclose(metrics[step][name], expected[step][name], rtol=1e-5)
     assert programs == 1
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_every_presets_step_is_that_of_one_device(bigrams):
+    """Two microbatches over four devices, against all rows at once on one."""
+    names = [*PRESETS, "critic"]
+    found, expected = bigrams.steps(names, [4], make_mesh(MeshConfig(4, 1, 1))), bigrams.steps(names, [8], single())
+    for name in names:
+        bigrams.assert_same(found[name, 4], expected[name, 8])
 
 
 def test_a_rollout_is_that_of_one_device():

@@ -13,7 +13,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from jaxrl_fp16.masking import align, left_align, zero_where_masked
+from jaxrl_fp16.masking import align, left_align, segment_positions, zero_where_masked
 from jaxrl_fp16.models.critic import Critic
 from jaxrl_fp16.models.layers import matmul
 
@@ -46,15 +46,22 @@ def in_compute_dtype(model, policy):
     return model.clone(dtype=policy.compute_dtype)
 
 
-def hidden_states(model, params, tokens, mask, policy):
+def hidden_states(model, params, tokens, mask, policy, segments=None):
     """Final hidden states [B,T,D] in the compute dtype, left-aligned, and the alignment's `(order, inverse)`.
 
-    Column `c` of the result is the row's `c`-th real token.
+    Column `c` of the result is the row's `c`-th real token. `segments` as `token_logprobs` takes them.
     """
     order, inverse = left_align(mask)
     tokens = jnp.where(align(mask, order).astype(bool), align(tokens, order), 0)
-    hidden = in_compute_dtype(model, policy).apply({"params": cast_to_compute(params, policy)}, tokens)
-    return hidden, (order, inverse)
+    if segments is not None:
+        segments = _aligned_segments(segments, mask, order)
+    cast = cast_to_compute(params, policy)
+    return in_compute_dtype(model, policy).apply({"params": cast}, tokens, segments=segments), (order, inverse)
+
+
+def _aligned_segments(segments, mask, order):
+    """int32 [B,T], left-aligned; 0 at padding."""
+    return align(jnp.where(mask.astype(bool), segments, 0), order)
 
 
 def logits_of(hidden, head):
@@ -94,24 +101,28 @@ def entropy_of(logits):
 
 
 @partial(jax.jit, static_argnames=("model", "policy", "temperature"))
-def token_logprobs(model, params, tokens, mask, *, policy, temperature=1.0, support=None):
+def token_logprobs(model, params, tokens, mask, *, policy, temperature=1.0, support=None, segments=None):
     """Log-prob of `tokens[:, t]` given the row's earlier real tokens, float32 [B,T].
 
     tokens int32 [B,T], mask bool or 0/1 [B,T] of real tokens (padding may stand
     anywhere), support int32 [B,N,K] for the last N columns as the sampler returned
     it. 0 at each row's first real token and where mask is 0. Temperature 0 scores
     at temperature 1, as the greedy sampler reports.
+
+    segments int32 [B,T], for packed rows: 0 at padding, else which of the row's
+    examples a token is of; an example's tokens stand together. Each example is then
+    scored as if it stood alone, with 0 at its first token.
     """
-    logprobs, _ = score(model, params, tokens, mask, policy, temperature, support)
+    logprobs, _ = score(model, params, tokens, mask, policy, temperature, support, segments=segments)
     return logprobs
 
 
-def score(model, params, tokens, mask, policy, temperature=1.0, support=None, with_entropy=False):
+def score(model, params, tokens, mask, policy, temperature=1.0, support=None, with_entropy=False, segments=None):
     """`token_logprobs` and, if asked, each token's entropy, both float32 [B,T]; zeros where not asked.
 
     Logits are made in chunks of columns, forward and backward, and never exist at once.
     """
-    hidden, (order, inverse) = hidden_states(model, params, tokens, mask, policy)
+    hidden, (order, inverse) = hidden_states(model, params, tokens, mask, policy, segments)
     head = cast_to_compute(params, policy)["head"]
     present = align(mask, order).astype(bool)
     targets = _next(jnp.where(present, align(tokens, order), 0))
@@ -119,8 +130,12 @@ def score(model, params, tokens, mask, policy, temperature=1.0, support=None, wi
         unkept = jnp.full((tokens.shape[0], tokens.shape[1] - support.shape[1], support.shape[2]), -1)
         support = _next(align(jnp.concatenate([unkept, support], axis=1), order))
     results = _chunked(temperature or 1.0, with_entropy, hidden, head, targets, support)
-    # A row's first real token has no earlier one: its place in the shifted array is the last column's.
-    scored = present & (jnp.arange(tokens.shape[1]) > 0)
+    # The first real token, of a row or a segment, has no earlier one: at its place in the shifted array
+    # stands what the last column, or the segment before, predicts.
+    at = jnp.arange(tokens.shape[1])
+    if segments is not None:
+        at = segment_positions(_aligned_segments(segments, mask, order))
+    scored = present & (at > 0)
     return tuple(align(zero_where_masked(jnp.roll(x, 1, axis=1), scored), inverse) for x in results)
 
 

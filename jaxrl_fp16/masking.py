@@ -6,6 +6,7 @@ anything, NaN too, and reaches neither a result nor a gradient.
 
 from __future__ import annotations
 
+from jax import lax
 import jax.numpy as jnp
 
 
@@ -29,6 +30,16 @@ def masked_mean(x, mask, axis=None):
 def positions(mask):
     """int32 [B,T]: how many real tokens stand before each column of its row."""
     return jnp.cumsum(mask.astype(jnp.int32), axis=-1) - mask.astype(jnp.int32)
+
+
+def segment_positions(segments):
+    """int32 [B,T]: how many columns of its own segment stand before each column of `segments` int32 [B,T].
+
+    The columns of a segment stand together.
+    """
+    columns = jnp.arange(segments.shape[1])
+    begins = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
+    return columns - lax.cummax(jnp.where(begins, columns, 0), axis=1)
 
 
 def through_first_end(tokens, mask, end_ids):
@@ -55,5 +66,6 @@ def align(x, order):
 
 
 __all__ = [
-    "zero_where_masked", "masked_sum", "masked_mean", "positions", "through_first_end", "left_align", "align",
+    "zero_where_masked", "masked_sum", "masked_mean", "positions", "segment_positions", "through_first_end",
+    "left_align", "align",
 ]

@@ -91,6 +91,29 @@ def test_temperature_zero_scores_at_temperature_one(params):
     np.testing.assert_array_equal(greedy, token_logprobs(MODEL, params, TOKENS, MASK, policy=FP32))
 
 
+# Row 3's padding stands left of its examples and between the tokens of one.
+SEGMENTS = np.array([[1] * 5 + [2] * 4 + [3] * 3, [9] * 4 + [1] * 8, [1] + [2] * 6 + [0] * 5,
+                     [5, 1, 1, 1, 1, 1, 7, 2, 2, 2, 0, 2], [1] * 12], np.int32)
+
+
+@pytest.mark.parametrize("kind", ["blockwise", "plain"])
+def test_each_example_of_a_packed_row_is_scored_as_if_it_stood_alone(params, kind):
+    """What `segments` and `tokens` hold at padding does not matter."""
+    model = MODEL.clone(attention=kind)
+    junk = np.where(MASK, TOKENS, np.array([-5, 10**6, V])[np.arange(COLUMNS) % 3])
+    found = np.asarray(token_logprobs(model, params, junk, MASK, policy=FP32, segments=SEGMENTS))
+    assert not found[~MASK].any()
+    for row in range(ROWS):
+        for segment in set(SEGMENTS[row][MASK[row]]):
+            columns = np.flatnonzero(MASK[row] & (SEGMENTS[row] == segment))
+            alone = np.zeros((1, COLUMNS), np.int32)
+            alone[0, : len(columns)] = TOKENS[row, columns]
+            mask = np.arange(COLUMNS)[None] < len(columns)
+            expected = token_logprobs(MODEL, params, alone, mask, policy=FP32)[0, : len(columns)]
+            np.testing.assert_allclose(found[row, columns], expected, atol=1e-5)
+            assert found[row, columns[0]] == 0
+
+
 @pytest.mark.parametrize("columns", [COLUMNS, 7])
 def test_a_support_renormalises_the_last_columns(params, columns):
     support = some_support(columns)

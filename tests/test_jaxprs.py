@@ -21,6 +21,7 @@ from jaxrl_fp16.precision import get_precision
 from jaxrl_fp16.rl import get_algorithm
 from jaxrl_fp16.sampling import SamplingConfig, make_sampler
 from jaxrl_fp16.training import init_train_state, make_update, make_value_update
+from jaxrl_fp16.training.sft import Pairs, make_sft_update
 from jaxrl_fp16.types import Batch
 
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -114,12 +115,21 @@ def value_jaxpr(precision, kind):
     return trained_jaxpr(make_value_update, Critic(decoder(kind)), precision, get_algorithm("ppo"))
 
 
-def trained_jaxpr(make, model, precision, algorithm):
+def packed_jaxpr(precision, kind):
+    """A supervised step on packed rows."""
+    batch, _ = shapes()
+    segments = jax.ShapeDtypeStruct(batch.tokens.shape, jnp.int32)
+    make = lambda model, policy, _, optimizer, **settings: make_sft_update(model, policy, optimizer, **settings)
+    pairs = Pairs(batch.tokens, batch.mask, batch.response_mask, segments)
+    return trained_jaxpr(make, decoder(kind), precision, None, pairs)
+
+
+def trained_jaxpr(make, model, precision, algorithm, other=None):
     batch, key = shapes()
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
     update = make(model, precision.policy, algorithm, optimizer, microbatch_size=2)
     start = lambda params, key: init_train_state(params, optimizer, precision.loss_scale, key)
-    return jax.make_jaxpr(update)(jax.eval_shape(start, param_shapes(model), key), batch).jaxpr
+    return jax.make_jaxpr(update)(jax.eval_shape(start, param_shapes(model), key), other or batch).jaxpr
 
 
 # name -> (its jaxpr, how many matmuls stand in it, given attention's: `attended` forward, `grad` backward)
@@ -132,6 +142,7 @@ PROGRAMS = {
     # The head: forward, once more, two backward.
     "update": (update_jaxpr, lambda attended, grad: (PROJECTIONS + attended) + (PROJECTIONS - 1 + attended)
                + 2 * PROJECTIONS + grad + 4),
+    "packed": (packed_jaxpr, lambda attended, grad: PROGRAMS["update"][1](attended, grad)),
     # The critic's head is a projection that is not computed again.
     "value": (value_jaxpr, lambda attended, grad: (PROJECTIONS + attended) + (PROJECTIONS - 1 + attended)
               + 2 * PROJECTIONS + grad + 3),

@@ -22,6 +22,7 @@ precision
 parallel/*
 models/*
 tokenizer
+packing
 forward
 sampling/*
 console

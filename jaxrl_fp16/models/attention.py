@@ -4,6 +4,7 @@ B: rows.  T: queries.  S: key slots.  H: query heads.  K: key-value heads.
 G = H / K: query heads that share one.  E: head dim.  C: keys in a block.
 A key's slot is its position in its row, whatever the padding of the caller's
 arrays, so that every program reduces over the same blocks in the same order.
+Packed rows are the exception: there a key's slot is its column, wherever its segment begins.
 Scores and softmax are float32; queries, keys, values and probabilities enter a
 matmul in the compute dtype.
 """
@@ -16,20 +17,28 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
+from jaxrl_fp16.masking import segment_positions
 from jaxrl_fp16.models.layers import matmul
 
 BLOCK = 64
 
 AttentionKind = Literal["blockwise", "plain", "cudnn"]
+PACKABLE = ("blockwise", "plain")  # cuDNN's kernel knows one length a row, no segments
 
 
-def attend(kind, q, k, v):
-    """Causal attention within full rows: query `t` sees keys `0..t`.
+def attend(kind, q, k, v, segments=None):
+    """Causal attention within full rows: query `t` sees keys `0..t`, of its own segment where rows are packed.
 
-    q [B,T,H,E], k and v [B,K,T,E], all in the compute dtype -> [B,T,H,E].
-    Columns after a row's last token hold whatever they hold: no earlier query sees them.
+    q [B,T,H,E], k and v [B,K,T,E], all in the compute dtype, segments int32 [B,T] -> [B,T,H,E].
+    The columns of a segment stand together. Columns after a row's last token hold
+    whatever they hold: no earlier query sees them. Raises ValueError for segments
+    with a kind that is not in PACKABLE.
     """
-    return KINDS[kind][0](q, k, v)
+    if segments is None:
+        return KINDS[kind][0](q, k, v)
+    if kind not in PACKABLE:
+        raise ValueError(f"attention {kind!r} takes no packed rows; allowed: {', '.join(PACKABLE)}")
+    return KINDS[kind][0](q, k, v, segments)
 
 
 def attend_cache(kind, q, k, v, positions):
@@ -107,6 +116,22 @@ def _visible(queries, j):
     return j * BLOCK + jnp.arange(BLOCK) <= queries[..., None]
 
 
+def _within(segments, i, j, visible):
+    """`visible` [C,C], queries of block `i` and keys of block `j`, cut down to pairs of one segment: [B,1,1,C,C]."""
+    if segments is None:
+        return visible
+    return visible & (_block_of(segments, i) == _block_of(segments, j).swapaxes(-1, -2))
+
+
+def _first_blocks(segments):
+    """int32 [T/C]: the first block of keys that any row's queries of each block see; it never falls."""
+    if segments is None:
+        return None
+    segments = segments[:, 0, 0, :, 0]
+    starts = jnp.arange(segments.shape[1]) - segment_positions(segments)
+    return jnp.min(starts[:, ::BLOCK], axis=0) // BLOCK
+
+
 def _blockwise_cache(q, k, v, positions):
     """All blocks side by side, then absorbed in order: what `_absorb` does, without a slice of the cache per block."""
     k, v = _restore(k, q.dtype), _restore(v, q.dtype)
@@ -132,37 +157,44 @@ def _blockwise_cache(q, k, v, positions):
     return _ungroup((mixed / total[..., None])[..., None, :]).astype(q.dtype)
 
 
-def _blockwise(q, k, v):
+def _blockwise(q, k, v, segments=None):
     length = q.shape[1]
     grouped, keys, values = (_pad_to_blocks(x) for x in (_group(q, k.shape[1]), k, v))
-    return _ungroup(_blocks(grouped, keys, values))[:, :length]
+    if segments is not None:
+        segments = _pad_to_blocks(segments[:, None, None, :, None])
+    return _ungroup(_blocks(grouped, keys, values, segments))[:, :length]
 
 
 @jax.custom_vjp
-def _blocks(q, k, v):
-    """q [B,K,G,T,E], k and v [B,K,T,E], T a multiple of BLOCK -> [B,K,G,T,E]."""
-    return _blocks_forward(q, k, v)[0]
+def _blocks(q, k, v, segments):
+    """q [B,K,G,T,E], k and v [B,K,T,E], segments int32 [B,1,1,T,1] or None, T a multiple of BLOCK -> [B,K,G,T,E]."""
+    return _blocks_forward(q, k, v, segments)[0]
 
 
-def _blocks_forward(q, k, v):
+def _blocks_forward(q, k, v, segments):
+    first = _first_blocks(segments)
+
     def queries_of_block(i):
         chunk, at = _block_of(q, i), i * BLOCK + jnp.arange(BLOCK)
 
         def body(j, carry):
-            return _absorb(carry, chunk, _block_of(k, j), _block_of(v, j), _visible(at, j))
+            key, value = _block_of(k, j), _block_of(v, j)
+            return _absorb(carry, chunk, key, value, _within(segments, i, j, _visible(at, j)))
 
-        peak, total, mixed = lax.fori_loop(0, i + 1, body, _start(chunk))
+        # Blocks of earlier segments alone would change no bit: they are passed over.
+        peak, total, mixed = lax.fori_loop(0 if first is None else first[i], i + 1, body, _start(chunk))
         return (mixed / total[..., None]).astype(q.dtype), (peak + jnp.log(total))[..., None]
 
     out, log_total = (_join(x) for x in lax.map(queries_of_block, jnp.arange(q.shape[-2] // BLOCK)))
-    return out, (q, k, v, out, log_total)
+    return out, (q, k, v, segments, out, log_total)
 
 
 def _blocks_backward(saved, cotangent):
-    q, k, v, out, log_total = saved
+    q, k, v, segments, out, log_total = saved
     # FlashAttention's D: what the softmax's normaliser takes back from each query.
     shared = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
     scale, blocks = q.shape[-1] ** -0.5, q.shape[-2] // BLOCK
+    first = _first_blocks(segments)
 
     def keys_of_block(grad_q, j):
         key, value = _block_of(k, j), _block_of(v, j)
@@ -170,7 +202,7 @@ def _blocks_backward(saved, cotangent):
         def body(i, carry):
             grad_q, grad_k, grad_v = carry
             chunk, given = _block_of(q, i), _block_of(cotangent, i)
-            visible = _visible(i * BLOCK + jnp.arange(BLOCK), j)
+            visible = _within(segments, i, j, _visible(i * BLOCK + jnp.arange(BLOCK), j))
             weights = jnp.exp(_scores(chunk, key, visible) - _block_of(log_total, i))
             grad_weights = matmul("bkgte,bkce->bkgtc", given, value)
             grad_scores = weights * (grad_weights - _block_of(shared, i)) * scale
@@ -181,11 +213,12 @@ def _blocks_backward(saved, cotangent):
             return lax.dynamic_update_slice_in_dim(grad_q, change, i * BLOCK, axis=3), grad_k, grad_v
 
         zero = jnp.zeros(key.shape, jnp.float32)
-        grad_q, grad_k, grad_v = lax.fori_loop(j, blocks, body, (grad_q, zero, zero))
+        end = blocks if first is None else jnp.sum(first <= j)
+        grad_q, grad_k, grad_v = lax.fori_loop(j, end, body, (grad_q, zero, zero))
         return grad_q, (grad_k.astype(k.dtype), grad_v.astype(v.dtype))
 
     grad_q, grads = lax.scan(keys_of_block, jnp.zeros(q.shape, jnp.float32), jnp.arange(blocks))
-    return grad_q.astype(q.dtype), *(_join(x) for x in grads)
+    return grad_q.astype(q.dtype), *(_join(x) for x in grads), None
 
 
 def _join(x):
@@ -206,9 +239,12 @@ def _plain_over(q, k, v, visible):
     return _ungroup(matmul("bkgtc,bkce->bkgte", weights, v)).astype(q.dtype)
 
 
-def _plain(q, k, v):
+def _plain(q, k, v, segments=None):
     at = jnp.arange(q.shape[1])
-    return _plain_over(q, k, v, at <= at[:, None])
+    visible = at <= at[:, None]
+    if segments is not None:
+        visible = visible & (segments[:, :, None] == segments[:, None])[:, None, None]
+    return _plain_over(q, k, v, visible)
 
 
 def _plain_cache(q, k, v, positions):
@@ -236,4 +272,4 @@ KINDS = {
     "cudnn": (_cudnn, _cudnn_cache),
 }
 
-__all__ = ["BLOCK", "AttentionKind", "attend", "attend_cache", "store"]
+__all__ = ["BLOCK", "PACKABLE", "AttentionKind", "attend", "attend_cache", "store"]

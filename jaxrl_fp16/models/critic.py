@@ -11,13 +11,16 @@ from jaxrl_fp16.models.layers import Projection
 
 
 class Critic(nn.Module):
-    """float32 [B,T]: the value of the state after each token of left-aligned `tokens` int32 [B,T]."""
+    """float32 [B,T]: the value of the state after each token of left-aligned `tokens` int32 [B,T].
+
+    segments int32 [B,T]: of packed rows, as the decoder takes them.
+    """
 
     body: Decoder
 
     @nn.compact
-    def __call__(self, tokens):
-        hidden = self.body(tokens)
+    def __call__(self, tokens, segments=None):
+        hidden = self.body(tokens, segments=segments)
         width = self.body.config.hidden_size
         return Projection("btd,dn->btn", (width, 1), width, (1,), name="value")(hidden)[..., 0]
 

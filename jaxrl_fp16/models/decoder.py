@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_fp16.config import Doc
+from jaxrl_fp16.masking import segment_positions
 from jaxrl_fp16.models import attention
 from jaxrl_fp16.models.families import FAMILIES
 from jaxrl_fp16.models.layers import GatedMLP, Projection, RMSNorm, RopeScaling, rope_angles, rotate
@@ -75,7 +76,7 @@ class Attention(nn.Module):
     kind: str
 
     @nn.compact
-    def __call__(self, x, angles, cache, positions):
+    def __call__(self, x, angles, cache, positions, segments):
         c = self.config
         q = self._heads("q", c.num_heads)(x)
         k = self._heads("k", c.num_kv_heads)(x)
@@ -85,7 +86,8 @@ class Attention(nn.Module):
         q, k = rotate(q, angles).astype(x.dtype), rotate(k, angles).astype(x.dtype)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if positions is None:
-            mixed, cache = attention.attend(self.kind, q, k, v), Cache(attention.store(k), attention.store(v))
+            mixed = attention.attend(self.kind, q, k, v, segments)
+            cache = Cache(attention.store(k), attention.store(v))
         else:
             cache = Cache(_write(cache.keys, positions, k), _write(cache.values, positions, v))
             mixed = attention.attend_cache(self.kind, q, cache.keys, cache.values, positions)
@@ -116,10 +118,10 @@ class Block(nn.Module):
     keep: bool = False
 
     @nn.compact
-    def __call__(self, x, angles, cache=None, positions=None):
+    def __call__(self, x, angles, cache=None, positions=None, segments=None):
         c = self.config
         normed = RMSNorm(c.norm_eps, name="attention_norm")(x).astype(x.dtype)
-        mixed, cache = Attention(c, self.kind, name="attention")(normed, angles, cache, positions)
+        mixed, cache = Attention(c, self.kind, name="attention")(normed, angles, cache, positions, segments)
         x = (x + mixed).astype(x.dtype)
         normed = RMSNorm(c.norm_eps, name="mlp_norm")(x).astype(x.dtype)
         x = (x + GatedMLP(c.intermediate_size, c.mlp_bias, name="mlp")(normed)).astype(x.dtype)
@@ -140,8 +142,11 @@ class Decoder(nn.Module):
     dtype: Any = jnp.float32
 
     @nn.compact
-    def __call__(self, tokens, keep_cache=False):
-        """`tokens` int32 [B,T], left-aligned -> hidden [B,T,D]; with `keep_cache` also a `Cache` [L,B,K,T,E]."""
+    def __call__(self, tokens, keep_cache=False, segments=None):
+        """`tokens` int32 [B,T], left-aligned -> hidden [B,T,D]; with `keep_cache` also a `Cache` [L,B,K,T,E].
+
+        segments int32 [B,T], of packed rows: positions begin anew and attention ends with each segment.
+        """
         c = self.config
         initial = nn.initializers.normal(c.hidden_size**-0.5)
         embedding = self.param("embedding", initial, (c.vocab_size, c.hidden_size), jnp.float32)
@@ -149,7 +154,8 @@ class Decoder(nn.Module):
             # Made here, beside the embedding; `forward.cast_to_compute` says what the head is.
             self.param("head", initial, (c.vocab_size, c.hidden_size), jnp.float32)
         x = embed(embedding, tokens, self.dtype)
-        x, cache = self._layers(keep_cache)(x, _angles(c, jnp.arange(tokens.shape[1])[None]))
+        positions = jnp.arange(tokens.shape[1])[None] if segments is None else segment_positions(segments)
+        x, cache = self._layers(keep_cache)(x, _angles(c, positions), None, None, segments)
         x = RMSNorm(c.norm_eps, name="final_norm")(x).astype(self.dtype)
         return (x, cache) if keep_cache else x
 

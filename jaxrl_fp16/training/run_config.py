@@ -9,7 +9,7 @@ from annotated_types import Ge, Gt, Le
 
 from jaxrl_fp16.config import Doc
 from jaxrl_fp16.logs import LoggingConfig
-from jaxrl_fp16.models.attention import AttentionKind
+from jaxrl_fp16.models.attention import PACKABLE, AttentionKind
 from jaxrl_fp16.models.decoder import DecoderConfig
 from jaxrl_fp16.parallel import MeshConfig, row_shards
 from jaxrl_fp16.precision import LossScaleConfig
@@ -92,6 +92,7 @@ class SFTConfig:
     batch_size: Annotated[int, Ge(1), Doc("rows of a step")] = 64
     microbatch_size: Annotated[int, Ge(1), Doc("rows in memory at once; divides batch_size")] = 64
     max_length: Annotated[int, Ge(2), Doc("tokens of prompt and solution; longer pairs are set aside")] = 512
+    packing: Annotated[bool, Doc("several pairs share a row of max_length columns; the loss is the same")] = False
     optimizer: Annotated[OptimizerConfig, Doc("its own")] = OptimizerConfig(learning_rate=1e-5)
 
 
@@ -184,6 +185,10 @@ class Config:
             raise ValueError(
                 f"sft.microbatch_size is {self.sft.microbatch_size}; allowed: a divisor of batch_size, "
                 f"{self.sft.batch_size}"
+            )
+        if self.sft.packing and self.model.attention not in PACKABLE:
+            raise ValueError(
+                f"sft.packing is true with model.attention {self.model.attention}; allowed: {', '.join(PACKABLE)}"
             )
 
 

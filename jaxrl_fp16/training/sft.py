@@ -16,16 +16,18 @@ from jaxrl_fp16.training.step import guarded_step, jit_update
 
 @struct.dataclass
 class Pairs:
-    """Prompts and completions."""
+    """Prompts and completions, one a row, or several with `segments`."""
 
     tokens: jax.Array     # int32 [B,T]
     mask: jax.Array       # bool [B,T]: real tokens
     loss_mask: jax.Array  # bool [B,T]: tokens to be learnt
+    segments: jax.Array | None = None  # int32 [B,T]: of packed rows, as `token_logprobs` takes them
 
 
 def make_sft_update(model, policy, optimizer, *, microbatch_size=8, state_shardings=None):
     """A jitted `update(state, pairs) -> (state, metrics)`: masked next-token cross-entropy, mean over tokens.
 
+    Examples that are packed into a row count as they would in rows of their own.
     Metrics as those of `guarded_step`; `loss` is in nats a token. The state is donated; on a
     mesh `state_shardings` keeps it where it lies.
     """
@@ -34,7 +36,7 @@ def make_sft_update(model, policy, optimizer, *, microbatch_size=8, state_shardi
         tokens = jnp.maximum(jnp.sum(pairs.loss_mask), 1)
 
         def loss_fn(params, rows):
-            logprobs, _ = score(model, params, rows.tokens, rows.mask, policy)
+            logprobs, _ = score(model, params, rows.tokens, rows.mask, policy, segments=rows.segments)
             return -masked_sum(logprobs, rows.loss_mask) / tokens, None
 
         empty = ~jnp.any(pairs.loss_mask)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 import numpy as np
 
 from jaxrl_fp16.models import param_shardings
+from jaxrl_fp16.packing import pack
 from jaxrl_fp16.parallel import shard_batch
 from jaxrl_fp16.tasks import render
 from jaxrl_fp16.tokenizer import encode_pairs
@@ -16,27 +19,50 @@ from jaxrl_fp16.training.sft import Pairs, make_sft_update
 from jaxrl_fp16.training.state import create_train_state, shardings_of
 
 
-def next_pairs(task, tokenizer, position, count, length, seed):
-    """`(Pairs on the host, position after them)`: problems with their solutions, in the order of `data_order`.
+def next_pairs(task, tokenizer, position, rows, length, seed, packing=False):
+    """`(Pairs on the host, how many, position after them)`: problems with their solutions, in `data_order`'s order.
 
-    Problems without a solution, and pairs longer than `length` tokens, are passed over.
-    Raises ValueError when a whole epoch holds none that fits.
+    One a row, or with `packing` as many as fit into `rows` rows of `length` columns: what
+    does not fit any more is the first of the next step. Problems without a solution, and
+    pairs longer than `length` tokens, are passed over. Raises ValueError when a whole epoch
+    holds none that fits.
     """
-    size, chosen, start = len(task.train), [], position
-    while len(chosen) < count:
-        if not chosen and holds_epoch(start, position, size):
-            raise ValueError(
-                f"none of the {size} problems has a solution that fits into max_length = {length} tokens; "
-                "allowed: data with task.solution_field, or a larger limit"
-            )
-        places = range(position, position + count - len(chosen))
-        examples = [task.train[index] for index in data_order(seed, size, places)]
-        examples = [example for example in examples if example.solution]
-        prompts = [render(task.template, example, tokenizer) for example in examples]
-        tokens, mask, loss_mask, kept = encode_pairs(tokenizer, prompts, [e.solution for e in examples], length)
-        chosen += [row for row, keep in zip(zip(tokens, mask, loss_mask), kept) if keep]
+    pairs = _pairs(task, tokenizer, position, rows, length, seed)
+    chosen = list(_up_to(rows * length, pairs) if packing else islice(pairs, rows))
+    places, *arrays = (np.stack(column) for column in zip(*chosen))
+    if not packing:
+        return Pairs(*arrays), rows, int(places[-1]) + 1
+    packed, count = pack(*arrays, rows)
+    return Pairs(*packed), count, int(places[count - 1]) + 1
+
+
+def _pairs(task, tokenizer, position, chunk, length, seed):
+    """Endless `(place, tokens [T], mask [T], loss_mask [T])` from `position` on, encoded `chunk` places at a time."""
+    size, start, found = len(task.train), position, False
+    while found or not holds_epoch(start, position, size):
+        places = range(position, position + chunk)
+        examples = [(place, task.train[index]) for place, index in zip(places, data_order(seed, size, places))]
+        examples = [(place, example) for place, example in examples if example.solution]
+        prompts = [render(task.template, example, tokenizer) for _, example in examples]
+        *arrays, kept = encode_pairs(tokenizer, prompts, [example.solution for _, example in examples], length)
+        for (place, _), keep, *pair in zip(examples, kept, *arrays):
+            if keep:
+                found = True
+                yield place, *pair
         position = places.stop
-    return Pairs(*map(np.stack, zip(*chosen))), position
+    raise ValueError(
+        f"none of the {size} problems has a solution that fits into max_length = {length} tokens; "
+        "allowed: data with task.solution_field, or a larger limit"
+    )
+
+
+def _up_to(room, pairs):
+    """The first of `pairs` that hold at most `room` tokens together."""
+    for place, tokens, mask, loss_mask in pairs:
+        room -= mask.sum()
+        if room < 0:
+            return
+        yield place, tokens, mask, loss_mask
 
 
 def check_pairs(setup, task):
@@ -56,6 +82,7 @@ def supervise(run, state, position=0, start=0):
     """The steps of section `sft` after step `start`, from `state` and a position in the data.
 
     Yields `(step, state, metrics, position)` after each; a yielded state is donated to the next step.
+    Beside the update's own metrics stand `examples` and `filled`, the share of columns that hold a token.
     """
     section, setup = run.config.sft, run.setup
     update = make_sft_update(
@@ -63,12 +90,13 @@ def supervise(run, state, position=0, start=0):
         microbatch_size=section.microbatch_size, state_shardings=shardings_of(state),
     )
     for step in range(start + 1, section.steps + 1):
-        pairs, position = next_pairs(
-            run.task, setup.tokenizer, position, section.batch_size, section.max_length, run.config.run.seed
+        pairs, examples, position = next_pairs(
+            run.task, setup.tokenizer, position, section.batch_size, section.max_length, run.config.run.seed,
+            section.packing,
         )
         with announced(run.log, step == start + 1, "compiling the supervised step"):
             state, metrics = update(state, shard_batch(pairs, setup.mesh))
-        yield step, state, metrics, position
+        yield step, state, metrics | {"examples": examples, "filled": pairs.mask.mean()}, position
 
 
 __all__ = ["check_pairs", "fresh_state", "next_pairs", "supervise"]

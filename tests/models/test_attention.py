@@ -118,6 +118,73 @@ def test_a_masked_block_changes_no_bit_of_the_carry():
     assert all(np.isfinite(x).all() for x in untouched)
 
 
+# -- packed rows ----------------------------------------------------------------------------------
+
+# Columns of each row's segments; what is left of 200 columns is padding, segment 0.
+LENGTHS = [[70, 3, 1, 101], [1, 63, 64, 72]]
+
+
+def packed_segments(columns=200):
+    segments = np.zeros((len(LENGTHS), columns), np.int32)
+    for row, lengths in enumerate(LENGTHS):
+        segments[row, :sum(lengths)] = np.repeat(np.arange(len(lengths)) + 1, lengths)
+    return segments
+
+
+@partial(jax.jit, static_argnums=0)
+def packed_value_and_gradients(kind, q, k, v, cotangent, segments):
+    out, pull = jax.vjp(lambda *args: attend(kind, *args, segments), q, k, v)
+    return out, *pull(cotangent)
+
+
+@pytest.mark.parametrize("kind", ["blockwise", "plain"])
+def test_each_segment_is_attended_as_if_it_stood_alone(kind):
+    """Against float64 on each segment's own columns, values and gradients, padding's segment 0 too."""
+    segments = packed_segments()
+    given = arrays(200)
+    found = packed_value_and_gradients(kind, *given, segments)
+    for row in range(B):
+        for segment in np.unique(segments[row]):
+            at = np.flatnonzero(segments[row] == segment)
+            pick = lambda x, axis: np.take(np.asarray(x)[row : row + 1], at, axis=axis)
+            alone = reference(*(pick(x, axis) for x, axis in zip(given, (1, 2, 2, 1))))
+            for x, y, axis in zip(found, alone, (1, 1, 2, 2), strict=True):
+                np.testing.assert_allclose(pick(x, axis), y, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(jnp.float16, 2e-3), (jnp.bfloat16, 1.6e-2)])
+def test_packed_rows_in_half_precision_are_as_close_as_its_rounding(dtype, tolerance):
+    segments, given = packed_segments(), arrays(200, dtype)
+    half = packed_value_and_gradients("blockwise", *given, segments)
+    exact = packed_value_and_gradients("plain", *(x.astype(jnp.float32) for x in given), segments)
+    for x, y in zip(half, exact, strict=True):
+        assert x.dtype == dtype
+        assert np.abs(np.asarray(x, np.float32) - y).max() < tolerance * np.abs(y).max()
+
+
+def test_blocks_of_other_segments_are_passed_over_without_a_change_of_a_bit(monkeypatch):
+    segments, given = packed_segments(), arrays(200)
+    found = packed_value_and_gradients("blockwise", *given, segments)
+    columns = jnp.asarray(attention._pad_to_blocks(segments[:, None, None, :, None]))
+    np.testing.assert_array_equal(attention._first_blocks(columns), [0, 0, 1, 2])
+    monkeypatch.setattr(attention, "_first_blocks", lambda segments: jnp.zeros(4, jnp.int32))
+    jax.clear_caches()
+    jax.tree.map(np.testing.assert_array_equal, found, packed_value_and_gradients("blockwise", *given, segments))
+    jax.clear_caches()
+
+
+def test_one_segment_over_the_whole_row_is_the_row():
+    given = arrays(BLOCK + 7)
+    whole = packed_value_and_gradients("blockwise", *given, np.ones((B, BLOCK + 7), np.int32))
+    for x, y in zip(whole, value_and_gradients("blockwise", *given), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_cudnn_refuses_packed_rows():
+    with pytest.raises(ValueError, match="attention 'cudnn' takes no packed rows; allowed: blockwise, plain"):
+        attend("cudnn", *[jnp.zeros((1, 1, 1, 8), jnp.float16)] * 3, jnp.ones((1, 1), jnp.int32))
+
+
 # -- memory -----------------------------------------------------------------------------------------
 
 

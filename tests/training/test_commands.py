@@ -5,6 +5,7 @@ from pathlib import Path
 import re
 import signal
 
+import jax
 import numpy as np
 import pytest
 
@@ -62,6 +63,25 @@ def test_sft_from_start_to_resume_and_export(command, tmp_path, capsys):
     assert command("export", *flags, "--sft.steps", "6", "--resume", str(folder)) == 0
     assert f"weights for Transformers and vLLM: {folder}/model" in capsys.readouterr().out
     np.testing.assert_array_equal(embedding(folder / "model"), last)
+
+
+def test_packed_sft_resumes_bit_for_bit(command, tmp_path):
+    """3 + 3 steps against 6."""
+    flags = ("--sft.packing", "true", "--sft.batch_size", "4", "--sft.microbatch_size", "2", "--sft.max_length", "32",
+             "--task.arithmetic.digits", "2", "--training.max_prompt_tokens", "8", "--checkpoint.every", "3")
+    assert command("sft", *flags, "--run.dir", str(tmp_path / "whole"), "--sft.steps", "6") == 0
+    whole = one_run(tmp_path / "whole")
+    assert command("sft", *flags, "--run.dir", str(tmp_path / "cut"), "--sft.steps", "3") == 0
+    cut = one_run(tmp_path / "cut")
+    assert command("sft", *flags, "--run.dir", str(tmp_path / "cut"), "--sft.steps", "6", "--resume", str(cut)) == 0
+    one, two = read_metrics(whole), read_metrics(cut)
+    assert [record["step"] for record in one] == list(range(1, 7))
+    for name in ("loss", "grad_norm", "examples", "filled"):
+        assert [record[name] for record in one] == [record[name] for record in two]
+    assert all(record["examples"] > 8 and record["filled"] > 0.75 for record in one)
+    assert one[-1]["loss"] < one[0]["loss"]
+    first, second = (load_pretrained(folder / "model")[1] for folder in (whole, cut))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
 def test_a_signal_ends_supervised_training_too(command, tmp_path, monkeypatch):

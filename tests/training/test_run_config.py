@@ -17,6 +17,8 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"
      r"training.minibatch_size is 100; allowed: a divisor of prompts_per_step x group_size = 64 x 8 = 512"),
     ({"training": {"microbatch_size": 3}}, "training.microbatch_size is 3; allowed: a divisor of minibatch_size, 128"),
     ({"sft": {"microbatch_size": 5}}, "sft.microbatch_size is 5; allowed: a divisor of batch_size, 64"),
+    ({"sft": {"packing": True}, "model": {"attention": "cudnn"}},
+     "sft.packing is true with model.attention cudnn; allowed: blockwise, plain"),
     ({"sampling": {"group_size": 1}}, "group_size is 1; advantage 'group_std' allows 2 or more, gae 1"),
     ({"sampling": {"group_sise": 4}}, "unknown key sampling.group_sise; did you mean sampling.group_size?"),
     ({"learning_rate": 1e-6}, "unknown key learning_rate; did you mean optimizer.learning_rate?"),

@@ -6,10 +6,13 @@ import optax
 import pytest
 
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, param_shardings
+from jaxrl_fp16.models.attention import BLOCK
+from jaxrl_fp16.packing import pack
 from jaxrl_fp16.parallel import MeshConfig, make_mesh, shard_batch
 from jaxrl_fp16.precision import get_precision
 from jaxrl_fp16.rl import PRESETS, get_algorithm
 from jaxrl_fp16.sampling import SamplingConfig, make_sampler
+from jaxrl_fp16.training.sft import Pairs, make_sft_update
 from jaxrl_fp16.training.state import create_train_state, shardings_of
 from jaxrl_fp16.training.update import make_update
 from jaxrl_fp16.types import Batch
@@ -50,6 +53,22 @@ def steps_on(mesh):
     for leaf, sharding in zip(jax.tree.leaves(state.params), jax.tree.leaves(shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     return metrics, update._cache_size()
+
+
+def packed_step_on(mesh):
+    """Loss and gradient norm of a supervised step on packed rows of three blocks of attention."""
+    generator, at = np.random.default_rng(3), np.arange(3 * BLOCK)
+    sizes = generator.integers(10, 3 * BLOCK // 2, 24)
+    mask = at < sizes[:, None]
+    packed, count = pack(generator.integers(0, VOCAB, mask.shape), mask, mask & (at >= 2), ROWS)
+    assert count > ROWS
+    optimizer, shardings = optax.sgd(1e-3), param_shardings(MODEL, mesh)
+    params = init_params(MODEL, jax.random.key(0), mesh)
+    state = create_train_state(params, optimizer, PRECISION.loss_scale, jax.random.key(1), shardings)
+    update = make_sft_update(
+        MODEL, PRECISION.policy, optimizer, microbatch_size=4, state_shardings=shardings_of(state))
+    _, metrics = update(state, shard_batch(Pairs(*packed), mesh))
+    return float(metrics["loss"]), float(metrics["grad_norm"])
 
 
 def rollout_on(mesh):
@@ -99,3 +118,9 @@ def test_the_mesh_divides_what_each_device_holds():
     params = init_params(MODEL, jax.random.key(0), mesh)
     held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(params))
     assert held < 0.3 * sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_a_supervised_step_on_packed_rows_is_that_of_one_device():
+    found, expected = packed_step_on(make_mesh(MeshConfig(2, 1, 2))), packed_step_on(single())
+    np.testing.assert_allclose(found, expected, rtol=1e-5)

@@ -22,11 +22,18 @@ def record(name, rows, facts=None, folder=ROOT / "benchmarks" / "results"):
 
     facts: plain values that describe the run, beside date, device, versions, flags and commit.
     """
+    path = save(name, rows, {**_circumstances(), **(facts or {})}, folder)
+    print_table(name, rows)
+    return path
+
+
+def save(name, rows, facts, folder=ROOT / "benchmarks" / "results"):
+    """Writes `NAME.json` in one piece, so that a kill leaves the old one or the new; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{name}.json"
-    document = {"name": name, **_circumstances(), **(facts or {}), "rows": rows}
-    path.write_text(json.dumps(document, indent=2) + "\n")
-    print_table(name, rows)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps({"name": name, **facts, "rows": rows}, indent=2) + "\n")
+    temporary.replace(path)
     return path
 
 
@@ -44,18 +51,26 @@ def _text(value):
 
 
 def _circumstances():
+    """What a measurement in this process hangs on."""
     import jax
 
     device = jax.devices()[0]
     return {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        **machine(),
         "device": f"{device.platform}: {device.device_kind}",
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "load_average": os.getloadavg()[0],
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
+    }
+
+
+def machine():
+    """Date, host and commit; asks no device, which may be another process's."""
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "load_average": os.getloadavg()[0],
         "commit": _commit(),
     }
 
@@ -85,4 +100,4 @@ def _commit():
     return head.stdout.strip() + ("+" if changed else "") if head.returncode == 0 else None
 
 
-__all__ = ["record", "print_table"]
+__all__ = ["machine", "print_table", "record", "save"]

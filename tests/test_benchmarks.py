@@ -1,0 +1,83 @@
+"""The table of presets: what is repeated, what is kept of a run that failed, and where the table goes."""
+
+import importlib
+import json
+from pathlib import Path
+import sys
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def presets(monkeypatch, tmp_path):
+    """The script with its runs replaced: `presets.codes` says how a preset's run ends, `presets.ran` lists them."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    script = importlib.import_module("presets")
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{script.MARKS[0]}\nold\n{script.MARKS[1]}\nafter\n")
+    script.codes, script.ran = {}, []
+
+    def command(name, path, log, **flags):
+        preset = flags["algorithm.preset"]
+        script.ran.append(preset)
+        code = script.codes.get(preset, 0)
+        if code != 2:
+            folder = tmp_path / f"{flags['run.name']}-{len(script.ran)}"
+            folder.mkdir()
+            steps = [{"step": step, "seconds/sample": 1.0, "seconds/learn": step, "mismatch/kl_k3": 1e-9, "skipped": 1}
+                     for step in (1, 2, 3)]
+            first = {"step": 0, "eval/sampled/accuracy": 0.25, "eval/greedy/accuracy": 0.5}
+            steps[-1] |= {"eval/sampled/accuracy": 0.75, "mismatch/kl_k3": "NaN" if code else 1e-9}
+            lines = [json.dumps(record) for record in [first, *steps]]
+            (folder / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+        return code, "what | went wrong" if code else ""
+
+    monkeypatch.setattr(script, "command", command)
+    monkeypatch.setattr(script, "warm_start", lambda config, work: work / "start.yaml")
+    monkeypatch.setattr(script, "PAGE", page)
+    monkeypatch.setattr(script, "ROOT", tmp_path)
+    yield script
+    for name in ("presets", "record"):
+        sys.modules.pop(name, None)
+
+
+def start(script, monkeypatch, folder, *flags):
+    monkeypatch.setattr(sys, "argv", ["presets.py", "--work", str(folder), "--out", str(folder), "--steps", "3",
+                                      "--config", str(BENCHMARKS.parent / "configs" / "quickstart.yaml"), *flags])
+    script.main()
+    return {row["preset"]: row for row in json.loads((folder / "presets.json").read_text())["rows"]}
+
+
+def test_runs_that_failed_are_rows_and_only_refused_ones_are_repeated(presets, monkeypatch, tmp_path, capsys):
+    presets.codes |= {"cispo": 3, "dapo": 2}
+    names = "grpo", "cispo", "dapo"
+    rows = start(presets, monkeypatch, tmp_path, "--presets", *names, "--docs")
+    assert presets.ran == list(rows) == list(names)
+    assert rows["grpo"]["accuracy"] == {"sampled": {"0": 0.25, "3": 0.75}, "greedy": {"0": 0.5}}
+    assert rows["grpo"]["seconds_per_step"] == 3.5 and rows["grpo"]["skipped"] == 3
+    assert rows["cispo"]["exit_code"] == 3 and "mismatch/kl_k3" not in rows["cispo"]
+    assert rows["dapo"]["accuracy"] == {"sampled": {}, "greedy": {}} and rows["dapo"]["steps_done"] == 0
+    text = presets.PAGE.read_text()
+    assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
+    assert "| `grpo` | 0.250 / 0.500 | 0.750 / - | 3.50 | 1.0e-09 | 1 | done |" in text
+    assert "exit 3, what / went wrong |" in text and "`dapo`*" in text
+
+    start(presets, monkeypatch, tmp_path, "--presets", *names)
+    assert presets.ran == [*names, "dapo"], "the refused one alone is started again"
+    start(presets, monkeypatch, tmp_path, "--presets", "grpo", "--seeds", "1")
+    start(presets, monkeypatch, tmp_path, "--presets", "grpo", "--again")
+    assert presets.ran[4:] == ["grpo", "grpo"]
+    kept = json.loads((tmp_path / "presets.json").read_text())["rows"]
+    assert sorted((row["preset"], row["seed"]) for row in kept) == [("cispo", 0), ("dapo", 0), ("grpo", 0), ("grpo", 1)]
+    capsys.readouterr()
+
+
+def test_an_interrupt_ends_it_with_what_is_there_kept(presets, monkeypatch, tmp_path, capsys):
+    presets.codes["rloo"] = 130
+    with pytest.raises(SystemExit, match="130"):
+        start(presets, monkeypatch, tmp_path, "--presets", "grpo", "rloo", "ppo")
+    assert presets.ran == ["grpo", "rloo"]
+    assert len(json.loads((tmp_path / "presets.json").read_text())["rows"]) == 1
+    capsys.readouterr()

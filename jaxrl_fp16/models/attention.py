@@ -23,7 +23,7 @@ from jaxrl_fp16.models.layers import matmul
 BLOCK = 64
 
 AttentionKind = Literal["blockwise", "plain", "cudnn"]
-PACKABLE = ("blockwise", "plain")  # cuDNN's kernel knows one length a row, no segments
+PACKABLE = ("blockwise", "plain")  # JAX gives cuDNN's kernel one length a row, no segments
 
 
 def attend(kind, q, k, v, segments=None):

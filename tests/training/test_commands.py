@@ -113,7 +113,8 @@ def test_a_warm_start_and_a_signal_within_it(command, tmp_path, monkeypatch, cap
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Console, "say", say_and_signal)
-    assert command("train", *flags, "--run.dir", str(tmp_path / "cut")) == 130
+    packed = ("--sft.packing", "true", "--sft.max_length", "20", "--run.dir", str(tmp_path / "cut"))
+    assert command("train", *flags, *packed) == 130
     said = capsys.readouterr().out
     assert "warm start 2/4" not in said and "stopped by SIGINT; before the first step, with nothing to save" in said
 

@@ -28,7 +28,7 @@ class Bigram(nn.Module):
     config = types.SimpleNamespace(hidden_size=8)
 
     @nn.compact
-    def __call__(self, tokens):
+    def __call__(self, tokens, segments=None):
         table = self.param("embedding", nn.initializers.normal(1.0), (VOCAB, self.config.hidden_size))
         return jnp.take(table, tokens, axis=0).astype(self.dtype)
 

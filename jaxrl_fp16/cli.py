@@ -37,6 +37,7 @@ def _command(name):
 COMMANDS = {
     "train": (_train, "RL, after a warm start where sft.steps asks for one; --resume RUN_FOLDER goes on"),
     "sft": (_command("run_sft"), "supervised training on the task's solutions"),
+    "dpo": (_command("run_dpo"), "preference optimization on pairs of responses, after a warm start as in train"),
     "eval": (_command("run_eval"), "accuracy, pass@k and standard error on evaluation.sets"),
     "generate": (_command("run_generate"), "responses to prompts, printed"),
     "export": (_command("run_export"), "the newest checkpoint of --resume RUN_FOLDER as a Hugging Face folder, model/"),

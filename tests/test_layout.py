@@ -36,6 +36,7 @@ training/scorer
 training/update
 training/value
 training/sft
+training/dpo
 training/manifest
 training/checkpoint
 training/collect
@@ -46,6 +47,7 @@ training/run_config
 training/setup
 training/run
 training/supervised
+training/pairs
 training/loop
 training/commands
 lab/*

@@ -25,6 +25,7 @@ from jaxrl_fp16.rl.importance import (
 from jaxrl_fp16.rl.kl import KL_ESTIMATORS, k1, k2, k3, kl_penalized_rewards
 from jaxrl_fp16.rl.losses import AGGREGATIONS, LOSSES, policy_loss, value_loss
 from jaxrl_fp16.rl.mismatch import mismatch_metrics
+from jaxrl_fp16.rl.preference import PREFERENCE_LOSSES, PreferenceConfig, dpo_loss, pair_normalizer
 
 __all__ = [
     "AGGREGATIONS",
@@ -34,12 +35,15 @@ __all__ = [
     "LEVELS",
     "LOG_RATIO_LIMIT",
     "LOSSES",
+    "PREFERENCE_LOSSES",
     "PRESETS",
     "AlgorithmConfig",
     "Importance",
     "Normalizer",
+    "PreferenceConfig",
     "check_algorithm",
     "clamp_log_ratio",
+    "dpo_loss",
     "finish_metrics",
     "gae",
     "get_algorithm",
@@ -56,6 +60,7 @@ __all__ = [
     "needs_scorer",
     "normalizer_of",
     "overlong_penalty",
+    "pair_normalizer",
     "policy_loss",
     "rewards_on_last_token",
     "value_loss",

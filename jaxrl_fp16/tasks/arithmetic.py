@@ -1,8 +1,9 @@
 """Generated arithmetic, with answers of several steps.
 
 A problem is a short text such as `37+48-19=`. Its answer is the last of a list of numbers, `85,66`: the steps
-that lead there, then the result. A problem is a pure function of seed and index, and the hash of its text
-says whether it is held out, so train and held-out problems are disjoint whatever their number.
+that lead there, then the result. Beside it stands one with a wrong step, `86,67`, as the rejected response of a
+preference. A problem is a pure function of seed and index, and the hash of its text says whether it is held out, so
+train and held-out problems are disjoint whatever their number.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from jaxrl_fp16.tasks.examples import Example
 
 ALPHABET = "0123456789+-*%(),="
 HELD_OUT_SHARE = 1 / 8       # of all texts
+ERRORS = (-10, -2, -1, 1, 2, 10)  # of a wrong step: miscounted, or a ten forgotten
 MAX_DRAWS = 2000             # in a row without a fitting text, before the settings are refused
 
 
@@ -112,10 +114,21 @@ class Problems(collections.abc.Sequence):
             kind = self.config.kinds[draw.randrange(len(self.config.kinds))]
             problem, steps = KINDS[kind](draw, self.config)
             if is_held_out(problem) == self.held_out:
-                solution = ",".join(map(str, steps))
-                return Example(problem, str(steps[-1]), {"kind": kind}, solution)
+                return Example(problem, str(steps[-1]), {"kind": kind}, _written(steps),
+                               rejected=_written(with_error(draw, steps)))
         raise ValueError(f"too few problems with kinds {self.config.kinds} and digits {self.config.digits}: "
                          "raise task.arithmetic.digits")
+
+
+def with_error(draw: random.Random, steps: list[int]) -> list[int]:
+    """The steps with one that is wrong, and its error in all that follow; no number is negative."""
+    first = draw.randrange(len(steps))
+    error = draw.choice([error for error in ERRORS if min(steps[first:]) + error >= 0])
+    return steps[:first] + [step + error for step in steps[first:]]
+
+
+def _written(steps: list[int]) -> str:
+    return ",".join(map(str, steps))
 
 
 def is_held_out(problem: str) -> bool:
@@ -155,5 +168,5 @@ def _is_right(response: str, answer: str) -> bool:
     return bool(re.fullmatch(numbers, response, re.ASCII)) and response.rpartition(",")[2] == answer
 
 
-__all__ = ["ALPHABET", "ArithmeticConfig", "KINDS", "Problems", "is_held_out", "train_problems",
-           "held_out_problems", "reward"]
+__all__ = ["ALPHABET", "ArithmeticConfig", "KINDS", "Problems", "is_held_out", "with_error",
+           "train_problems", "held_out_problems", "reward"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from typing import Any, Iterable, Mapping
+from typing import Any, Iterable, Iterator, Mapping
 
 
 @dataclasses.dataclass(frozen=True)
@@ -15,7 +15,9 @@ class Example:
     problem: str        # what the prompt asks
     answer: str         # the gold answer, as the data writes it
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the row, less answer and solution
-    solution: str = ""  # a target text for supervised training; may be empty
+    solution: str = ""  # a target text for supervised training; may be empty. Of a preference, the chosen response
+    rejected: str | None = None  # the response that `solution` is preferred to; None: no preference
+    messages: tuple[Mapping[str, str], ...] = ()  # a prompt of chat messages, which takes the template's place
 
     def for_reward(self) -> dict[str, Any]:
         """The plain dict that reward functions get."""
@@ -29,22 +31,32 @@ def load_examples(path, problem_field: str = "problem", answer_field: str = "ans
     A `ValueError` names the file, and the line where one is at fault: no file, no row, not UTF-8, not a JSON
     object, a field that is absent or neither text nor a number.
     """
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such data file")
     names = _FieldNames(problem_field, answer_field, solution_field)
-    examples = []
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                where = f"{path}, line {number}"
-                examples.append(_example(_parse_row(line, where), names, where))
-    if not examples:
-        raise ValueError(f"{path}: no rows; at least one JSON object is needed")
-    return examples
+    return [_example(row, names, where) for where, row in read_rows(path)]
 
 
 def load_hub_examples(hub: str, split: str, problem_field: str = "problem", answer_field: str = "answer",
                       solution_field: str | None = None) -> list[Example]:
+    """The same for a Hugging Face Hub data set; needs the extra `hub`."""
+    names = _FieldNames(problem_field, answer_field, solution_field)
+    return [_example(row, names, where) for where, row in read_hub_rows(hub, split)]
+
+
+def read_rows(path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """`("FILE, line N", row)` of each JSON object of a UTF-8 JSONL file; its faults as in `load_examples`."""
+    if not os.path.isfile(path):
+        raise ValueError(f"{path}: no such data file")
+    empty = True
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                empty, where = False, f"{path}, line {number}"
+                yield where, _parse_row(line, where)
+    if empty:
+        raise ValueError(f"{path}: no rows; at least one JSON object is needed")
+
+
+def read_hub_rows(hub: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
     """The same for a Hugging Face Hub data set; needs the extra `hub`."""
     try:
         import datasets
@@ -52,11 +64,12 @@ def load_hub_examples(hub: str, split: str, problem_field: str = "problem", answ
         raise ValueError(f"task.hub is {hub!r}, and reading it needs the package `datasets`: "
                          "pip install 'jaxrl_fp16[hub]', or give task.path a JSONL file") from None
     rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(hub, split=split)
-    names = _FieldNames(problem_field, answer_field, solution_field)
-    examples = [_example(row, names, f"{hub} ({split}), row {number}") for number, row in enumerate(rows)]
-    if not examples:
+    empty = True
+    for number, row in enumerate(rows):
+        empty = False
+        yield f"{hub} ({split}), row {number}", row
+    if empty:
         raise ValueError(f"{hub} ({split}): no rows")
-    return examples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,10 +102,15 @@ def _example(row: Mapping[str, Any], names: _FieldNames, where: str) -> Example:
     )
 
 
-def _text(row: Mapping[str, Any], name: str, where: str) -> str:
+def field_of(row: Mapping[str, Any], name: str, where: str) -> Any:
+    """The value of a field that must be there."""
     if name not in row:
         raise ValueError(f"{where}: no field {name!r}; the row has {', '.join(sorted(map(repr, row)))}")
-    value = row[name]
+    return row[name]
+
+
+def _text(row: Mapping[str, Any], name: str, where: str) -> str:
+    value = field_of(row, name, where)
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value)
     if not isinstance(value, str):
@@ -100,4 +118,4 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     return value
 
 
-__all__ = ["Example", "load_examples", "load_hub_examples"]
+__all__ = ["Example", "field_of", "load_examples", "load_hub_examples", "read_hub_rows", "read_rows"]

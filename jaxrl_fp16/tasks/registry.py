@@ -12,21 +12,25 @@ from jaxrl_fp16.schema import Doc
 from jaxrl_fp16.tasks import arithmetic, math
 from jaxrl_fp16.tasks.arithmetic import ArithmeticConfig
 from jaxrl_fp16.tasks.examples import Example, load_examples, load_hub_examples
+from jaxrl_fp16.tasks.preference import PreferenceFields, load_hub_preferences, load_preferences
 from jaxrl_fp16.tasks.rewards import Grade, Rewards, inline_grader, open_custom_grader
-from jaxrl_fp16.tasks.templates import Template, get_template, render
+from jaxrl_fp16.tasks.templates import Template, get_template, needs_tokenizer, render
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskConfig:
     """Section `task`: problems, prompts and rewards."""
 
-    name: Annotated[str, Doc("arithmetic or math")] = "arithmetic"
-    path: Annotated[str | None, Doc("JSONL file of problems, for math")] = None
+    name: Annotated[str, Doc("arithmetic, math or preference")] = "arithmetic"
+    path: Annotated[str | None, Doc("JSONL file of problems or preferences, for math and preference")] = None
     hub: Annotated[str | None, Doc("or a Hub data set; needs the extra `hub`")] = None
     split: Annotated[str, Doc("of the Hub data set")] = "train"
     problem_field: Annotated[str, Doc("which field of a row is the problem")] = "problem"
     answer_field: Annotated[str, Doc("which is its answer")] = "answer"
     solution_field: Annotated[str | None, Doc("which is a target text for supervised training; null: none")] = None
+    prompt_field: Annotated[str, Doc("which field of a preference is the prompt")] = "prompt"
+    chosen_field: Annotated[str, Doc("which is the response that is preferred")] = "chosen"
+    rejected_field: Annotated[str, Doc("which is the other")] = "rejected"
     template: Annotated[str | None, Doc("a name, or a text with field names; null: the task's own")] = None
     system: Annotated[str | None, Doc("system text, with template chat")] = None
     answer_from: Annotated[
@@ -78,12 +82,24 @@ def _arithmetic_problems(config: TaskConfig):
 
 
 def _math_problems(config: TaskConfig):
-    if (config.path is None) == (config.hub is None):
-        raise ValueError("task 'math' needs either task.path, a JSONL file, or task.hub, a Hub data set; "
-                         f"path is {config.path!r} and hub is {config.hub!r}")
+    _check_source(config)
     fields = (config.problem_field, config.answer_field, config.solution_field)
     examples = (load_hub_examples(config.hub, config.split, *fields) if config.path is None
                 else load_examples(config.path, *fields))
+    return math.split(examples, config.train_size, config.heldout_size or 0)
+
+
+def _check_source(config: TaskConfig):
+    if (config.path is None) == (config.hub is None):
+        raise ValueError(f"task {config.name!r} needs either task.path, a JSONL file, or task.hub, a Hub data set; "
+                         f"path is {config.path!r} and hub is {config.hub!r}")
+
+
+def _preference_problems(config: TaskConfig):
+    _check_source(config)
+    fields = PreferenceFields(config.prompt_field, config.chosen_field, config.rejected_field, config.answer_field)
+    examples = (load_hub_preferences(config.hub, config.split, fields) if config.path is None
+                else load_preferences(config.path, fields))
     return math.split(examples, config.train_size, config.heldout_size or 0)
 
 
@@ -96,6 +112,7 @@ TASKS: dict[str, TaskKind] = {
     "arithmetic": TaskKind("none", "text", _arithmetic_problems,
                            lambda config: contextlib.nullcontext(inline_grader(arithmetic.reward))),
     "math": TaskKind("chat", None, _math_problems, _math_grader),
+    "preference": TaskKind("chat", None, _preference_problems, _math_grader),
 }
 
 
@@ -112,7 +129,7 @@ def open_task(config: TaskConfig) -> Iterator[Task]:
     template = get_template(config.template or kind.template, config.system,
                             config.answer_from or kind.answer_from)
     train, heldout = kind.problems(config)
-    if template.text is not None:
+    if not needs_tokenizer(template, train[0]):
         render(template, train[0])  # an unknown field name is refused here
     with _open_grader(config, kind) as grade:
         yield Task(config.name, train, heldout, template, grade)

@@ -69,8 +69,8 @@ def get_template(spec: str, system: str | None = None, reads: str | None = None)
 
 
 def render(template: Template, example: Example, tokenizer=None) -> str:
-    """The prompt of an example. `chat` needs the tokenizer, the others do not look at it."""
-    if template.text is None:
+    """The prompt of an example. A prompt of messages and `chat` need the tokenizer, the others do not look at it."""
+    if needs_tokenizer(template, example):
         return _render_chat(template, example, tokenizer)
     values = {**example.fields, "problem": example.problem, "q": example.problem}
 
@@ -85,13 +85,22 @@ def render(template: Template, example: Example, tokenizer=None) -> str:
     return FIELD.sub(fill, template.text)  # one pass: braces inside a problem stay what they are
 
 
+def needs_tokenizer(template: Template, example: Example) -> bool:
+    """Whether the tokenizer's chat template makes the prompt."""
+    return template.text is None or bool(example.messages)
+
+
 def _render_chat(template: Template, example: Example, tokenizer) -> str:
     if getattr(tokenizer, "chat_template", None) is None:
+        if example.messages:
+            raise ValueError("a prompt of chat messages needs a tokenizer with a chat template; this one has none: "
+                             "allowed: another model.tokenizer, or prompts of text")
         raise ValueError("template 'chat' needs a tokenizer with a chat template; this one has none: "
                          f"choose another of {', '.join(name for name in TEMPLATES if name != 'chat')}")
-    system = [] if template.system is None else [{"role": "system", "content": template.system}]
-    return tokenizer.apply_chat_template(system + [{"role": "user", "content": example.problem}],
-                                         tokenize=False, add_generation_prompt=True)
+    messages = list(example.messages) or [{"role": "user", "content": example.problem}]
+    if template.system is not None and messages[0]["role"] != "system":
+        messages = [{"role": "system", "content": template.system}, *messages]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
 
 
 def read_answer(template: Template, response: str) -> str:
@@ -140,4 +149,4 @@ READERS: dict[str, Callable[[str], str]] = {
     "text": lambda text: text,
 }
 
-__all__ = ["Template", "TEMPLATES", "READERS", "get_template", "render", "read_answer", "last_boxed"]
+__all__ = ["Template", "TEMPLATES", "READERS", "get_template", "needs_tokenizer", "render", "read_answer", "last_boxed"]

@@ -178,6 +178,15 @@ class Checkpoints:
         others = ", ".join(map(str, self.steps())) or "none"
         raise CheckpointError(f"{self.folder}: no sound checkpoint{wanted}; steps that have one: {others}")
 
+    def holds(self, name: str) -> bool:
+        """Whether the state of the newest sound checkpoint has arrays below `name`."""
+        paths = (self.folder / str(step) for step in reversed(self.steps()))
+        sound = next((path for path in paths if not manifest.find_damage(path)), None)
+        if sound is None:
+            return False
+        about = json.loads((sound / ABOUT).read_text(encoding="utf-8"))
+        return any(leaf.startswith(f"{name}.") for leaf in about["leaves"])
+
     def _begin(self, partial: Path, about: str) -> None:
         for leftover in self.folder.glob("*.partial"):      # of a process that was killed
             shutil.rmtree(leftover)

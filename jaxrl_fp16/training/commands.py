@@ -16,14 +16,19 @@ from jaxrl_fp16.tokenizer import encode_prompts
 from jaxrl_fp16.training.collect import PromptBatch, sample_and_grade
 from jaxrl_fp16.training.evaluate import evaluate, make_evaluators
 from jaxrl_fp16.training.learn import Learner
-from jaxrl_fp16.training.loop import make_learner
+from jaxrl_fp16.training.loop import make_learner, warm_start
 from jaxrl_fp16.training.optimizer import make_schedule
+from jaxrl_fp16.training.pairs import check_preferences, make_held_out, optimize, preference_learner
 from jaxrl_fp16.training.run import SkipGuard, naming_at_entry, open_run
 from jaxrl_fp16.training.run_config import resolve_algorithm
 from jaxrl_fp16.training.setup import load_model, naming, set_up
 from jaxrl_fp16.training.supervised import check_pairs, fresh_state, supervise
 
 SFT_LINE = (("loss", "loss", ".4f"), ("gradient norm", "grad_norm", ".2f"), ("scale", "loss_scale", ",g"))
+DPO_LINE = (
+    ("loss", "loss", ".4f"), ("accuracy", "accuracy", ".3f"), ("margin", "reward_margin", ".3f"),
+    ("gradient norm", "grad_norm", ".2f"), ("scale", "loss_scale", ",g"),
+)
 
 
 def run_sft(config):
@@ -37,23 +42,58 @@ def run_sft(config):
             learner, place, start = run.restore(learner)
         run.start_log(start, steps, line=SFT_LINE)
         run.log.say(f"supervised: {steps} steps of {config.sft.batch_size} rows")
-        guard, schedule, state = SkipGuard(run), make_schedule(config.sft.optimizer), learner.policy
-        for step, state, metrics, position in supervise(run, learner.policy, place, start):
-            metrics = {name: float(value) for name, value in metrics.items()}
-            metrics["learning_rate"] = float(schedule(state.step))
-            last = step == steps
-            if last or run.evaluation_due(step):
-                metrics |= run.evaluate(state.params)
-            run.log.metrics(step, metrics)
-            guard.check(metrics)
-            stops = run.stops()
-            if last or stops or run.checkpoints.due(step):
-                run.checkpoints.save(step, Learner(state), {"position": position})
-            if stops:
-                return run.end_by_signal(step)
-        if run.config.run.export:
-            run.export(state.params)
-        return 0
+        taken = supervise(run, learner.policy, place, start)
+        return _follow(run, learner, taken, steps, config.sft.optimizer, run.evaluate)
+
+
+def run_dpo(config):
+    """Preference optimization, after a warm start where `sft.steps` asks for one; all else as in `run_sft`."""
+    steps = config.dpo.steps
+    with open_run(config, check=check_preferences, reference=True) as (run, params):
+        metrics = {}
+        if config.sft.steps and config.resume is None:
+            params, metrics = warm_start(run, params)
+            if run.stops():
+                return run.end_by_signal(0)
+        # A checkpoint holds the reference: a warm start leads to it, and a folder may change.
+        learner, place, start = preference_learner(run, params), 0, 0
+        if config.resume is not None:
+            learner, place, start = run.restore(learner)
+        run.start_log(start, steps, line=DPO_LINE)
+        section = config.dpo
+        run.log.say(f"dpo ({section.loss}, beta {section.beta:g}): {steps} steps of {section.batch_size} pairs")
+        held_out = make_held_out(run, learner.reference)
+
+        def evaluate(params):
+            return run.evaluate(params) | held_out(params)
+
+        if start == 0:
+            run.log.metrics(0, metrics | evaluate(learner.policy.params))
+        taken = optimize(run, learner, place, start)
+        return _follow(run, learner, taken, steps, config.dpo.optimizer, evaluate)
+
+
+def _follow(run, learner, taken, steps, optimizer, evaluate):
+    """Goes through the steps that `taken` yields as `(step, state, metrics, position)`: logs, evaluates, saves,
+    exports. Gives the exit code."""
+    guard, schedule = SkipGuard(run), make_schedule(optimizer)
+    for step, state, metrics, position in taken:
+        learner = learner.replace(policy=state)
+        metrics = {name: float(value) for name, value in metrics.items()}
+        metrics["learning_rate"] = float(schedule(state.step))
+        last = step == steps
+        if last or run.evaluation_due(step):
+            metrics |= evaluate(state.params)
+        run.log.metrics(step, metrics)
+        guard.check(metrics)
+        stops = run.stops()
+        if last or stops or run.checkpoints.due(step):
+            run.checkpoints.save(step, learner, {"position": position})
+        if stops:
+            return run.end_by_signal(step)
+    if run.config.run.export:
+        run.export(learner.policy.params)
+    return 0
 
 
 def run_eval(config):
@@ -124,9 +164,12 @@ def run_export(config):
         raise ConfigError("export needs --resume RUN_FOLDER, the run whose checkpoint is to be exported")
     algorithm = resolve_algorithm(config)
     with open_run(config, reference=needs_reference(algorithm), critic=needs_critic(algorithm)) as (run, params):
-        learner, _, _ = run.checkpoints.restore(make_learner(run, algorithm, params))
+        template = make_learner(run, algorithm, params)
+        if template.reference is None and run.checkpoints.holds("reference"):  # of `dpo`
+            template = template.replace(reference=template.policy.params)
+        learner, _, _ = run.checkpoints.restore(template)
         run.export(learner.policy.params)
     return 0
 
 
-__all__ = ["run_sft", "run_eval", "run_generate", "run_export"]
+__all__ = ["run_sft", "run_dpo", "run_eval", "run_generate", "run_export"]

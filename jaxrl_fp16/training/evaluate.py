@@ -45,6 +45,11 @@ def _make_evaluator(config, section, model, setup, task):
             f"evaluation set {section.name!r} has no problems; allowed: a path, or task.heldout_size above 0"
         )
     task = dataclasses.replace(task, heldout=task.heldout[: section.limit])
+    if config.task.reward_file is None and not all(example.answer for example in task.heldout):
+        raise ValueError(
+            f"evaluation set {section.name!r} has problems without an answer to grade by; allowed: rows with the "
+            "field task.answer_field, or task.reward_file"
+        )
     sampling = dataclasses.replace(
         config.sampling, temperature=section.temperature, top_p=section.top_p, top_k=0, group_size=section.samples,
         max_new_tokens=config.evaluation.max_new_tokens or config.sampling.max_new_tokens, max_rows=0,

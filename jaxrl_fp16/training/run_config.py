@@ -13,15 +13,15 @@ from jaxrl_fp16.models.attention import PACKABLE, AttentionKind
 from jaxrl_fp16.models.decoder import DecoderConfig
 from jaxrl_fp16.parallel import MeshConfig, row_shards
 from jaxrl_fp16.precision import LossScaleConfig
-from jaxrl_fp16.rl import PRESETS, AlgorithmConfig, check_algorithm, get_algorithm
+from jaxrl_fp16.rl import PRESETS, AlgorithmConfig, PreferenceConfig, check_algorithm, get_algorithm
 from jaxrl_fp16.sampling import SamplingConfig
 from jaxrl_fp16.tasks import TaskConfig
 from jaxrl_fp16.training.checkpoint import CheckpointConfig
 from jaxrl_fp16.training.optimizer import OptimizerConfig
 
 # Of a resumed run these may differ from what it was started with: how long, how seen, on what.
-MAY_CHANGE = ("run.steps", "sft.steps", "run.dir", "run.compile_cache", "run.export", "logging", "checkpoint",
-              "evaluation", "mesh", "resume", "generate", "task.workers", "task.deadline_seconds", "task.memory_mb")
+MAY_CHANGE = ("run.steps", "sft.steps", "dpo.steps", "run.dir", "run.compile_cache", "run.export", "logging",
+              "checkpoint", "evaluation", "mesh", "resume", "generate", "task.workers", "task.deadline_seconds", "task.memory_mb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,6 +97,17 @@ class SFTConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class DPOConfig(PreferenceConfig):
+    """Preference optimization on the task's pairs of responses; the reference is the model that it starts from."""
+
+    steps: Annotated[int, Ge(1), Doc("optimizer steps")] = 100
+    batch_size: Annotated[int, Ge(1), Doc("pairs of a step")] = 64
+    microbatch_size: Annotated[int, Ge(1), Doc("pairs in memory at once; divides batch_size")] = 8
+    max_length: Annotated[int, Ge(2), Doc("tokens of prompt and response; longer pairs are set aside")] = 1024
+    optimizer: Annotated[OptimizerConfig, Doc("its own")] = OptimizerConfig(learning_rate=1e-6)
+
+
+@dataclasses.dataclass(frozen=True)
 class EvaluationSet:
     name: Annotated[str, Doc("heads its metrics: eval/NAME/accuracy")]
     path: Annotated[str | None, Doc("JSONL file; null: the task's held-out problems")] = None
@@ -152,6 +163,7 @@ class Config:
     critic: CriticConfig = CriticConfig()
     training: TrainingConfig = TrainingConfig()
     sft: SFTConfig = SFTConfig()
+    dpo: DPOConfig = DPOConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     generate: GenerateConfig = GenerateConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -181,11 +193,12 @@ class Config:
                 f"training.microbatch_size is {t.microbatch_size}; allowed: a divisor of minibatch_size, "
                 f"{t.minibatch_size}"
             )
-        if self.sft.batch_size % self.sft.microbatch_size:
-            raise ValueError(
-                f"sft.microbatch_size is {self.sft.microbatch_size}; allowed: a divisor of batch_size, "
-                f"{self.sft.batch_size}"
-            )
+        for name, section in (("sft", self.sft), ("dpo", self.dpo)):
+            if section.batch_size % section.microbatch_size:
+                raise ValueError(
+                    f"{name}.microbatch_size is {section.microbatch_size}; allowed: a divisor of batch_size, "
+                    f"{section.batch_size}"
+                )
         if self.sft.packing and self.model.attention not in PACKABLE:
             raise ValueError(
                 f"sft.packing is true with model.attention {self.model.attention}; allowed: {', '.join(PACKABLE)}"
@@ -205,6 +218,7 @@ def check_mesh_rows(config, mesh):
         ("training.microbatch_size", config.training.microbatch_size),
         ("training.prompts_per_step", config.training.prompts_per_step),
         ("sft.microbatch_size", config.sft.microbatch_size),
+        ("dpo.microbatch_size", config.dpo.microbatch_size),
     ):
         if rows % parts:
             raise ValueError(
@@ -214,6 +228,6 @@ def check_mesh_rows(config, mesh):
 
 
 __all__ = [
-    "MAY_CHANGE", "AlgorithmSection", "Config", "CriticConfig", "EvaluationConfig", "EvaluationSet", "GenerateConfig",
-    "ModelConfig", "RunConfig", "SFTConfig", "TrainingConfig", "check_mesh_rows", "resolve_algorithm",
+    "MAY_CHANGE", "AlgorithmSection", "Config", "CriticConfig", "DPOConfig", "EvaluationConfig", "EvaluationSet",
+    "GenerateConfig", "ModelConfig", "RunConfig", "SFTConfig", "TrainingConfig", "check_mesh_rows", "resolve_algorithm",
 ]

@@ -1,0 +1,149 @@
+"""Preferences: a prompt with a chosen and a rejected response, from JSONL files and Hub data sets.
+
+A row is one of
+
+    {"prompt": "1+1?", "chosen": "2", "rejected": "3"}                                   text
+    {"prompt": [MESSAGE, ...], "chosen": [MESSAGE], "rejected": [MESSAGE]}               messages
+    {"chosen": [MESSAGE, ..., MESSAGE], "rejected": [MESSAGE, ..., MESSAGE]}             whole conversations
+
+with MESSAGE `{"role": ROLE, "content": TEXT}`; after a prompt a response may be text or a message. Whole conversations start with the prompt, which the two share; a field
+`prompt` beside them says the same once more, as messages or as the text of one of them. A prompt of text goes through
+the task's template, one of messages through the tokenizer's chat template. A response is one message of the
+assistant. An example holds the chosen response as its `solution`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Iterable, Mapping
+
+from jaxrl_fp16.tasks.examples import Example, field_of, read_hub_rows, read_rows
+
+ROLES = ("system", "user", "assistant", "tool")
+Messages = list[Mapping[str, str]]
+
+
+@dataclasses.dataclass(frozen=True)
+class PreferenceFields:
+    """Which fields of a row are what. The answer, for grading, is optional."""
+
+    prompt: str = "prompt"
+    chosen: str = "chosen"
+    rejected: str = "rejected"
+    answer: str = "answer"
+
+
+def load_preferences(path, fields: PreferenceFields = PreferenceFields()) -> list[Example]:
+    """Examples with `solution` and `rejected` of a UTF-8 JSONL file; blank lines are passed over.
+
+    A `ValueError` names file and line: what `load_examples` refuses, and a prompt or response that is none of
+    the forms above, prompts of text beside such of messages, a conversation without a shared prompt.
+    """
+    return _examples(read_rows(path), fields)
+
+
+def load_hub_preferences(hub: str, split: str, fields: PreferenceFields = PreferenceFields()) -> list[Example]:
+    """The same for a Hugging Face Hub data set; needs the extra `hub`."""
+    return _examples(read_hub_rows(hub, split), fields)
+
+
+def _examples(rows: Iterable[tuple[str, Mapping[str, Any]]], fields: PreferenceFields) -> list[Example]:
+    examples: list[Example] = []
+    for where, row in rows:
+        example = _example(row, fields, where)
+        # One template makes all prompts of a run, and a first batch then shows whether it can.
+        if examples and bool(example.messages) != bool(examples[0].messages):
+            kinds = ("text", "messages") if example.messages else ("messages", "text")
+            raise ValueError(f"{where}: the prompts before are {kinds[0]}, this one is {kinds[1]}; allowed: one kind")
+        examples.append(example)
+    return examples
+
+
+def _example(row: Mapping[str, Any], fields: PreferenceFields, where: str) -> Example:
+    prompt = _text_or_messages(row, fields.prompt, where) if row.get(fields.prompt) is not None else None
+    sides = [_text_or_messages(row, name, where) for name in (fields.chosen, fields.rejected)]
+    if prompt is None and any(isinstance(side, str) for side in sides):
+        field_of(row, fields.prompt, where)
+        raise ValueError(f"{where}: field {fields.prompt!r} is null; allowed: text or messages")
+    shared = _shared(*sides)
+    if shared:
+        prompt = _of_conversations(prompt, shared, where)
+        sides = [side[len(shared):] for side in sides]
+    elif prompt is None:
+        raise ValueError(f"{where}: no field {fields.prompt!r}, and {fields.chosen!r} and {fields.rejected!r} do not "
+                         "start with the same messages; allowed: a prompt, or two whole conversations that share it")
+    messages = () if isinstance(prompt, str) else tuple(prompt)
+    if messages and messages[-1]["role"] == "assistant":
+        raise ValueError(f"{where}: the prompt ends with a message of the assistant; allowed: user, tool, system")
+    answer = row.get(fields.answer)
+    hidden = {fields.chosen, fields.rejected, fields.answer} - {fields.prompt}
+    return Example(
+        problem=_last_asked(messages) if messages else prompt,
+        answer="" if answer is None else str(answer),
+        fields={name: value for name, value in row.items() if name not in hidden},
+        solution=_response(sides[0], fields.chosen, where),
+        rejected=_response(sides[1], fields.rejected, where),
+        messages=messages,
+    )
+
+
+def _shared(chosen: str | Messages, rejected: str | Messages) -> Messages:
+    """The messages that both conversations start with, their last ones left out: these are the responses."""
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        return []
+    count = 0
+    for one, other in zip(chosen[:-1], rejected[:-1]):
+        if one != other:
+            break
+        count += 1
+    return chosen[:count]
+
+
+def _of_conversations(prompt: str | Messages | None, shared: Messages, where: str) -> Messages:
+    """`shared`, held against the prompt that the row names beside it."""
+    agrees = prompt is None or (
+        prompt in [message["content"] for message in shared] if isinstance(prompt, str) else prompt == shared
+    )
+    if not agrees:
+        raise ValueError(f"{where}: the prompt is not what chosen and rejected start with; allowed: the same messages, "
+                         "the text of one of them, or responses without the prompt")
+    return shared
+
+
+def _last_asked(messages: tuple) -> str:
+    return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
+
+
+def _response(side: str | Messages, name: str, where: str) -> str:
+    if isinstance(side, str):
+        return side
+    roles = [message["role"] for message in side]
+    if roles != ["assistant"]:
+        raise ValueError(f"{where}: field {name!r} has messages by {', '.join(roles)} after the prompt; "
+                         "allowed: one, by assistant")
+    return side[0]["content"]
+
+
+def _text_or_messages(row: Mapping[str, Any], name: str, where: str) -> str | Messages:
+    value = field_of(row, name, where)
+    if isinstance(value, str):
+        return value
+    if not isinstance(value, list):
+        raise ValueError(f"{where}: field {name!r} is a {type(value).__name__}; allowed: text, or a list of messages")
+    if not value:
+        raise ValueError(f"{where}: field {name!r} is an empty list; allowed: one message or more")
+    return [_message(each, f"{where}: field {name!r}, message {number}") for number, each in enumerate(value, 1)]
+
+
+def _message(value: Any, where: str) -> Mapping[str, str]:
+    if not isinstance(value, dict):
+        raise ValueError(f"{where} is a {type(value).__name__}; allowed: an object with role and content")
+    role, content = value.get("role"), value.get("content")
+    if role not in ROLES:
+        raise ValueError(f"{where} has the role {role!r}; allowed: {', '.join(ROLES)}")
+    if not isinstance(content, str):
+        raise ValueError(f"{where} has a {type(content).__name__} for content; allowed: text")
+    return {"role": role, "content": content}
+
+
+__all__ = ["PreferenceFields", "load_preferences", "load_hub_preferences"]

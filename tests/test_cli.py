@@ -39,7 +39,7 @@ def refused(tiny, compile_cache, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["trian", "x.yaml"], "command 'trian' is unknown; allowed: train, sft, eval, generate, export"),
+    (["trian", "x.yaml"], "command 'trian' is unknown; allowed: train, sft, dpo, eval, generate, export"),
     (["train"], "train needs a config file: jaxrl-fp16 train CONFIG"),
     (["eval", "--run.steps", "3"], "eval needs a config file"),
     (["train", "absent.yaml"], "absent.yaml: no such config file"),

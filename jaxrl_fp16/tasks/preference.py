@@ -6,10 +6,10 @@ A row is one of
     {"prompt": [MESSAGE, ...], "chosen": [MESSAGE], "rejected": [MESSAGE]}               messages
     {"chosen": [MESSAGE, ..., MESSAGE], "rejected": [MESSAGE, ..., MESSAGE]}             whole conversations
 
-with MESSAGE `{"role": ROLE, "content": TEXT}`; after a prompt a response may be text or a message. Whole conversations start with the prompt, which the two share; a field
-`prompt` beside them says the same once more, as messages or as the text of one of them. A prompt of text goes through
-the task's template, one of messages through the tokenizer's chat template. A response is one message of the
-assistant. An example holds the chosen response as its `solution`.
+with MESSAGE `{"role": ROLE, "content": TEXT}`; beside a prompt a response may be text or a message. Whole conversations
+start with the prompt, which the two share; a field `prompt` then says the same once more, as messages or as the text
+of one of them. A prompt of text goes through the task's template, one of messages through the tokenizer's chat
+template. A response is one message of the assistant. An example holds the chosen response as its `solution`.
 """
 
 from __future__ import annotations

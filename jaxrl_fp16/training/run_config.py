@@ -21,7 +21,8 @@ from jaxrl_fp16.training.optimizer import OptimizerConfig
 
 # Of a resumed run these may differ from what it was started with: how long, how seen, on what.
 MAY_CHANGE = ("run.steps", "sft.steps", "dpo.steps", "run.dir", "run.compile_cache", "run.export", "logging",
-              "checkpoint", "evaluation", "mesh", "resume", "generate", "task.workers", "task.deadline_seconds", "task.memory_mb")
+              "checkpoint", "evaluation", "mesh", "resume", "generate", "task.workers", "task.deadline_seconds",
+              "task.memory_mb")
 
 
 @dataclasses.dataclass(frozen=True)

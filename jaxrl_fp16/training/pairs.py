@@ -114,10 +114,10 @@ def make_held_out(run, reference):
     normalizer = pair_normalizer(pairs.response_mask[:, 0], pairs.response_mask[:, 1])
     batches = [shard_batch(batch, setup.mesh) for batch in _in_batches(pairs, section.batch_size)]
     batches = [batch.replace(ref_logprobs=scorer(reference, batch)) for batch in batches]
-    share = jax.jit(partial(pair_loss, section, normalizer=normalizer))
+    share = jax.jit(partial(pair_loss, section))
 
     def evaluate(params):
-        shares = jax.device_get([share(batch, scorer(params, batch)) for batch in batches])
+        shares = jax.device_get([share(batch, scorer(params, batch), normalizer) for batch in batches])
         metrics = {name: sum(float(part[name]) for _, part in shares) for name in shares[0][1]}
         metrics = {"loss": sum(float(loss) for loss, _ in shares), **metrics, "pairs": count}
         return {f"heldout/{name}": value for name, value in metrics.items()}

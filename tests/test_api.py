@@ -15,7 +15,7 @@ NAMES = (
     "get_precision", "load_pretrained", "save_pretrained", "Decoder", "DecoderConfig", "init_params", "token_logprobs",
     "make_sampler", "SamplingConfig", "Rollout", "get_algorithm", "AlgorithmConfig", "group_advantages", "gae",
     "policy_loss", "mismatch_metrics", "init_train_state", "TrainState", "Batch", "make_update", "make_value_update",
-    "Critic", "critic_params",
+    "Critic", "critic_params", "PreferenceConfig", "dpo_loss", "PreferencePairs", "make_pair_scorer", "make_dpo_update",
 )
 pytestmark = pytest.mark.usefixtures("quick_compile")
 P, N, GROUP = 5, 6, 4

@@ -18,9 +18,11 @@ import jaxrl_fp16
 from jaxrl_fp16.forward import token_logprobs
 from jaxrl_fp16.models import Critic, Decoder, DecoderConfig, attention, layers, param_shapes
 from jaxrl_fp16.precision import get_precision
-from jaxrl_fp16.rl import get_algorithm
+from jaxrl_fp16.rl import PreferenceConfig, get_algorithm
 from jaxrl_fp16.sampling import SamplingConfig, make_sampler
-from jaxrl_fp16.training import init_train_state, make_update, make_value_update
+from jaxrl_fp16.training import (
+    PreferencePairs, init_train_state, make_dpo_update, make_update, make_value_update,
+)
 from jaxrl_fp16.training.sft import Pairs, make_sft_update
 from jaxrl_fp16.types import Batch
 
@@ -124,6 +126,14 @@ def packed_jaxpr(precision, kind):
     return trained_jaxpr(make, decoder(kind), precision, None, pairs)
 
 
+def dpo_jaxpr(precision, kind):
+    tokens, mask, logprobs = (
+        jax.ShapeDtypeStruct((ROWS, 2, PROMPT + NEW), dtype) for dtype in (jnp.int32, bool, jnp.float32)
+    )
+    pairs = PreferencePairs(tokens, mask, mask, logprobs)
+    return trained_jaxpr(make_dpo_update, decoder(kind), precision, PreferenceConfig(), pairs)
+
+
 def trained_jaxpr(make, model, precision, algorithm, other=None):
     batch, key = shapes()
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
@@ -143,6 +153,7 @@ PROGRAMS = {
     "update": (update_jaxpr, lambda attended, grad: (PROJECTIONS + attended) + (PROJECTIONS - 1 + attended)
                + 2 * PROJECTIONS + grad + 4),
     "packed": (packed_jaxpr, lambda attended, grad: PROGRAMS["update"][1](attended, grad)),
+    "dpo": (dpo_jaxpr, lambda attended, grad: PROGRAMS["update"][1](attended, grad)),
     # The critic's head is a projection that is not computed again.
     "value": (value_jaxpr, lambda attended, grad: (PROJECTIONS + attended) + (PROJECTIONS - 1 + attended)
               + 2 * PROJECTIONS + grad + 3),

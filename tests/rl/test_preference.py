@@ -112,7 +112,8 @@ def test_what_stands_behind_a_mask_reaches_nothing(config):
     loss, metrics, grads = evaluate(config, arrays)
     dirty = {}
     for name, mask in zip(NAMES, MASKS * 2):
-        dirty[name] = np.where(arrays[mask], arrays[name], np.where(np.arange(arrays[name].shape[1]) % 2, np.nan, np.inf))
+        anything = np.where(np.arange(arrays[name].shape[1]) % 2, np.nan, np.inf)
+        dirty[name] = np.where(arrays[mask], arrays[name], anything)
     found = evaluate(config, arrays | dirty)
     jax.tree.map(np.testing.assert_array_equal, found, (loss, metrics, grads))
 

@@ -10,8 +10,9 @@ from jaxrl_fp16.models.attention import BLOCK
 from jaxrl_fp16.packing import pack
 from jaxrl_fp16.parallel import MeshConfig, make_mesh, shard_batch
 from jaxrl_fp16.precision import get_precision
-from jaxrl_fp16.rl import PRESETS, get_algorithm
+from jaxrl_fp16.rl import PreferenceConfig, PRESETS, get_algorithm
 from jaxrl_fp16.sampling import SamplingConfig, make_sampler
+from jaxrl_fp16.training.dpo import PreferencePairs, make_dpo_update
 from jaxrl_fp16.training.sft import Pairs, make_sft_update
 from jaxrl_fp16.training.state import create_train_state, shardings_of
 from jaxrl_fp16.training.update import make_update
@@ -105,6 +106,28 @@ def test_every_presets_step_is_that_of_one_device(bigrams):
     found, expected = bigrams.steps(names, [4], make_mesh(MeshConfig(4, 1, 1))), bigrams.steps(names, [8], single())
     for name in names:
         bigrams.assert_same(found[name, 4], expected[name, 8])
+
+
+def dpo_step_on(mesh):
+    """Metrics of a DPO step on 8 pairs whose reference is another one than the policy."""
+    batch, shardings = make_batch(), param_shardings(MODEL, mesh)
+    pairs = PreferencePairs(*(
+        np.stack([x, np.roll(x, 1, axis=0)], axis=1)
+        for x in (batch.tokens, batch.mask, batch.response_mask, batch.rollout_logprobs)
+    ))
+    optimizer = optax.adamw(1e-3)
+    params = init_params(MODEL, jax.random.key(0), mesh)
+    state = create_train_state(params, optimizer, PRECISION.loss_scale, jax.random.key(1), shardings)
+    update = make_dpo_update(MODEL, PRECISION.policy, PreferenceConfig(), optimizer, microbatch_size=4,
+                             state_shardings=shardings_of(state))
+    return {name: float(value) for name, value in update(state, shard_batch(pairs, mesh))[1].items()}
+
+
+def test_a_dpo_step_is_that_of_one_device():
+    found, expected = dpo_step_on(make_mesh(MeshConfig(2, 2, 1))), dpo_step_on(single())
+    assert found.keys() == expected.keys() and found["grad_norm"] > 0
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6, err_msg=name)
 
 
 def test_a_rollout_is_that_of_one_device():

@@ -131,6 +131,7 @@ def test_what_is_refused_before_anything_is_written(command, tmp_path, capsys, f
 def test_a_task_without_preferences_is_refused(command, tmp_path, capsys):
     data = tmp_path / "data.jsonl"
     data.write_text('{"problem": "1+1=", "answer": "2"}\n' * 4)
-    flags = ("--task.name", "math", "--task.path", str(data), "--task.template", "{problem}", "--task.heldout_size", "1")
+    flags = ("--task.name", "math", "--task.path", str(data), "--task.template", "{problem}",
+             "--task.heldout_size", "1")
     assert command(tmp_path / "runs", *flags) == 2
     assert "allowed: task arithmetic or preference, or a larger limit" in capsys.readouterr().err

@@ -10,9 +10,9 @@ _HOMES = {
     "precision": ("get_precision", "Precision", "LossScale", "LossScaleConfig"),
     "models": (
         "Decoder", "DecoderConfig", "RopeScaling", "Critic", "critic_params", "init_params", "load_pretrained",
-        "save_pretrained",
+        "save_pretrained", "load_reward_model", "save_reward_model",
     ),
-    "forward": ("token_logprobs", "token_values", "logits"),
+    "forward": ("token_logprobs", "token_values", "sequence_scores", "logits"),
     "sampling": ("SamplingConfig", "make_sampler"),
     "rl": (
         "AlgorithmConfig", "get_algorithm", "group_advantages", "gae", "policy_loss", "value_loss",

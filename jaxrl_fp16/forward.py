@@ -154,6 +154,18 @@ def token_values(critic, params, tokens, mask, *, policy):
     return align(zero_where_masked(jnp.roll(outputs, 1, axis=1), scored), inverse)
 
 
+@partial(jax.jit, static_argnames=("model", "policy"))
+def sequence_scores(model, params, tokens, mask, *, policy):
+    """float32 [B]: a reward model's output at each row's last real token; 0 for a row without one.
+
+    model: a Critic. tokens int32 [B,T], mask bool or 0/1 [B,T]; padding may stand anywhere.
+    """
+    outputs, _ = hidden_states(model, params, tokens, mask, policy)
+    last = jnp.sum(mask.astype(bool), axis=1) - 1
+    scores = jnp.take_along_axis(outputs, jnp.maximum(last, 0)[:, None], axis=1)[:, 0]
+    return jnp.where(last >= 0, scores, 0.0)
+
+
 # -- log-probs in chunks -------------------------------------------------------------------------
 
 
@@ -226,5 +238,5 @@ def _split(hidden, head, *arrays):
 
 __all__ = [
     "cast_to_compute", "hidden_states", "logits_of", "logits", "logprob_of", "entropy_of",
-    "token_logprobs", "score", "token_values",
+    "token_logprobs", "score", "token_values", "sequence_scores",
 ]

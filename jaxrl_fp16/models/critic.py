@@ -1,4 +1,4 @@
-"""PPO's critic: a decoder's body with one scalar out."""
+"""A decoder's body with one scalar out: PPO's critic, and a reward model."""
 
 from __future__ import annotations
 
@@ -13,26 +13,34 @@ from jaxrl_fp16.models.layers import Projection
 class Critic(nn.Module):
     """float32 [B,T]: the value of the state after each token of left-aligned `tokens` int32 [B,T].
 
-    segments int32 [B,T]: of packed rows, as the decoder takes them.
+    segments int32 [B,T]: of packed rows, as the decoder takes them. bias: of the head; a
+    reward model has none, and its body has no head of its own (`tie_embeddings`).
     """
 
     body: Decoder
+    bias: bool = True
 
     @nn.compact
     def __call__(self, tokens, segments=None):
         hidden = self.body(tokens, segments=segments)
         width = self.body.config.hidden_size
-        return Projection("btd,dn->btn", (width, 1), width, (1,), name="value")(hidden)[..., 0]
+        bias = (1,) if self.bias else None
+        return Projection("btd,dn->btn", (width, 1), width, bias, name="value")(hidden)[..., 0]
 
 
-def critic_params(body_params):
+def critic_params(body_params, bias=True):
     """Parameters of a `Critic` whose body starts as a copy of `body_params` and whose values start at 0.
 
     A copy: both train states are donated, and a buffer can be donated once.
     """
     body = jax.tree.map(jnp.copy, body_params)
     width = body["embedding"].shape[1]
-    return {"body": body, "value": {"kernel": jnp.zeros((width, 1)), "bias": jnp.zeros((1,))}}
+    return {"body": body, "value": {"kernel": jnp.zeros((width, 1)), **({"bias": jnp.zeros((1,))} if bias else {})}}
 
 
-__all__ = ["Critic", "critic_params"]
+def decoder_of(model):
+    """The Decoder inside a Critic, or the Decoder itself."""
+    return model.body if isinstance(model, Critic) else model
+
+
+__all__ = ["Critic", "critic_params", "decoder_of"]

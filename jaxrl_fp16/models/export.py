@@ -1,4 +1,4 @@
-"""A Decoder and its parameters -> a Hugging Face folder that Transformers and vLLM load.
+"""A Decoder, or a reward model, and its parameters -> a Hugging Face folder that Transformers and vLLM load.
 
 Here and there as in `hf.py`. The folder is written beside its final place and
 renamed when whole: an interrupted export leaves nothing partial under that name.
@@ -18,10 +18,11 @@ from jax.experimental import multihost_utils
 import numpy as np
 from safetensors.numpy import save_file
 
+from jaxrl_fp16.models.critic import Critic, decoder_of
 from jaxrl_fp16.models.decoder import Decoder
 from jaxrl_fp16.models.families import FAMILIES
 from jaxrl_fp16.models.hf import check_range
-from jaxrl_fp16.models.init import at, param_shapes
+from jaxrl_fp16.models.init import at, param_shapes, tensor_table
 from jaxrl_fp16.models.weight_files import DTYPES, INDEX, SINGLE
 from jaxrl_fp16.parallel.sharding import to_host
 
@@ -46,15 +47,40 @@ def save_pretrained(folder, model, params, dtype="float16", tokenizer=None, gene
         `dtype`, parameters of another model, or a config that the format cannot express.
       FileExistsError: the folder holds something and `overwrite` is false.
     """
-    folder = Path(folder)
+    if not isinstance(model, Decoder):
+        raise ValueError(f"a {type(model).__name__} cannot be exported; allowed: a Decoder")
+    ids, generation = _generation(tokenizer, generation_config)
+    _save(Path(folder), model, params, dtype, ids, generation, tokenizer, overwrite, shard_bytes)
+
+
+def save_reward_model(folder, model, params, dtype="float32", tokenizer=None, pad_token_id=None, *,
+                      overwrite=False, shard_bytes=5 * 10**9):
+    """Writes a reward model as a sequence-classification folder with one label; otherwise as `save_pretrained`.
+
+    model: a Critic without a bias, for which the format has no place. pad_token_id:
+    the tokenizer's where None. Transformers scores the last token that is not this
+    one, and without one no batch of several rows.
+    """
+    if not isinstance(model, Critic):
+        raise ValueError(f"a {type(model).__name__} cannot be exported as a reward model; allowed: a Critic")
+    if model.bias:
+        raise ValueError("the Critic has a bias, which the format lacks; allowed: Critic(body, bias=False)")
+    ids, _ = _generation(tokenizer, {} if pad_token_id is None else {"pad_token_id": pad_token_id})
+    about = {"architectures": [FAMILIES[model.body.config.family].classifier], "id2label": {"0": "LABEL_0"},
+             "label2id": {"LABEL_0": 0}, **ids}
+    _save(Path(folder), model, params, dtype, about, {}, tokenizer, overwrite, shard_bytes)
+
+
+def _save(folder, model, params, dtype, about, generation, tokenizer, overwrite, shard_bytes):
+    """Checks and writes; `about` goes into `config.json` above what the family writes there."""
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES.values())}")
     if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} is not empty; allowed: a new or empty folder, or overwrite=True")
     _check_params(model, params)
     check_range(model, params, dtype, source=f"export to {folder}")
-    ids, generation = _generation(tokenizer, generation_config)
-    config = {**FAMILIES[model.config.family].write(model.config), **ids}
+    body = decoder_of(model).config
+    config = {**FAMILIES[body.family].write(body), **about}
     config |= {"dtype": dtype, "torch_dtype": dtype}  # the names of Transformers 5 and 4
     with _new_folder(folder) if jax.process_index() == 0 else nullcontext() as place:
         _write_weights(place, model, params, dtype, shard_bytes)
@@ -69,8 +95,6 @@ def save_pretrained(folder, model, params, dtype="float16", tokenizer=None, gene
 
 
 def _check_params(model, params):
-    if not isinstance(model, Decoder):
-        raise ValueError(f"a {type(model).__name__} cannot be exported; allowed: a Decoder")
     asked, given = _shapes(param_shapes(model)), _shapes(params)
     for path in asked | given:
         if asked.get(path) != given.get(path):
@@ -117,12 +141,11 @@ def _write_weights(place, model, params, dtype, shard_bytes):
 
 def _entries(model, params):
     """(name there, its row of the table, layer or None), number of values: layer after layer."""
-    config = model.config
-    entries = []
-    for tensor in FAMILIES[config.family].tensors(config):
-        layers = range(config.num_layers) if tensor.stacked else [None]
+    num_layers, entries = decoder_of(model).config.num_layers, []
+    for tensor in tensor_table(model):
+        layers = range(num_layers) if tensor.stacked else [None]
         count = at(params, tensor.path).size // len(layers)
-        names = tensor.names(config.num_layers)
+        names = tensor.names(num_layers)
         entries += [((name, tensor, layer), count) for name, layer in zip(names, layers, strict=True)]
     return sorted(entries, key=lambda entry: -1 if entry[0][2] is None else entry[0][2])
 
@@ -188,4 +211,4 @@ def _write_json(path, mapping):
     path.write_text(json.dumps(mapping, indent=2) + "\n", encoding="utf-8")
 
 
-__all__ = ["save_pretrained"]
+__all__ = ["save_pretrained", "save_reward_model"]

@@ -86,5 +86,10 @@ class Family:
     write: Callable[[Any], dict]
     tensors: Callable[[Any], list[Tensor]]
 
+    @property
+    def classifier(self):
+        """The architecture of the same body with a head of scores in place of the language model's."""
+        return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
+
 
 __all__ = ["Axes", "TRANSFORMS", "Tensor", "Family"]

@@ -1,4 +1,4 @@
-"""A Hugging Face folder -> a Decoder and its float32 parameters.
+"""A Hugging Face folder -> a Decoder, or a reward model, and its float32 parameters.
 
 Here: one of our arrays, layers stacked along a leading axis.  There: one tensor
 of the folder.  Nothing is downloaded, no code of the folder runs, and the host
@@ -8,16 +8,18 @@ from the mapped files layer by layer.
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_fp16.models.config_json import read_json
+from jaxrl_fp16.models.config_json import read_json, refuse_unless
+from jaxrl_fp16.models.critic import Critic, decoder_of
 from jaxrl_fp16.models.decoder import Decoder, DecoderConfig
 from jaxrl_fp16.models.families import FAMILIES
-from jaxrl_fp16.models.init import at, param_shapes, param_shardings, put
+from jaxrl_fp16.models.init import at, param_shapes, param_shardings, put, tensor_table
 from jaxrl_fp16.models.weight_files import PretrainedError, find_tensors
 from jaxrl_fp16.parallel.sharding import to_host
 
@@ -42,25 +44,42 @@ def load_pretrained(folder, *, attention="blockwise", remat=True, mesh=None, com
       PretrainedError: a ValueError; the folder, a file or a tensor is not what
         `config.json` asks for.
     """
-    folder = Path(folder)
-    config = read_config(folder)
-    model = Decoder(config, attention=attention, remat=remat)
-    shapes = param_shapes(model)
+    model = Decoder(read_config(folder), attention=attention, remat=remat)
+    return model, _load_params(Path(folder), model, mesh, compute_dtype)
+
+
+def load_reward_model(folder, *, attention="blockwise", remat=True, mesh=None, compute_dtype="float32"):
+    """Reads a sequence-classification folder with one label: a decoder's body and `score.weight` [1,D].
+
+    Arguments and errors as `load_pretrained`'s; a causal language model's folder,
+    and one of several labels, is refused too. Returns (Critic without a bias,
+    parameters). Its scores are `sequence_scores` of `forward.py`.
+    """
+    config = read_config(folder, classifier=True)
+    # No head is stored, and a Decoder that is tied has none of its own.
+    body = Decoder(dataclasses.replace(config, tie_embeddings=True), attention=attention, remat=remat)
+    model = Critic(body, bias=False)
+    return model, _load_params(Path(folder), model, mesh, compute_dtype)
+
+
+def _load_params(folder, model, mesh, compute_dtype):
+    """The parameters of `model`, every tensor of the folder checked before the first is read."""
+    shapes, num_layers = param_shapes(model), decoder_of(model).config.num_layers
     stored = find_tensors(folder)
-    table = FAMILIES[config.family].tensors(config)
-    _check_tensors(folder, config, stored, _expected(config, table, shapes))
+    table = tensor_table(model)
+    _check_tensors(folder, model, stored, _expected(num_layers, table, shapes))
     shardings = None if mesh is None else param_shardings(model, mesh)
     params = {}
     for tensor in table:
         shape = at(shapes, tensor.path).shape
         sharding = None if mesh is None else at(shardings, tensor.path)
-        put(params, tensor.path, _load(tensor, shape, sharding, stored, config.num_layers))
+        put(params, tensor.path, _load(tensor, shape, sharding, stored, num_layers))
     check_range(model, params, compute_dtype, source=folder)
-    return model, params
+    return params
 
 
-def read_config(folder):
-    """The DecoderConfig that a model folder's `config.json` describes."""
+def read_config(folder, classifier=False):
+    """The DecoderConfig that a model folder's `config.json` describes; with `classifier` a reward model's."""
     folder = Path(folder)
     path = folder / "config.json"
     if not folder.is_dir():
@@ -75,23 +94,37 @@ def read_config(folder):
     name = found.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
         raise PretrainedError(f"{path}: model_type is {name!r}; allowed: {', '.join(FAMILIES)}")
+    family = FAMILIES[name]
     try:
-        return DecoderConfig(family=name, **FAMILIES[name].read(found))
+        refuse_unless(found, "architectures", ([family.classifier if classifier else family.architecture],))
+        if classifier:
+            _refuse_labels(found)
+        return DecoderConfig(family=name, **family.read(found))
     except ValueError as error:
         raise PretrainedError(f"{path}: {error}") from error
 
 
+def _refuse_labels(config):
+    """ValueError unless a classifier has one label. Transformers takes 2 where `config.json` tells nothing."""
+    labels = config.get("num_labels")
+    if labels is None:
+        labels = len(config["id2label"]) if isinstance(config.get("id2label"), dict) else 2
+    if labels != 1:
+        raise ValueError(f"num_labels is {labels} (the length of id2label; 2 where both are missing); "
+                         f"allowed: 1, a reward is one number")
+
+
 def check_range(model, params, dtype, source="parameters"):
-    """PretrainedError if any value of a Decoder's `params` is NaN, infinite, or beyond the range of `dtype`.
+    """PretrainedError if any value of `params` that a folder holds is NaN, infinite, or beyond the range of `dtype`.
 
     One reduction on the device; the error names the tensor as Hugging Face does, after `source`.
     """
     limit = float(jnp.finfo(dtype).max)
     peaks = _peaks(params)
-    for tensor in FAMILIES[model.config.family].tensors(model.config):
+    for tensor in tensor_table(model):
         found = to_host(at(peaks, tensor.path))
         per_layer = found if tensor.stacked else [found.max()]
-        for name, peak in zip(tensor.names(model.config.num_layers), per_layer, strict=True):
+        for name, peak in zip(tensor.names(decoder_of(model).config.num_layers), per_layer, strict=True):
             if not peak <= limit:  # a NaN compares false
                 raise PretrainedError(f"{source}: tensor {name} holds {peak:g}; allowed: finite values up to "
                                       f"{limit:g}, the range of {jnp.dtype(dtype).name}")
@@ -106,18 +139,19 @@ def _peaks(params):
 # -- what must be there -------------------------------------------------------------------------
 
 
-def _expected(config, table, shapes):
+def _expected(num_layers, table, shapes):
     """Tensor name -> shape there."""
     expected = {}
     for tensor in table:
         shape = at(shapes, tensor.path).shape
         shape = tensor.shape_there(shape[1:] if tensor.stacked else shape)
-        expected.update(dict.fromkeys(tensor.names(config.num_layers), shape))
+        expected.update(dict.fromkeys(tensor.names(num_layers), shape))
     return expected
 
 
-def _check_tensors(folder, config, stored, expected):
+def _check_tensors(folder, model, stored, expected):
     """PretrainedError unless the stored tensors are those that the config asks for, each of its shape."""
+    config = decoder_of(model).config
     asked = f"config.json ({config.family}, {config.num_layers} layers)"
     missing = [name for name in expected if name not in stored]
     if missing:
@@ -126,7 +160,7 @@ def _check_tensors(folder, config, stored, expected):
     for name, tensor in stored.items():
         if name.endswith("rotary_emb.inv_freq"):
             continue  # a constant that Transformers saved until 4.31
-        if name == HEAD and config.tie_embeddings:
+        if name == HEAD and config.tie_embeddings and isinstance(model, Decoder):
             _check_tied(folder, tensor, stored[EMBEDDING])
         elif name not in expected:
             raise PretrainedError(f"{folder}: tensor {name} in {tensor.file.name} is unknown; "
@@ -189,4 +223,4 @@ def _aligned(shape):
     return room[start:start + size].view(np.float32).reshape(shape)
 
 
-__all__ = ["load_pretrained", "read_config", "check_range", "PretrainedError"]
+__all__ = ["load_pretrained", "load_reward_model", "read_config", "check_range", "PretrainedError"]

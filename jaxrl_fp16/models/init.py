@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 from jax.sharding import PartitionSpec
 import jax.numpy as jnp
 
-from jaxrl_fp16.models.critic import Critic
+from jaxrl_fp16.models.critic import Critic, decoder_of
 from jaxrl_fp16.models.families import FAMILIES
+from jaxrl_fp16.models.family import Tensor
 from jaxrl_fp16.parallel.sharding import tree_shardings
 
 
@@ -28,8 +31,8 @@ def param_shapes(model):
 def param_axes(model):
     """The same pytree with a PartitionSpec of logical axes (keys of `parallel.RULES`) for each array."""
     if isinstance(model, Critic):
-        value = {"kernel": PartitionSpec("embed", None), "bias": PartitionSpec(None)}
-        return {"body": param_axes(model.body), "value": value}
+        bias = {"bias": PartitionSpec(None)} if model.bias else {}
+        return {"body": param_axes(model.body), "value": {"kernel": PartitionSpec("embed", None), **bias}}
     axes = {}
     for tensor in FAMILIES[model.config.family].tensors(model.config):
         stacking = ("layers",) if tensor.stacked else ()
@@ -40,6 +43,19 @@ def param_axes(model):
 def param_shardings(model, mesh):
     """The same pytree with a NamedSharding for each array."""
     return tree_shardings(param_axes(model), param_shapes(model), mesh)
+
+
+def tensor_table(model):
+    """The tensors of a Hugging Face folder that holds `model`: a Decoder, or a Critic as a reward model.
+
+    A reward model's folder has `score.weight` [1,D] and no `lm_head.weight`.
+    """
+    config = decoder_of(model).config
+    table = FAMILIES[config.family].tensors(config)
+    if not isinstance(model, Critic):
+        return table
+    body = [dataclasses.replace(tensor, path=("body", *tensor.path)) for tensor in table if tensor.path != ("head",)]
+    return [*body, Tensor("score.weight", ("value", "kernel"), ("embed", None), "transpose")]
 
 
 def put(tree, path, leaf):
@@ -66,4 +82,4 @@ def _with_plain(decoder):
     return decoder.clone(attention="plain", remat=False)
 
 
-__all__ = ["init_params", "param_shapes", "param_axes", "param_shardings", "put", "at"]
+__all__ = ["init_params", "param_shapes", "param_axes", "param_shardings", "tensor_table", "put", "at"]

@@ -36,23 +36,22 @@ def family(name, architecture, defaults, absent, switches):
     where config.json lacks a key, which need not be those. switches: flags of
     config.json -> the fields among PARTS that each one sets.
     """
-    about = dict(architecture=architecture, absent=absent, switches=switches)
+    about = dict(absent=absent, switches=switches)
     return Family(
         name=name,
         architecture=architecture,
         defaults=defaults,
         read=partial(_read, **about),
-        write=partial(_write, defaults=defaults, **about),
+        write=partial(_write, architecture=architecture, defaults=defaults, **about),
         tensors=tensors,
     )
 
 
-def _read(config, *, architecture, absent, switches):
+def _read(config, *, absent, switches):
     given = {key: value for key, value in config.items() if value is not None}
     config = {**absent, **dict.fromkeys(switches, False), **given}
     for key, allowed in IMPLEMENTED.items():
         refuse_unless(config, key, allowed)
-    refuse_unless(config, "architectures", ([architecture],))
     heads = read_value(config, "num_attention_heads", int)
     config.setdefault("num_key_value_heads", heads)
     config.setdefault("head_dim", read_value(config, "hidden_size", int) // heads)

@@ -16,11 +16,11 @@ _HOMES = {
     "sampling": ("SamplingConfig", "make_sampler"),
     "rl": (
         "AlgorithmConfig", "get_algorithm", "group_advantages", "gae", "policy_loss", "value_loss",
-        "mismatch_metrics", "PreferenceConfig", "dpo_loss",
+        "mismatch_metrics", "PreferenceConfig", "dpo_loss", "pairwise_reward_loss",
     ),
     "training": (
         "TrainState", "init_train_state", "make_update", "make_value_update", "PreferencePairs", "make_pair_scorer",
-        "make_dpo_update",
+        "make_dpo_update", "RewardPairs", "make_reward_update",
     ),
 }
 _HOME_OF = {name: home for home, names in _HOMES.items() for name in names}

@@ -37,6 +37,7 @@ training/update
 training/value
 training/sft
 training/dpo
+training/reward_update
 training/manifest
 training/checkpoint
 training/collect
@@ -45,6 +46,7 @@ training/evaluate
 training/memory
 training/run_config
 training/setup
+training/reward_model
 training/run
 training/supervised
 training/pairs

@@ -25,6 +25,7 @@ from jaxrl_fp16.rl.importance import (
 from jaxrl_fp16.rl.kl import KL_ESTIMATORS, k1, k2, k3, kl_penalized_rewards
 from jaxrl_fp16.rl.losses import AGGREGATIONS, LOSSES, policy_loss, value_loss
 from jaxrl_fp16.rl.mismatch import mismatch_metrics
+from jaxrl_fp16.rl.pairwise import pairwise_reward_loss
 from jaxrl_fp16.rl.preference import PREFERENCE_LOSSES, PreferenceConfig, dpo_loss, pair_normalizer
 
 __all__ = [
@@ -61,6 +62,7 @@ __all__ = [
     "normalizer_of",
     "overlong_penalty",
     "pair_normalizer",
+    "pairwise_reward_loss",
     "policy_loss",
     "rewards_on_last_token",
     "value_loss",

@@ -13,6 +13,7 @@ from jaxrl_fp16.tasks import arithmetic, math
 from jaxrl_fp16.tasks.arithmetic import ArithmeticConfig
 from jaxrl_fp16.tasks.examples import Example, load_examples, load_hub_examples
 from jaxrl_fp16.tasks.preference import PreferenceFields, load_hub_preferences, load_preferences
+from jaxrl_fp16.tasks.reward_text import RewardModelConfig
 from jaxrl_fp16.tasks.rewards import Grade, Rewards, inline_grader, open_custom_grader
 from jaxrl_fp16.tasks.templates import Template, get_template, needs_tokenizer, render
 
@@ -39,6 +40,7 @@ class TaskConfig:
     ] = None
     reward_file: Annotated[str | None, Doc("Python file with a reward function of one's own; null: the task's")] = None
     reward_function: Annotated[str, Doc("its name there")] = "reward"
+    reward_model: RewardModelConfig = RewardModelConfig()
     arithmetic: ArithmeticConfig = ArithmeticConfig()
     seed: Annotated[int, Doc("of generated problems")] = 0
     train_size: Annotated[int | None, Ge(1), Doc("null: all rows; 100,000 generated problems")] = None

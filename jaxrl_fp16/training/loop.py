@@ -40,7 +40,7 @@ def train(config):
     """
     algorithm = resolve_algorithm(config)
     with open_run(
-        config, check=check_data, reference=needs_reference(algorithm), critic=needs_critic(algorithm)
+        config, check=check_data, reference=needs_reference(algorithm), critic=needs_critic(algorithm), rewarded=True
     ) as (run, params):
         config, setup, t = run.config, run.setup, run.config.training
         rows = t.prompts_per_step * config.sampling.group_size

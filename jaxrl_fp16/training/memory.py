@@ -19,10 +19,10 @@ MIB = 2**20
 LOWERS_MEMORY = "sampling.max_rows, training.microbatch_size, model.remat, mesh.fsdp"
 
 
-def estimate(config, model, mesh, compute_dtype, *, reference=False, critic=False):
-    """`{what: bytes}` on one device, by what takes room."""
+def estimate(config, model, mesh, compute_dtype, *, reference=False, critic=False, reward_model=None):
+    """`{what: bytes}` on one device, by what takes room. reward_model: a Critic, where one gives the reward."""
     c = model.config
-    count = sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(param_shapes(model)))
+    count = parameter_count(model)
     shared = mesh.shape["fsdp"] * mesh.shape["tensor"]
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     half = compute_dtype.itemsize
@@ -39,10 +39,16 @@ def estimate(config, model, mesh, compute_dtype, *, reference=False, critic=Fals
         "gradients": 4 * count // shared,
         "compute copy": half * count // shared,
         **({"reference": 4 * count // shared} if reference else {}),
+        **({"reward model": (4 + half) * parameter_count(reward_model) // shared} if reward_model else {}),
         "key-value cache": int(2 * half * c.num_layers * c.num_kv_heads * c.head_dim * columns * decoded),
         "activations": int(columns * learnt * (kept * c.hidden_size * half + inside)),
         "logits": 3 * LOGIT_BYTES,
     }
+
+
+def parameter_count(model):
+    """Parameters of a Decoder or Critic."""
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(param_shapes(model)))
 
 
 def device_bytes(device):
@@ -65,4 +71,4 @@ def check_fits(needs, available):
         )
 
 
-__all__ = ["estimate", "device_bytes", "check_fits"]
+__all__ = ["estimate", "parameter_count", "device_bytes", "check_fits"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import math
 from pathlib import Path
 import signal
 from typing import Any
@@ -17,11 +16,12 @@ import jax
 from jaxrl_fp16.config import to_dict, to_yaml
 from jaxrl_fp16.console import Console
 from jaxrl_fp16.logs import RunLog, truncate
-from jaxrl_fp16.models import param_shapes, save_pretrained
+from jaxrl_fp16.models import save_pretrained
 from jaxrl_fp16.tasks import Task, open_task
 from jaxrl_fp16.training.checkpoint import Checkpoints
 from jaxrl_fp16.training.evaluate import evaluate, make_evaluators
-from jaxrl_fp16.training.memory import MIB, check_fits, device_bytes, estimate
+from jaxrl_fp16.training.memory import MIB, check_fits, device_bytes, estimate, parameter_count
+from jaxrl_fp16.training.reward_model import make_grader, open_reward_model
 from jaxrl_fp16.training.setup import Setup, check_resumed, load_model, naming, new_folder, set_up, write_record
 
 
@@ -115,8 +115,11 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(config, *, check=None, reference=False, critic=False):
+def open_run(config, *, check=None, reference=False, critic=False, rewarded=False):
     """Gives `(Run, parameters)`. `reference` and `critic` say what else will take memory.
+
+    Where `rewarded`, and the config names a reward model, `run.task` is graded by it; the
+    evaluation sets keep the task's own reward: where the two part, the policy exploits the model.
 
     Raises ConfigError for whatever can be refused before the start; `check(setup, task)`
     may raise more of them, before the run folder is made.
@@ -131,15 +134,20 @@ def open_run(config, *, check=None, reference=False, critic=False):
         model, params = load_model(setup, keys[0])
         with naming("evaluation"):
             evaluators = make_evaluators(config, model, setup, task)
-        needs = _check_memory(setup, model, reference, critic)
+        judge = open_reward_model(setup, task) if rewarded else None
+        if judge is not None:
+            task = dataclasses.replace(task, grade=make_grader(judge, config.task.reward_model, setup.mesh))
+        needs = _check_memory(
+            setup, model, reference=reference, critic=critic, reward_model=judge.model if judge else None
+        )
         folder = _open_folder(config)
         signals = stack.enter_context(_caught_signals())
         run = Run(setup, config, task, model, evaluators, keys, folder, signals, None, stack)
         run.checkpoints = stack.enter_context(Checkpoints(
             folder / "checkpoints", config.checkpoint, resolved=to_yaml(config), say=lambda text: run.log.say(text)
         ))
-        write_record(setup, folder)
-        _introduce(run, needs)
+        write_record(setup, folder, judge.precision.policy if judge else None)
+        _introduce(run, needs, judge)
         yield run, params
 
 
@@ -152,11 +160,9 @@ def naming_at_entry(section, context):
         yield opened
 
 
-def _check_memory(setup, model, reference, critic):
-    """The estimate, `{what: bytes}` on a device; refuses a run that cannot fit."""
-    needs = estimate(
-        setup.config, model, setup.mesh, setup.precision.policy.compute_dtype, reference=reference, critic=critic
-    )
+def _check_memory(setup, model, **others):
+    """The estimate, `{what: bytes}` on a device; refuses a run that cannot fit. others: the models beside `model`."""
+    needs = estimate(setup.config, model, setup.mesh, setup.precision.policy.compute_dtype, **others)
     with naming("memory"):
         check_fits(needs, device_bytes(setup.mesh.devices.flatten()[0]))
     return needs
@@ -169,10 +175,10 @@ def _open_folder(config):
     return Path(config.resume)
 
 
-def _introduce(run, needs):
+def _introduce(run, needs, judge):
     """Which model in which numerics, and what it will take."""
     setup, config = run.setup, run.config
-    size = sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(param_shapes(run.model)))
+    size = parameter_count(run.model)
     compute, device = setup.precision.policy.compute_dtype.name, setup.mesh.devices.flatten()[0].device_kind
     run.log.say(
         f"{run.folder}: {run.model.config.family}, {size / 1e6:,.2f}M parameters, in {setup.precision.name} "
@@ -180,6 +186,11 @@ def _introduce(run, needs):
     )
     if config.rollout_precision:
         run.log.say(f"ablation: the sampler computes in {setup.rollout_precision.name}, all else in {config.precision}")
+    if judge is not None:
+        run.log.say(
+            f"rewards: by the model in {config.task.reward_model.path}, {parameter_count(judge.model) / 1e6:,.2f}M "
+            f"parameters, in {judge.precision.name}; evaluation keeps the task's own"
+        )
     run.log.say("memory, about: " + ", ".join(f"{name} {value / MIB:,.1f} MiB" for name, value in needs.items()))
 
 

@@ -179,7 +179,15 @@ class Config:
                 "algorithm.dynamic_sampling and algorithm.overlong_penalty are not implemented yet; "
                 "allowed: false and null"
             )
+        self._check_reward()
         self._check_rows()
+
+    def _check_reward(self):
+        if self.task.reward_model.path is not None and self.training.truncated == "zero":
+            raise ValueError(
+                "training.truncated is 'zero' with task.reward_model: a reward model's scores have no zero, and 0 may "
+                "be above all others; allowed: keep, mask"
+            )
 
     def _check_rows(self):
         t = self.training

@@ -189,8 +189,12 @@ def check_resumed(config, folder):
         raise ConfigError(f"resume: {folder} was started otherwise: {shown}; allowed to differ: {allowed}")
 
 
-def write_record(setup, folder):
-    """`config.yaml`, resolved, and `environment.json`: what the run's numerics hang on."""
+def write_record(setup, folder, reward_policy=None):
+    """`config.yaml`, resolved, and `environment.json`: what the run's numerics hang on.
+
+    reward_policy: of the reward model, where the run has one.
+    """
+    reward = None if reward_policy is None else _policy_text(reward_policy)
     (folder / "config.yaml").write_text(to_yaml(setup.config), encoding="utf-8")
     devices = setup.mesh.devices.flatten()
     record = {
@@ -204,6 +208,7 @@ def write_record(setup, folder):
         "policy": _policy_text(setup.precision.policy),
         "rollout_policy": _policy_text(setup.rollout_precision.policy),
         "seed": setup.config.run.seed,
+        **({} if reward is None else {"reward_model": setup.config.task.reward_model.path, "reward_policy": reward}),
     }
     (folder / "environment.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 

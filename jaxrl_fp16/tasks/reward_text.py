@@ -1,0 +1,71 @@
+"""What a reward model reads: a problem and a response as one text, by a template of its own."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Annotated, Callable
+
+from annotated_types import Ge
+
+from jaxrl_fp16.schema import Doc
+from jaxrl_fp16.tasks.examples import Example
+from jaxrl_fp16.tasks.templates import FIELD, Template, render
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModelConfig:
+    """A reward model in place of the task's own reward, for training; evaluation keeps the task's."""
+
+    path: Annotated[str | None, Doc("a sequence-classification folder with one label; null: the task's reward")] = None
+    tokenizer: Annotated[str | None, Doc("its folder; null: path's")] = None
+    template: Annotated[
+        str | None,
+        Doc("a text with {response} and {problem} or {prompt}; null: the tokenizer's chat template, problem and "
+            "response as turns of user and assistant, or, where it has none, prompt and response as they are"),
+    ] = None
+    max_length: Annotated[int, Ge(1), Doc("tokens of a text; the reward of a longer one counts as failed")] = 1024
+    rows: Annotated[int, Ge(1), Doc("texts scored at once")] = 32
+    precision: Annotated[str | None, Doc("of the scores; null: the run's")] = None
+
+
+# (prompt as the policy read it, response, example) -> text
+Write = Callable[[str, str, Example], str]
+
+
+def make_writer(template: str | None, tokenizer) -> Write:
+    """How a response becomes a reward model's text, special tokens included. Raises `ValueError` for a
+    template without a response."""
+    if template is not None:
+        return _fill(template)
+    return _as_chat(tokenizer) if tokenizer.chat_template is not None else lambda prompt, response, example: (
+        prompt + response)
+
+
+def _fill(text: str) -> Write:
+    names = [name for command, name in FIELD.findall(text) if not command]
+    if "response" not in names:
+        raise ValueError(f"template is {text!r}; allowed: a text with the field {{response}}, and with {{problem}} or "
+                         "{prompt}")
+    template = Template("reward model", text)
+
+    def write(prompt, response, example):
+        fields = {**example.fields, "prompt": prompt, "response": response}
+        return render(template, dataclasses.replace(example, fields=fields))
+
+    return write
+
+
+def _as_chat(tokenizer) -> Write:
+    from jinja2 import TemplateError  # imported with a template to render, as Transformers does
+
+    def write(prompt, response, example):
+        turns = [{"role": "user", "content": example.problem}, {"role": "assistant", "content": response}]
+        try:
+            return tokenizer.apply_chat_template(turns, tokenize=False)
+        except TemplateError as error:
+            raise ValueError(f"its chat template fails ({error}); allowed: a template of one's own") from error
+
+    return write
+
+
+__all__ = ["RewardModelConfig", "Write", "make_writer"]

@@ -1,0 +1,251 @@
+"""A reward model as the reward of a run: its scores, what is refused, whole runs in each precision."""
+
+import json
+from pathlib import Path
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from jaxrl_fp16 import cli
+from jaxrl_fp16.config import parse_config
+from jaxrl_fp16.forward import sequence_scores
+from jaxrl_fp16.logs import read_metrics
+from jaxrl_fp16.models import (
+    Critic, Decoder, DecoderConfig, init_params, load_reward_model, save_pretrained, save_reward_model,
+)
+from jaxrl_fp16.precision import get_precision
+from jaxrl_fp16.tasks import ALPHABET, Example, open_task
+from jaxrl_fp16.tokenizer import character_tokenizer, encode, save_tokenizer
+from jaxrl_fp16.training.memory import estimate, parameter_count
+from jaxrl_fp16.training.reward_model import encode_texts, make_grader, open_reward_model
+from jaxrl_fp16.training.run_config import Config
+from jaxrl_fp16.training.setup import set_up
+
+pytestmark = pytest.mark.usefixtures("compile_cache")
+TOKENIZER = character_tokenizer(ALPHABET)
+DECODER = Decoder(DecoderConfig(family="llama", vocab_size=24, hidden_size=16, intermediate_size=24, num_layers=1,
+                                num_heads=2, num_kv_heads=1, head_dim=8, tie_embeddings=True))
+EXAMPLES = [Example("1+1=", "2"), Example("2+3=", "5")]
+RESPONSES = [["2", "11,2", ""], ["5", "+++", "5<eos>"]]
+PROMPTS = ["1+1=", "2+3="]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, compile_cache):
+    """A random reward model with scores far apart."""
+    folder = tmp_path_factory.mktemp("models") / "reward"
+    model = Critic(DECODER, bias=False)
+    params = init_params(model, jax.random.key(3))
+    params["value"]["kernel"] *= 10
+    save_reward_model(folder, model, params, tokenizer=TOKENIZER)
+    return folder
+
+
+def score_of(folder, texts):
+    """Each text alone, in float32."""
+    model, params = load_reward_model(folder)
+    rows = [np.array([ids], np.int32) for ids in encode(TOKENIZER, texts)]
+    policy = get_precision("fp32").policy
+    scores = [sequence_scores(model, params, row, np.ones(row.shape, bool), policy=policy)[0] for row in rows]
+    return np.array(scores)
+
+
+# -- the grader -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def opened(folder):
+    """opened(key=value, ...) of the section -> the reward model, its grader, and the setup."""
+
+    def opened(**section):
+        config = parse_config(Config, {
+            "precision": "fp32", "training": {"truncated": "keep"},
+            "task": {"train_size": 4, "reward_model": {"path": str(folder), "max_length": 12, "rows": 4} | section}})
+        setup = set_up(config)
+        with open_task(config.task) as task:
+            judge = open_reward_model(setup, task)
+        return judge, make_grader(judge, config.task.reward_model, setup.mesh), setup
+
+    return opened
+
+
+def test_each_response_gets_the_score_of_its_text(opened, folder):
+    _, grade, _ = opened()
+    found = grade(None, PROMPTS, RESPONSES, EXAMPLES)
+    assert found.values.shape == (2, 3) and found.values.dtype == np.float32
+    assert found.valid.all() and found.failures == 0 and found.first_error is None
+    texts = [prompt + response for prompt, group in zip(PROMPTS, RESPONSES) for response in group]
+    np.testing.assert_allclose(found.values.reshape(-1), score_of(folder, texts), atol=1e-4)
+    assert found.values.std() > 0.5
+
+
+def test_no_batch_compiles_again(opened):
+    _, grade, _ = opened(rows=2, max_length=14)
+    grade(None, PROMPTS[:1], [["1"]], EXAMPLES[:1])
+    before = sequence_scores._cache_size()
+    for responses in ([["1", "2", "3"]], [["123456", "", "1,1"]]):
+        grade(None, PROMPTS[:1], responses, EXAMPLES[:1])
+    assert sequence_scores._cache_size() == before
+
+
+def test_what_cannot_be_scored_is_not_valid_and_never_cut(opened):
+    _, grade, _ = opened(max_length=6)
+    found = grade(None, PROMPTS, [["12", "123"], ["1234", "1"]], EXAMPLES)
+    np.testing.assert_array_equal(found.valid, [[True, False], [False, True]])
+    assert found.failures == 2 and not found.values[~found.valid].any()
+    assert found.first_error == "a text of 7 tokens for the reward model; task.reward_model.max_length allows 1 to 6"
+    _, grade, _ = opened(template="{response}")
+    assert not grade(None, PROMPTS, [["", "1"], ["1", "1"]], EXAMPLES).valid[0, 0]
+
+
+def test_a_score_that_is_not_finite_is_not_valid(opened, monkeypatch):
+    judge, _, setup = opened()
+    judge.params["value"]["kernel"] *= np.inf
+    found = make_grader(judge, setup.config.task.reward_model, setup.mesh)(None, PROMPTS, RESPONSES, EXAMPLES)
+    assert not found.valid.any() and found.failures == 6
+    assert "try task.reward_model.precision bf16 or fp32" in found.first_error
+
+
+def test_the_score_stands_on_the_last_token_that_transformers_counts(opened):
+    judge, _, _ = opened()
+    assert judge.pad_token_id == 0
+    assert encode_texts(TOKENIZER, ["1+<pad><pad>", "<pad>1<eos>", "<pad>", ""], 0) == [[4, 13], [0, 4, 1], [], []]
+    assert encode_texts(TOKENIZER, ["1<pad>"], None) == [[4, 0]]
+
+
+def test_a_precision_of_its_own(opened):
+    judge, _, setup = opened(precision="bf16")
+    assert judge.precision.name == "bf16" and setup.precision.name == "fp32"
+
+
+def test_the_estimate_counts_it(opened):
+    judge, _, setup = opened()
+    config = setup.config
+    alone = estimate(config, DECODER, setup.mesh, np.dtype("float16"))
+    more = estimate(config, DECODER, setup.mesh, np.dtype("float16"), reward_model=judge.model)
+    assert more.pop("reward model") == 6 * parameter_count(judge.model) and more == alone
+    assert parameter_count(judge.model) == sum(leaf.size for leaf in jax.tree.leaves(judge.params))
+
+
+# -- refusals ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def refused(tiny, folder, compile_cache, tmp_path, monkeypatch, capsys):
+    """refused(flag, ...) -> the line on stderr of a train that is refused with nothing written."""
+    monkeypatch.chdir(tmp_path)
+
+    def refused(*flags, path=folder):
+        before = sorted(tmp_path.rglob("*"))
+        code = cli.main(["train", str(tiny), "--run.compile_cache", compile_cache, "--task.reward_model.path", str(path),
+                         *flags])
+        output = capsys.readouterr()
+        assert code == 2 and output.out == "" and sorted(tmp_path.rglob("*")) == before
+        assert output.err.startswith("jaxrl-fp16: ") and output.err.count("\n") == 1
+        return output.err
+
+    return refused
+
+
+@pytest.mark.parametrize("flags, message", [
+    (["--training.truncated", "zero"], "training.truncated is 'zero' with task.reward_model: .*allowed: keep, mask"),
+    (["--task.reward_model.template", "{problem}"], "task.reward_model: template is '{problem}'; allowed: a text with "),
+    (["--task.reward_model.template", "{a}{response}"], "task.reward_model: template names the field 'a'; known: kind"),
+    (["--task.reward_model.tokenizer", "absent"], "task.reward_model: absent: no tokenizer.json"),
+    (["--task.reward_model.precision", "fp17"], "task.reward_model: precision 'fp17' is unknown; allowed: fp16, bf16"),
+    (["--task.reward_model.max_length", "0"], "task.reward_model.max_length: 0 is not allowed; allowed: integer >= 1"),
+])
+def test_settings_are_refused(refused, flags, message):
+    start, _, end = message.partition(".*")
+    line = refused(*flags)
+    assert start in line and end in line
+
+
+def test_folders_are_refused(refused, folder, tmp_path):
+    assert "task.reward_model: model folder absent does not exist" in refused(path="absent")
+    save_pretrained(tmp_path / "lm", DECODER, init_params(DECODER, jax.random.key(0)), tokenizer=TOKENIZER)
+    line = refused(path=tmp_path / "lm")
+    assert 'architectures is ["LlamaForCausalLM"]; allowed: ["LlamaForSequenceClassification"]' in line
+
+    several = shutil.copytree(folder, tmp_path / "several")
+    config = json.loads((several / "config.json").read_text())
+    (several / "config.json").write_text(json.dumps(config | {"id2label": {"0": "bad", "1": "good"}}))
+    assert "task.reward_model: " in (line := refused(path=several)) and "num_labels is 2" in line
+
+    other = shutil.copytree(folder, tmp_path / "other")
+    save_tokenizer(character_tokenizer(ALPHABET + "abcdef"), other)
+    assert "task.reward_model: the tokenizer has ids up to 26 and the model's embedding 24 rows" in refused(path=other)
+
+
+# -- whole runs -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def start(tiny, folder, compile_cache, tmp_path, capsys):
+    """start(flag, ...) -> exit code, run folder, console and stderr of a run with the reward model."""
+
+    def start(*flags):
+        code = cli.main(["train", str(tiny), "--run.dir", str(tmp_path / "runs"), "--run.compile_cache", compile_cache,
+                         "--task.reward_model.path", str(folder), "--task.reward_model.max_length", "16", *flags])
+        return code, next((tmp_path / "runs").iterdir()), *capsys.readouterr()
+
+    return start
+
+
+@pytest.mark.parametrize("precision, bound", [("fp16", 0.02), ("bf16", 0.2), ("fp32", 1e-3)])
+def test_a_run_is_rewarded_by_the_model_and_evaluated_by_the_task(start, folder, precision, bound):
+    before = sequence_scores._cache_size()
+    code, run, said, _ = start(
+        "--precision", precision, "--evaluation.sets", "[{name: own}]", "--evaluation.every", "1", "--run.export", "false")
+    assert code == 0 and sequence_scores._cache_size() == before + 1
+    assert f"rewards: by the model in {folder}, 0.00M parameters, in {precision}; evaluation keeps the task's" in said
+    record = json.loads((run / "environment.json").read_text())
+    assert record["reward_model"] == str(folder) and record["reward_policy"] == record["policy"]
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    expected = score_of(folder, [row["prompt"] + row["response"] for row in rows])
+    np.testing.assert_allclose([row["reward"] for row in rows], expected, atol=bound * np.abs(expected).max())
+    assert np.ptp(expected) > 1
+    metrics = read_metrics(run / "metrics.jsonl")
+    steps = [row for row in metrics if "reward" in row]
+    assert len(steps) == 2 and all(row["rewards_failed"] == 0 and row["reward_std"] > 0.1 for row in steps)
+    assert all(row["eval/own/accuracy"] * 6 in range(7) for row in metrics if "eval/own/accuracy" in row)
+
+
+def test_a_run_whose_texts_are_too_long_stops(start):
+    code, _, _, error = start("--task.reward_model.max_length", "3")
+    assert code == 3 and error.count("\n") == 1
+    assert "of 32 rewards failed (a text of " in error and "task.reward_model.max_length allows 1 to 3" in error
+
+
+# -- making one -------------------------------------------------------------------------------------------
+
+
+def test_the_script_makes_one_that_a_run_takes(tiny, compile_cache, tmp_path, capsys):
+    from importlib.util import module_from_spec, spec_from_file_location
+
+    path = Path(__file__).parents[2] / "launch" / "make_reward_model.py"
+    spec = spec_from_file_location("make_reward_model", path)
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    shared = [str(tiny), "--body-steps", "4", "--steps", "4", "--run.compile_cache", compile_cache]
+    out = tmp_path / "made"
+    code = script.main([*shared, "--train", "--task.reward_model.path", str(out), "--task.reward_model.max_length", "16",
+                        "--run.dir", str(tmp_path / "runs"), "--run.steps", "1"])
+    output = capsys.readouterr()
+    assert code == 0 and f"{out}: held-out pairs in order: all " in output.out and " of 6" in output.out
+    assert (tmp_path / "runs").is_dir() and load_reward_model(out)[0].body.config.hidden_size == 32
+    assert script.main(shared) == 2
+    assert "a task.reward_model.path" in capsys.readouterr().err
+
+
+def test_generated_wrong_answers_are_wrong():
+    import random
+    import runpy
+
+    path = Path(__file__).parents[2] / "launch" / "make_reward_model.py"
+    wrong_answer, draw = runpy.run_path(str(path))["wrong_answer"], random.Random(0)
+    found = [wrong_answer(draw, Example("3+9-4+7=", "15", {}, "12,8,15")) for _ in range(300)]
+    assert all(text != "12,8,15" for _, text in found) and len({text for _, text in found}) > 60
+    assert {kind for kind, _ in found} == {"wrong_total", "wrong_characters", "cut_short"}

@@ -194,23 +194,41 @@ def start(tiny, folder, compile_cache, tmp_path, capsys):
     return start
 
 
-@pytest.mark.parametrize("precision, bound", [("fp16", 0.02), ("bf16", 0.2), ("fp32", 1e-3)])
-def test_a_run_is_rewarded_by_the_model_and_evaluated_by_the_task(start, folder, precision, bound):
+EVALUATED = ("--evaluation.sets", "[{name: own, samples: 4, temperature: 1}]", "--evaluation.rows", "32",
+             "--evaluation.every", "2")
+
+
+def rewards_of(run, folder):
+    """The rewards in a run's samples, and the scores of their texts in float32."""
+    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
+    return np.array([row["reward"] for row in rows]), score_of(folder, [row["prompt"] + row["response"] for row in rows])
+
+
+def test_a_run_is_rewarded_by_the_model_and_evaluated_by_the_task(start, folder):
     before = sequence_scores._cache_size()
-    code, run, said, _ = start(
-        "--precision", precision, "--evaluation.sets", "[{name: own}]", "--evaluation.every", "1", "--run.export", "false")
+    code, run, said, _ = start(*EVALUATED)
     assert code == 0 and sequence_scores._cache_size() == before + 1
-    assert f"rewards: by the model in {folder}, 0.00M parameters, in {precision}; evaluation keeps the task's" in said
+    assert f"rewards: by the model in {folder}, 0.00M parameters, in fp16; evaluation keeps the task's own" in said
     record = json.loads((run / "environment.json").read_text())
     assert record["reward_model"] == str(folder) and record["reward_policy"] == record["policy"]
-    rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    expected = score_of(folder, [row["prompt"] + row["response"] for row in rows])
-    np.testing.assert_allclose([row["reward"] for row in rows], expected, atol=bound * np.abs(expected).max())
+    found, expected = rewards_of(run, folder)
+    np.testing.assert_allclose(found, expected, atol=0.02 * np.abs(expected).max())
     assert np.ptp(expected) > 1
-    metrics = read_metrics(run / "metrics.jsonl")
+    metrics = read_metrics(run)
     steps = [row for row in metrics if "reward" in row]
     assert len(steps) == 2 and all(row["rewards_failed"] == 0 and row["reward_std"] > 0.1 for row in steps)
-    assert all(row["eval/own/accuracy"] * 6 in range(7) for row in metrics if "eval/own/accuracy" in row)
+    accuracies = [row["eval/own/accuracy"] for row in metrics if "eval/own/accuracy" in row]
+    assert len(accuracies) == 2 and all(24 * accuracy in range(25) for accuracy in accuracies)
+
+
+@pytest.mark.parametrize("precision, low, high", [("bf16", 1e-3, 0.1), ("fp32", 0.0, 1e-5)])
+def test_a_reward_model_in_a_precision_of_its_own(start, folder, precision, low, high):
+    code, run, said, _ = start("--task.reward_model.precision", precision, "--run.steps", "1", "--run.export", "false")
+    assert code == 0 and f"parameters, in {precision}; evaluation" in said
+    record = json.loads((run / "environment.json").read_text())
+    assert record["reward_policy"] != record["policy"]
+    found, expected = rewards_of(run, folder)
+    assert low <= np.abs(found - expected).max() / np.abs(expected).max() <= high
 
 
 def test_a_run_whose_texts_are_too_long_stops(start):

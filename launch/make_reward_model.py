@@ -135,7 +135,7 @@ def train(setup, task, body_steps, steps):
     def solutions():
         position = 0
         for _ in range(body_steps):
-            batch, position = next_pairs(task, tokenizer, position, size, config.sft.max_length, config.run.seed)
+            batch, _, position = next_pairs(task, tokenizer, position, size, config.sft.max_length, config.run.seed)
             yield batch
 
     def pairs():
@@ -168,6 +168,7 @@ def train(setup, task, body_steps, steps):
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", help="the run that it is for, such as configs/rlhf_tiny.yaml")
+    parser.add_argument("--layers", type=int, default=4, metavar="N", help="of the reward model")
     parser.add_argument("--body-steps", type=int, default=500, metavar="N", help="on right answers alone; 0: none")
     parser.add_argument("--steps", type=int, default=800, metavar="N", help="on pairs")
     parser.add_argument("--train", action="store_true", help="start the run afterwards")
@@ -176,7 +177,8 @@ def main(arguments=None):
         config = load_config(Config, options.config, parse_overrides(overrides))
         if config.task.name != "arithmetic" or config.task.reward_model.path is None or options.steps < 1:
             raise ConfigError("task arithmetic, a task.reward_model.path and --steps of 1 or more are needed")
-        setup = set_up(config)
+        # To see an error takes layers beyond those that would have made none.
+        setup = set_up(dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=options.layers)))
         with open_task(config.task) as task:
             model, params, accuracy = train(setup, task, options.body_steps, options.steps)
         folder = config.task.reward_model.path

@@ -139,8 +139,8 @@ def refused(tiny, folder, compile_cache, tmp_path, monkeypatch, capsys):
 
     def refused(*flags, path=folder):
         before = sorted(tmp_path.rglob("*"))
-        code = cli.main(["train", str(tiny), "--run.compile_cache", compile_cache, "--task.reward_model.path", str(path),
-                         *flags])
+        code = cli.main(["train", str(tiny), "--run.compile_cache", compile_cache, "--task.reward_model.path",
+                         str(path), *flags])
         output = capsys.readouterr()
         assert code == 2 and output.out == "" and sorted(tmp_path.rglob("*")) == before
         assert output.err.startswith("jaxrl-fp16: ") and output.err.count("\n") == 1
@@ -151,7 +151,7 @@ def refused(tiny, folder, compile_cache, tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize("flags, message", [
     (["--training.truncated", "zero"], "training.truncated is 'zero' with task.reward_model: .*allowed: keep, mask"),
-    (["--task.reward_model.template", "{problem}"], "task.reward_model: template is '{problem}'; allowed: a text with "),
+    (["--task.reward_model.template", "{problem}"], "task.reward_model: template is '{problem}'; allowed: a text with"),
     (["--task.reward_model.template", "{a}{response}"], "task.reward_model: template names the field 'a'; known: kind"),
     (["--task.reward_model.tokenizer", "absent"], "task.reward_model: absent: no tokenizer.json"),
     (["--task.reward_model.precision", "fp17"], "task.reward_model: precision 'fp17' is unknown; allowed: fp16, bf16"),
@@ -201,7 +201,8 @@ EVALUATED = ("--evaluation.sets", "[{name: own, samples: 4, temperature: 1}]", "
 def rewards_of(run, folder):
     """The rewards in a run's samples, and the scores of their texts in float32."""
     rows = [json.loads(line) for line in (run / "samples.jsonl").read_text().splitlines()]
-    return np.array([row["reward"] for row in rows]), score_of(folder, [row["prompt"] + row["response"] for row in rows])
+    expected = score_of(folder, [row["prompt"] + row["response"] for row in rows])
+    return np.array([row["reward"] for row in rows]), expected
 
 
 def test_a_run_is_rewarded_by_the_model_and_evaluated_by_the_task(start, folder):
@@ -247,10 +248,10 @@ def test_the_script_makes_one_that_a_run_takes(tiny, compile_cache, tmp_path, ca
     spec = spec_from_file_location("make_reward_model", path)
     script = module_from_spec(spec)
     spec.loader.exec_module(script)
-    shared = [str(tiny), "--body-steps", "4", "--steps", "4", "--run.compile_cache", compile_cache]
+    shared = [str(tiny), "--layers", "1", "--body-steps", "2", "--steps", "2", "--run.compile_cache", compile_cache]
     out = tmp_path / "made"
-    code = script.main([*shared, "--train", "--task.reward_model.path", str(out), "--task.reward_model.max_length", "16",
-                        "--run.dir", str(tmp_path / "runs"), "--run.steps", "1"])
+    code = script.main([*shared, "--train", "--task.reward_model.path", str(out), "--task.reward_model.max_length",
+                        "16", "--run.dir", str(tmp_path / "runs"), "--run.steps", "1"])
     output = capsys.readouterr()
     assert code == 0 and f"{out}: held-out pairs in order: all " in output.out and " of 6" in output.out
     assert (tmp_path / "runs").is_dir() and load_reward_model(out)[0].body.config.hidden_size == 32

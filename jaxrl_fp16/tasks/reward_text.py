@@ -50,7 +50,7 @@ def _fill(text: str) -> Write:
 
     def write(prompt, response, example):
         fields = {**example.fields, "prompt": prompt, "response": response}
-        return render(template, dataclasses.replace(example, fields=fields))
+        return render(template, dataclasses.replace(example, fields=fields, messages=()))
 
     return write
 
@@ -59,7 +59,8 @@ def _as_chat(tokenizer) -> Write:
     from jinja2 import TemplateError  # imported with a template to render, as Transformers does
 
     def write(prompt, response, example):
-        turns = [{"role": "user", "content": example.problem}, {"role": "assistant", "content": response}]
+        asked = list(example.messages) or [{"role": "user", "content": example.problem}]
+        turns = [*asked, {"role": "assistant", "content": response}]
         try:
             return tokenizer.apply_chat_template(turns, tokenize=False)
         except TemplateError as error:

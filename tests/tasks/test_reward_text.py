@@ -26,6 +26,14 @@ def test_the_chat_template_gets_problem_and_response_as_turns(tokenizer):
     assert make_writer(None, tokenizer)("Q: 1+1=", "2", EXAMPLE) == "<user>1+1<assistant>2"
 
 
+def test_a_prompt_of_messages_keeps_its_turns(tokenizer):
+    tokenizer.chat_template = CHAT
+    turns = [("user", "1+1"), ("assistant", "2"), ("user", "2+1")]
+    example = Example("2+1", "3", messages=tuple({"role": role, "content": text} for role, text in turns))
+    assert make_writer(None, tokenizer)("p", "3", example) == "<user>1+1<assistant>2<user>2+1<assistant>3"
+    assert make_writer("{problem}={response}", tokenizer)("p", "3", example) == "2+1=3"
+
+
 def test_a_template_of_ones_own_wins(tokenizer):
     tokenizer.chat_template = CHAT
     write = make_writer("{kind}|{problem}|{prompt}|{response}\\boxed{x}", tokenizer)

@@ -49,6 +49,8 @@ def k3(d):
 
 # name -> (d) -> estimate, elementwise
 KL_ESTIMATORS = {"k1": k1, "k2": k2, "k3": k3}
+# The others take no exp and clamp nothing.
+CLAMPED_ESTIMATORS = frozenset({"k3"})
 
 
 def kl_penalized_rewards(rewards, old_logprobs, ref_logprobs, mask, kl_coef):
@@ -77,4 +79,4 @@ def kl_penalized_rewards(rewards, old_logprobs, ref_logprobs, mask, kl_coef):
     raise ValueError(f"rewards of shape {rewards.shape}; allowed: [B] or [B,T]")
 
 
-__all__ = ["KL_ESTIMATORS", "k1", "k2", "k3", "kl_penalized_rewards"]
+__all__ = ["CLAMPED_ESTIMATORS", "KL_ESTIMATORS", "k1", "k2", "k3", "kl_penalized_rewards"]

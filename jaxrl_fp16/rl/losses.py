@@ -25,7 +25,7 @@ from jaxrl_fp16.rl.importance import (
     normalizer_of,
     ratio_metrics,
 )
-from jaxrl_fp16.rl.kl import KL_ESTIMATORS, k3
+from jaxrl_fp16.rl.kl import CLAMPED_ESTIMATORS, KL_ESTIMATORS, k3
 
 
 def token_mean(x, mask, normalizer, _):
@@ -221,7 +221,8 @@ def policy_loss(
         kl = KL_ESTIMATORS[algorithm.kl](d)
         loss += algorithm.kl_coef * aggregate(kl)
         metrics["kl"] = mean_metric(kl, mask, normalizer)
-        metrics["kl_clamp_count"] = masked_sum(clamp_bites(d), mask)
+        if algorithm.kl in CLAMPED_ESTIMATORS:
+            metrics["kl_clamp_count"] = masked_sum(clamp_bites(d), mask)
     if entropy is not None:
         entropy = zero_where_masked(entropy, mask)
         if algorithm.entropy_coef != 0:

@@ -304,6 +304,14 @@ def test_missing_inputs_are_named(overrides, changes, named):
         rl.policy_loss(rl.get_algorithm("grpo", **overrides), **ragged(0.1) | changes, max_new_tokens=L)
 
 
+def test_only_what_clamps_counts_clamps():
+    batch = ragged(0.1)
+    batch["ref_logprobs"][0] -= 30
+    for kl, counts in (("k1", None), ("k2", None), ("k3", batch["mask"][0].sum())):
+        (_, metrics), _ = evaluate(rl.get_algorithm("grpo", kl=kl, kl_coef=0.1), batch)
+        assert metrics.get("kl_clamp_count") == counts
+
+
 @pytest.mark.parametrize("aggregation", rl.AGGREGATIONS)
 def test_value_loss(aggregation):
     algorithm = rl.get_algorithm("ppo", aggregation=aggregation)

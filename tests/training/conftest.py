@@ -107,7 +107,7 @@ class Bigrams:
 
     @functools.cached_property
     def batch(self):
-        """Log ratios of 0.1, about half of them beyond a clip range; a row without a token; an advantage a token."""
+        """Log ratios of about 0.2, some within a clip range and some beyond; a row without a token."""
         batch = build_batch(seed=3)
         batch = batch.replace(response_mask=batch.response_mask.at[3].set(False))
         logprobs = token_logprobs(self.model, self.params, batch.tokens, batch.mask, policy=self.precision.policy)

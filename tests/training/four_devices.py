@@ -1,11 +1,15 @@
 """Run by test_mesh_update.py in a process that has 4 virtual devices."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import optax
 import pytest
 
-from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, param_shardings
+from jaxrl_fp16.models import (
+    Critic, Decoder, DecoderConfig, init_params, load_reward_model, param_shardings, save_reward_model,
+)
 from jaxrl_fp16.models.attention import BLOCK
 from jaxrl_fp16.packing import pack
 from jaxrl_fp16.parallel import MeshConfig, make_mesh, shard_batch
@@ -13,6 +17,7 @@ from jaxrl_fp16.precision import get_precision
 from jaxrl_fp16.rl import PreferenceConfig, PRESETS, get_algorithm
 from jaxrl_fp16.sampling import SamplingConfig, make_sampler
 from jaxrl_fp16.training.dpo import PreferencePairs, make_dpo_update
+from jaxrl_fp16.training.reward_model import score_rows
 from jaxrl_fp16.training.sft import Pairs, make_sft_update
 from jaxrl_fp16.training.state import create_train_state, shardings_of
 from jaxrl_fp16.training.update import make_update
@@ -147,3 +152,23 @@ def test_the_mesh_divides_what_each_device_holds():
 def test_a_supervised_step_on_packed_rows_is_that_of_one_device():
     found, expected = packed_step_on(make_mesh(MeshConfig(2, 1, 2))), packed_step_on(single())
     np.testing.assert_allclose(found, expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize("shape", [(1, 2, 2)], ids=str)
+def test_scores_of_a_reward_model_are_those_of_one_device(shape, tmp_path):
+    model = Critic(MODEL.clone(config=dataclasses.replace(MODEL.config, tie_embeddings=True)), bias=False)
+    save_reward_model(tmp_path / "reward", model, init_params(model, jax.random.key(0)))
+    generator = np.random.default_rng(3)
+    ids = [generator.integers(0, VOCAB, size).tolist() for size in (3, 20, 7, 1, 12)]
+
+    def scores(mesh):
+        loaded, params = load_reward_model(tmp_path / "reward", mesh=mesh)
+        found = score_rows(loaded, params, ids, policy=PRECISION.policy, columns=20, rows=4, mesh=mesh)
+        return found, params
+
+    expected, whole = scores(single())
+    found, params = scores(make_mesh(MeshConfig(*shape)))
+    np.testing.assert_allclose(found, expected, atol=1e-5)
+    assert np.ptp(expected) > 0.1
+    held = sum(leaf.addressable_shards[0].data.size for leaf in jax.tree.leaves(params))
+    assert held < 0.6 * sum(leaf.size for leaf in jax.tree.leaves(whole))

@@ -41,6 +41,7 @@ training/reward_update
 training/manifest
 training/checkpoint
 training/collect
+training/dynamic
 training/learn
 training/evaluate
 training/memory
@@ -48,6 +49,7 @@ training/run_config
 training/setup
 training/reward_model
 training/run
+training/learner
 training/supervised
 training/pairs
 training/loop

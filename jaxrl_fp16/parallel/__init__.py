@@ -10,7 +10,9 @@ from jaxrl_fp16.parallel.sharding import (
     row_shards,
     shard_batch,
     state_shardings,
+    to_device_memory,
     to_host,
+    to_host_memory,
     tree_shardings,
 )
 
@@ -26,6 +28,8 @@ __all__ = [
     "row_shards",
     "shard_batch",
     "state_shardings",
+    "to_device_memory",
     "to_host",
+    "to_host_memory",
     "tree_shardings",
 ]

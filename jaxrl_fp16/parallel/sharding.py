@@ -120,6 +120,20 @@ def _names(path):
     return tuple(jax.tree_util.keystr((key,), simple=True) for key in path)
 
 
+def to_host_memory(tree):
+    """The arrays of a pytree in their devices' host memory, spread as before; `to_device_memory` brings them back."""
+    return _in_memory(tree, "pinned_host")
+
+
+def to_device_memory(tree):
+    """The arrays of a pytree in device memory; those that are there are not copied."""
+    return _in_memory(tree, "device")
+
+
+def _in_memory(tree, kind):
+    return jax.tree.map(lambda x: jax.device_put(x, x.sharding.with_memory_kind(kind)), tree)
+
+
 def to_host(x):
     """A NumPy array with the whole of `x`, gathered if it is spread over processes (then all must call)."""
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
@@ -129,5 +143,5 @@ def to_host(x):
 
 __all__ = [
     "RULES", "axes_sharding", "tree_shardings", "replicated", "batch_sharding", "row_shards", "shard_batch",
-    "state_shardings", "to_host",
+    "state_shardings", "to_host", "to_host_memory", "to_device_memory",
 ]

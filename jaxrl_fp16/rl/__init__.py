@@ -1,6 +1,13 @@
 """Advantages, importance weights, losses, KL and mismatch: pure functions on arrays, in float32."""
 
-from jaxrl_fp16.rl.advantages import BASELINES, gae, group_advantages, overlong_penalty, rewards_on_last_token
+from jaxrl_fp16.rl.advantages import (
+    BASELINES,
+    gae,
+    group_advantages,
+    overlong_penalty,
+    overlong_zone,
+    rewards_on_last_token,
+)
 from jaxrl_fp16.rl.algorithms import (
     PRESETS,
     AlgorithmConfig,
@@ -61,6 +68,7 @@ __all__ = [
     "needs_scorer",
     "normalizer_of",
     "overlong_penalty",
+    "overlong_zone",
     "pair_normalizer",
     "pairwise_reward_loss",
     "policy_loss",

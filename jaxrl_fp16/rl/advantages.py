@@ -155,11 +155,17 @@ def overlong_penalty(lengths, max_new_tokens, zone):
     Raises:
       ValueError: for a zone that is not within `(0, L]`.
     """
-    tokens = zone * max_new_tokens if zone < 1 else zone
-    if not 0 < tokens <= max_new_tokens:
-        raise ValueError(f"overlong_penalty {zone}; allowed: above 0, up to max_new_tokens {max_new_tokens}")
+    tokens = overlong_zone(zone, max_new_tokens)
     lengths = jnp.asarray(lengths, jnp.float32)
     return jnp.clip((max_new_tokens - tokens - lengths) / tokens, -1.0, 0.0)
 
 
-__all__ = ["BASELINES", "group_advantages", "gae", "rewards_on_last_token", "overlong_penalty"]
+def overlong_zone(zone, max_new_tokens):
+    """`overlong_penalty`'s zone in tokens. Raises ValueError for one that is not within `(0, max_new_tokens]`."""
+    tokens = zone * max_new_tokens if zone < 1 else zone
+    if not 0 < tokens <= max_new_tokens:
+        raise ValueError(f"overlong_penalty is {zone}; allowed: above 0, up to max_new_tokens {max_new_tokens}")
+    return tokens
+
+
+__all__ = ["BASELINES", "group_advantages", "gae", "rewards_on_last_token", "overlong_penalty", "overlong_zone"]

@@ -16,7 +16,8 @@ from jaxrl_fp16.tokenizer import encode_prompts
 from jaxrl_fp16.training.collect import PromptBatch, sample_and_grade
 from jaxrl_fp16.training.evaluate import evaluate, make_evaluators
 from jaxrl_fp16.training.learn import Learner
-from jaxrl_fp16.training.loop import make_learner, warm_start
+from jaxrl_fp16.training.learner import critic_model, make_learner
+from jaxrl_fp16.training.loop import warm_start
 from jaxrl_fp16.training.optimizer import make_schedule
 from jaxrl_fp16.training.pairs import check_preferences, make_held_out, optimize, preference_learner
 from jaxrl_fp16.training.run import SkipGuard, naming_at_entry, open_run
@@ -163,7 +164,8 @@ def run_export(config):
     if config.resume is None:
         raise ConfigError("export needs --resume RUN_FOLDER, the run whose checkpoint is to be exported")
     algorithm = resolve_algorithm(config)
-    with open_run(config, reference=needs_reference(algorithm), critic=needs_critic(algorithm)) as (run, params):
+    critic = critic_model if needs_critic(algorithm) else None
+    with open_run(config, reference=needs_reference(algorithm), critic=critic) as (run, params):
         template = make_learner(run, algorithm, params)
         if template.reference is None and run.checkpoints.holds("reference"):  # of `dpo`
             template = template.replace(reference=template.policy.params)

@@ -14,11 +14,10 @@ import jax
 import numpy as np
 
 from jaxrl_fp16.masking import masked_mean
-from jaxrl_fp16.models import Critic
-from jaxrl_fp16.parallel import batch_sharding, shard_batch
+from jaxrl_fp16.parallel import batch_sharding, shard_batch, to_device_memory
 from jaxrl_fp16.rl import (
     gae, group_advantages, kl_penalized_rewards, mismatch_metrics, needs_critic, needs_reference, needs_scorer,
-    rewards_on_last_token,
+    overlong_penalty, rewards_on_last_token,
 )
 from jaxrl_fp16.training.collect import truncation_rule
 from jaxrl_fp16.training.optimizer import make_optimizer
@@ -35,7 +34,7 @@ class Learner:
 
     policy: TrainState
     critic: TrainState | None = None  # with PPO
-    reference: Any | None = None      # float32 parameters, with a KL term
+    reference: Any | None = None      # float32 parameters, with a KL term; in device or host memory
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,18 +50,18 @@ class Programs:
     take: Any             # rows of a tree of arrays [B,...]
 
 
-def make_programs(config, algorithm, model, setup, learner):
-    """`Programs` under one precision policy; `learner`'s arrays stay where they lie."""
+def make_programs(config, algorithm, model, critic, setup, learner):
+    """`Programs` for a policy `model` and a `critic` or None; `learner`'s arrays stay where they lie."""
     t, policy = config.training, setup.precision.policy
     temperature = config.sampling.temperature
     limit = config.sampling.max_new_tokens
     shared = dict(microbatch_size=t.microbatch_size, max_new_tokens=limit)
     valuer = value_update = None
-    if needs_critic(algorithm):
-        critic = Critic(model)
-        valuer = make_valuer(critic, policy, microbatch_size=t.microbatch_size)
+    if critic is not None:
+        critic_policy = setup.critic_precision.policy
+        valuer = make_valuer(critic, critic_policy, microbatch_size=t.microbatch_size)
         value_update = make_value_update(
-            critic, policy, algorithm, make_optimizer(config.critic.optimizer),
+            critic, critic_policy, algorithm, make_optimizer(config.critic.optimizer),
             state_shardings=shardings_of(learner.critic), **shared,
         )
     rows = batch_sharding(setup.mesh)
@@ -77,13 +76,15 @@ def make_programs(config, algorithm, model, setup, learner):
         valuer=valuer,
         value_update=value_update,
         compare=jax.jit(mismatch_metrics, static_argnames="prefix"),
-        advantages=jax.jit(partial(_advantages, algorithm, config.sampling.group_size)),
+        advantages=jax.jit(partial(_advantages, algorithm, config.sampling.group_size, limit)),
         take=jax.jit(lambda tree, index: jax.tree.map(lambda x: x[index], tree), out_shardings=rows),
     )
 
 
-def _advantages(algorithm, group_size, rewards, valid, mask, old, reference, values):
-    """`(advantages [B] or [B,T], returns [B,T] or None)`."""
+def _advantages(algorithm, group_size, limit, rewards, lengths, valid, mask, old, reference, values):
+    """`(advantages [B] or [B,T], returns [B,T] or None)` of rewards [B] and response lengths [B]."""
+    if algorithm.overlong_penalty is not None:
+        rewards = rewards + overlong_penalty(lengths, limit, algorithm.overlong_penalty)
     penalised = reference is not None and algorithm.kl_in == "reward"
     if not needs_critic(algorithm):
         if penalised:
@@ -95,8 +96,8 @@ def _advantages(algorithm, group_size, rewards, valid, mask, old, reference, val
     return gae(rewards, values, mask, algorithm.discount, algorithm.gae_lambda)
 
 
-def learn(config, algorithm, programs, learner, graded, key, mesh):
-    """An iteration's optimizer steps on `graded` rollouts.
+def learn(config, algorithm, programs, learner, graded, key, mesh, critic_alone=False):
+    """An iteration's optimizer steps on `graded` rollouts; with `critic_alone` the policy takes none.
 
     Returns `(learner, metrics, steps)`: metrics of the iteration as host floats, and
     those of each optimizer step, in order.
@@ -116,19 +117,20 @@ def learn(config, algorithm, programs, learner, graded, key, mesh):
     batch = _make_batch(algorithm, programs, learner, graded, t.truncated, old, mesh)
     steps = []
     for number, index in enumerate(index for order in orders for index in order):
-        minibatch = programs.take(batch, index)
+        minibatch, step = programs.take(batch, index), {}
         if learner.critic is not None:
             critic, value_metrics = programs.value_update(learner.critic, minibatch)
             learner = learner.replace(critic=critic)
-        policy, step = programs.update(learner.policy, minibatch)
-        learner = learner.replace(policy=policy)
-        logprobs = step.pop("logprobs")
-        if number == 0:
-            first_pi = pi[index] if score_all else pi
-            first_mask = rollout.response_mask[index]
-            metrics |= programs.compare(first_pi, logprobs, first_mask, prefix="mismatch_grad")
-        if learner.critic is not None:
             step |= {f"critic/{name}": value for name, value in value_metrics.items()}
+        if not critic_alone:
+            policy, policy_metrics = programs.update(learner.policy, minibatch)
+            learner = learner.replace(policy=policy)
+            logprobs = policy_metrics.pop("logprobs")
+            step |= policy_metrics
+            if number == 0:
+                first_pi = pi[index] if score_all else pi
+                first_mask = rollout.response_mask[index]
+                metrics |= programs.compare(first_pi, logprobs, first_mask, prefix="mismatch_grad")
         steps.append(step)
     steps = jax.device_get(steps)
     return learner, {**_host(metrics), **_over_steps(steps)}, steps
@@ -146,14 +148,15 @@ def _make_batch(algorithm, programs, learner, graded, truncated, old, mesh):
     valid = graded.rewards.valid.reshape(-1)
     # A group's baseline leaves out a row without a reward; a critic has no baseline, so the row itself goes.
     counts = counts & valid if needs_critic(algorithm) else counts
-    rewards, valid, counts = shard_batch((rewards, valid, counts), mesh)
+    rewards, lengths, valid, counts = shard_batch((rewards, graded.lengths, valid, counts), mesh)
     mask = rollout.response_mask & counts[:, None]
     reference = values = None
     if needs_reference(algorithm):
-        reference, _ = programs.scorer(learner.reference, rollout.tokens, rollout.mask, rollout.support)
+        params = to_device_memory(learner.reference)
+        reference, _ = programs.scorer(params, rollout.tokens, rollout.mask, rollout.support)
     if learner.critic is not None:
         values = programs.valuer(learner.critic.params, rollout.tokens, rollout.mask)
-    advantages, returns = programs.advantages(rewards, valid, mask, old, reference, values)
+    advantages, returns = programs.advantages(rewards, lengths, valid, mask, old, reference, values)
     return Batch(
         tokens=rollout.tokens, mask=rollout.mask, response_mask=mask, rollout_logprobs=rollout.logprobs,
         old_logprobs=old, advantages=advantages, ref_logprobs=reference, values=values, returns=returns,

@@ -3,23 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 import time
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from jaxrl_fp16.models import Critic, critic_params, load_pretrained, param_shardings
 from jaxrl_fp16.rl import needs_critic, needs_reference
 from jaxrl_fp16.sampling import make_sampler
 from jaxrl_fp16.training.collect import next_prompts, sample_and_grade, truncation_rule
-from jaxrl_fp16.training.learn import Learner, learn, make_programs
-from jaxrl_fp16.training.optimizer import make_optimizer, make_schedule
+from jaxrl_fp16.training.dynamic import sample_unequal
+from jaxrl_fp16.training.learn import learn, make_programs
+from jaxrl_fp16.training.learner import check_critic, critic_model, make_learner
+from jaxrl_fp16.training.optimizer import make_schedule
 from jaxrl_fp16.training.run import Guard, SkipGuard, announced, open_run
 from jaxrl_fp16.training.run_config import resolve_algorithm
 from jaxrl_fp16.training.setup import naming
-from jaxrl_fp16.training.state import create_train_state
 from jaxrl_fp16.training.supervised import check_pairs, fresh_state, supervise
 
 
@@ -39,8 +38,9 @@ def train(config):
     `CheckpointError` for a run that stopped itself.
     """
     algorithm = resolve_algorithm(config)
+    make_critic = critic_model if needs_critic(algorithm) else None
     with open_run(
-        config, check=check_data, reference=needs_reference(algorithm), critic=needs_critic(algorithm), rewarded=True
+        config, check=check_data, reference=needs_reference(algorithm), critic=make_critic, rewarded=True
     ) as (run, params):
         config, setup, t = run.config, run.setup, run.config.training
         rows = t.prompts_per_step * config.sampling.group_size
@@ -63,12 +63,14 @@ def train(config):
             run.log.metrics(0, metrics | run.evaluate(learner.policy.params))
 
         # The programs: each compiles once.
-        programs = make_programs(config, algorithm, run.model, setup, learner)
+        critic = make_critic(config, run.model) if make_critic else None
+        programs = make_programs(config, algorithm, run.model, critic, setup, learner)
         sample = make_sampler(
             run.model, setup.rollout_precision.policy, config.sampling,
             eos_id=setup.eos_ids, pad_id=setup.pad_id, tokenizer=setup.tokenizer,
         )
         guard = SkipGuard(run)
+        rounds = t.max_sampling_rounds if algorithm.dynamic_sampling else 1
 
         for step in range(start + 1, config.run.steps + 1):
             began, first = time.perf_counter(), step == start + 1
@@ -76,26 +78,26 @@ def train(config):
             learner = learner.replace(policy=learner.policy.replace(key=key))
 
             # Prompts, a group of responses to each, and what they earn.
-            prompts = next_prompts(
-                run.task, setup.tokenizer, position, t.prompts_per_step, t.max_prompt_tokens, config.run.seed
-            )
-            position = prompts.position
+            draw = partial(draw_batch, run, sample, learner.policy.params, sample_key)
             with announced(run.log, first, "compiling the sampler"):
-                graded = sample_and_grade(sample, learner.policy.params, prompts, run.task, setup, sample_key)
-            check_rewards(graded.rewards, t.max_failed_rewards)
+                prompts, graded, draws = sample_unequal(draw, position, rounds, t.truncated, setup.mesh)
+            position = prompts.position
             sampled = time.perf_counter()
 
             # Log-probs, advantages, optimizer steps.
             with announced(run.log, first, "compiling scorer and update"):
-                learner, metrics, taken = learn(config, algorithm, programs, learner, graded, order_key, setup.mesh)
+                learner, metrics, taken = learn(
+                    config, algorithm, programs, learner, graded, order_key, setup.mesh,
+                    critic_alone=learner.critic is not None and step <= config.critic.warmup_steps,
+                )
             done = time.perf_counter()
 
             # What happened, and what is kept of it.
-            metrics |= rollout_metrics(config, graded, prompts)
+            metrics |= rollout_metrics(config, graded, prompts, draws)
             metrics |= {
                 "learning_rate": float(make_schedule(config.optimizer)(learner.policy.step)),
                 "seconds/sample": sampled - began, "seconds/learn": done - sampled,
-                "tokens_per_second": float(graded.lengths.sum()) / (done - began),
+                "tokens_per_second": draws.tokens / (done - began),
             }
             last = step == config.run.steps
             if last or run.evaluation_due(step):
@@ -119,8 +121,9 @@ def train(config):
 
 
 def check_data(setup, task):
-    """Refuses data without a prompt, or for the warm start a solution, that fits."""
+    """Refuses data without a prompt, or for the warm start a solution, that fits; and a critic that does not."""
     config, t = setup.config, setup.config.training
+    check_critic(setup)
     with naming("training"):
         next_prompts(task, setup.tokenizer, 0, t.prompts_per_step, t.max_prompt_tokens, config.run.seed)
     if config.sft.steps and config.resume is None:
@@ -140,35 +143,19 @@ def warm_start(run, params):
     return state.params, {"sft/loss": float(metrics["loss"])}
 
 
-def make_learner(run, algorithm, params):
-    """Fresh states of policy and critic, and the reference where a KL term needs one. Takes `params` over."""
-    config, model, mesh = run.config, run.model, run.setup.mesh
-    scale, reference, critic = run.setup.precision.loss_scale, None, None
-    if needs_reference(algorithm):
-        reference = jax.tree.map(jnp.copy, params)
-    if needs_critic(algorithm):
-        body = _critic_body(config.critic.path, model, params, mesh)
-        critic = create_train_state(
-            critic_params(body), make_optimizer(config.critic.optimizer), scale, run.keys[2],
-            param_shardings(Critic(model), mesh),
-        )
-    policy = create_train_state(
-        params, make_optimizer(config.optimizer), scale, run.keys[2], param_shardings(model, mesh)
-    )
-    return Learner(policy, critic, reference)
-
-
-def _critic_body(path, model, params, mesh):
-    if path is None:
-        return params
-    with naming("critic"):
-        other, body = load_pretrained(path, mesh=mesh)
-        if other.config != model.config:
-            raise ValueError(f"path {path} has another shape than the policy; allowed: the same")
-    return body
-
-
 # -- within a step -------------------------------------------------------------------------------
+
+
+def draw_batch(run, sample, params, key, position, number):
+    """`(PromptBatch, Graded)`: the prompts from `position` on, and what `params` made of them in draw `number`."""
+    t, setup = run.config.training, run.setup
+    prompts = next_prompts(
+        run.task, setup.tokenizer, position, t.prompts_per_step, t.max_prompt_tokens, run.config.run.seed
+    )
+    key = jax.random.fold_in(key, number) if number else key
+    graded = sample_and_grade(sample, params, prompts, run.task, setup, key)
+    check_rewards(graded.rewards, t.max_failed_rewards)
+    return prompts, graded
 
 
 def check_rewards(rewards, allowed):
@@ -180,15 +167,17 @@ def check_rewards(rewards, allowed):
         )
 
 
-def rollout_metrics(config, graded, prompts):
-    """Rewards, lengths, and what was set aside."""
+def rollout_metrics(config, graded, prompts, draws):
+    """Rewards, lengths, what was set aside, and what it took to sample them."""
     rewards, valid = graded.rewards, graded.rewards.valid
     used = truncation_rule(config.training.truncated, graded)[0].reshape(valid.shape)
     known = used[valid]
     return {
         "reward": float(known.mean()) if known.size else 0.0,
         "reward_std": float(known.std()) if known.size else 0.0,
-        "groups_of_equal_reward": float(np.mean(used.max(axis=1) == used.min(axis=1))),
+        "groups_of_equal_reward": draws.equal_groups / draws.groups,
+        "groups_of_equal_reward_used": draws.equal_groups_used / len(used),
+        "sampling_rounds": draws.rounds,
         "rewards_failed": rewards.failures,
         "grader_timeouts": rewards.timeouts,
         "response_length": float(graded.lengths.mean()),

@@ -19,10 +19,11 @@ MIB = 2**20
 LOWERS_MEMORY = "sampling.max_rows, training.microbatch_size, model.remat, mesh.fsdp"
 
 
-def estimate(config, model, mesh, compute_dtype, *, reference=False, critic=False, reward_model=None):
-    """`{what: bytes}` on one device, by what takes room. reward_model: a Critic, where one gives the reward."""
+def estimate(config, model, mesh, compute_dtype, *, reference=False, critic=None, reward_model=None):
+    """`{what: bytes}` on one device, by what takes room. critic: its module, or None; reward_model: likewise."""
     c = model.config
     count = parameter_count(model)
+    trained = count + (parameter_count(critic) if critic is not None else 0)
     shared = mesh.shape["fsdp"] * mesh.shape["tensor"]
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     half = compute_dtype.itemsize
@@ -32,10 +33,9 @@ def estimate(config, model, mesh, compute_dtype, *, reference=False, critic=Fals
     learnt = config.training.microbatch_size / parts
     kept = c.num_layers if config.model.remat else 12 * c.num_layers  # a layer keeps about 12 arrays like its input
     inside = 4 * (3 * c.intermediate_size + 4 * c.num_heads * c.head_dim)  # float32, of the layer at work
-    models = 1 + critic
     return {
-        "parameters": models * 4 * count // shared,
-        "Adam's moments": models * 8 * count // shared,
+        "parameters": 4 * trained // shared,
+        "Adam's moments": 8 * trained // shared,
         "gradients": 4 * count // shared,
         "compute copy": half * count // shared,
         **({"reference": 4 * count // shared} if reference else {}),

@@ -115,8 +115,9 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(config, *, check=None, reference=False, critic=False, rewarded=False):
-    """Gives `(Run, parameters)`. `reference` and `critic` say what else will take memory.
+def open_run(config, *, check=None, reference=False, critic=None, rewarded=False):
+    """Gives `(Run, parameters)`. `reference`: whether one will take memory.
+    critic: `(config, model) -> its module`, where one will.
 
     Where `rewarded`, and the config names a reward model, `run.task` is graded by it; the
     evaluation sets keep the task's own reward: where the two part, the policy exploits the model.
@@ -138,7 +139,8 @@ def open_run(config, *, check=None, reference=False, critic=False, rewarded=Fals
         if judge is not None:
             task = dataclasses.replace(task, grade=make_grader(judge, config.task.reward_model, setup.mesh))
         needs = _check_memory(
-            setup, model, reference=reference, critic=critic, reward_model=judge.model if judge else None
+            setup, model, reference=reference and config.training.reference == "device",
+            critic=critic(config, model) if critic else None, reward_model=judge.model if judge else None,
         )
         folder = _open_folder(config)
         signals = stack.enter_context(_caught_signals())
@@ -215,8 +217,9 @@ class SkipGuard:
 
     def __init__(self, run):
         self.limit = run.config.training.max_skipped_steps
-        self.loss_scale, self.checkpoints = run.setup.precision.loss_scale, run.checkpoints
-        self.in_a_row = {"": 0, "critic/": 0}
+        self.checkpoints = run.checkpoints
+        self.scales = {"": run.setup.precision.loss_scale, "critic/": run.setup.critic_precision.loss_scale}
+        self.in_a_row = dict.fromkeys(self.scales, 0)
 
     def check(self, metrics):
         """After each optimizer step: its metrics, with those of the critic's step under `critic/`."""
@@ -226,7 +229,7 @@ class SkipGuard:
 
     def _check(self, model, skipped, scale):
         self.in_a_row[model] = self.in_a_row[model] + 1 if skipped else 0
-        floored = skipped and bool(self.loss_scale.replace(loss_scale=scale).at_minimum)
+        floored = skipped and bool(self.scales[model].replace(loss_scale=scale).at_minimum)
         if self.in_a_row[model] < self.limit and not floored:
             return
         latest = self.checkpoints.latest()

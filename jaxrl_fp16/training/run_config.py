@@ -13,7 +13,9 @@ from jaxrl_fp16.models.attention import PACKABLE, AttentionKind
 from jaxrl_fp16.models.decoder import DecoderConfig
 from jaxrl_fp16.parallel import MeshConfig, row_shards
 from jaxrl_fp16.precision import LossScaleConfig
-from jaxrl_fp16.rl import PRESETS, AlgorithmConfig, PreferenceConfig, check_algorithm, get_algorithm
+from jaxrl_fp16.rl import (
+    PRESETS, AlgorithmConfig, PreferenceConfig, check_algorithm, get_algorithm, overlong_zone,
+)
 from jaxrl_fp16.sampling import SamplingConfig
 from jaxrl_fp16.tasks import TaskConfig
 from jaxrl_fp16.training.checkpoint import CheckpointConfig
@@ -21,8 +23,8 @@ from jaxrl_fp16.training.optimizer import OptimizerConfig
 
 # Of a resumed run these may differ from what it was started with: how long, how seen, on what.
 MAY_CHANGE = ("run.steps", "sft.steps", "dpo.steps", "run.dir", "run.compile_cache", "run.export", "logging",
-              "checkpoint", "evaluation", "mesh", "resume", "generate", "task.workers", "task.deadline_seconds",
-              "task.memory_mb")
+              "checkpoint", "evaluation", "mesh", "resume", "training.reference", "generate", "task.workers",
+              "task.deadline_seconds", "task.memory_mb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,6 +83,12 @@ class TrainingConfig:
     truncated: Annotated[
         Literal["keep", "zero", "mask"], Doc("a response cut by the length limit: as graded, reward 0, out of the loss")
     ] = "zero"
+    reference: Annotated[
+        Literal["device", "host"], Doc("where the KL term's reference waits: in device memory, or the host's")
+    ] = "device"
+    max_sampling_rounds: Annotated[
+        int, Ge(1), Doc("with dynamic_sampling: batches sampled at most to fill a step with unequal groups")
+    ] = 4
     max_skipped_steps: Annotated[int, Ge(1), Doc("optimizer steps skipped in a row before the run stops")] = 20
     max_failed_rewards: Annotated[float, Ge(0), Le(1), Doc("share of rewards that may fail in a step")] = 0.05
 
@@ -137,7 +145,10 @@ class CriticConfig:
     """PPO's critic; used where the advantage is `gae`."""
 
     path: Annotated[str | None, Doc("a Hugging Face folder for its body; null: a copy of the policy's")] = None
+    precision: Annotated[str | None, Doc("its own, as `precision`; null: the run's")] = None
+    loss_scale: Annotated[LossScaleConfig, Doc("its own")] = LossScaleConfig()
     optimizer: Annotated[OptimizerConfig, Doc("its own")] = OptimizerConfig(learning_rate=1e-5)
+    warmup_steps: Annotated[int, Ge(0), Doc("first iterations, in which the critic alone learns")] = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -174,11 +185,8 @@ class Config:
     def __post_init__(self):
         algorithm = resolve_algorithm(self)
         check_algorithm(algorithm, self.sampling.group_size, self.training.old_logprobs)
-        if algorithm.dynamic_sampling or algorithm.overlong_penalty is not None:
-            raise ValueError(
-                "algorithm.dynamic_sampling and algorithm.overlong_penalty are not implemented yet; "
-                "allowed: false and null"
-            )
+        if algorithm.overlong_penalty is not None:
+            overlong_zone(algorithm.overlong_penalty, self.sampling.max_new_tokens)
         self._check_reward()
         self._check_rows()
 

@@ -42,6 +42,7 @@ class Setup:
     config: Config                # resolved: no `auto` is left
     precision: Precision          # of scorer and update
     rollout_precision: Precision  # of the sampler: the same but for the ablation
+    critic_precision: Precision   # of PPO's critic: the same unless it has its own
     mesh: Mesh
     tokenizer: Any
     eos_ids: tuple[int, ...]
@@ -79,6 +80,9 @@ def set_up(config):
     with naming("rollout_precision"):
         rollout_name = resolve_precision(config.rollout_precision or name, found)
         rollout = get_precision(rollout_name, config.loss_scale)
+    with naming("critic.precision"):
+        critic_name = resolve_precision(config.critic.precision or name, found)
+        critic = get_precision(critic_name, config.critic.loss_scale)
     with naming("mesh"):
         mesh = make_mesh(config.mesh)
         check_mesh_rows(config, mesh)
@@ -93,6 +97,7 @@ def set_up(config):
         config=config,
         precision=precision,
         rollout_precision=rollout,
+        critic_precision=critic,
         mesh=mesh,
         tokenizer=tokenizer,
         eos_ids=eos_ids,

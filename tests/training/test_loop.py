@@ -15,7 +15,9 @@ import pytest
 from jaxrl_fp16 import cli
 from jaxrl_fp16.config import load_config
 from jaxrl_fp16.logs import RunLog, read_metrics
+from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, save_pretrained
 from jaxrl_fp16.precision import LossScaleConfig, make_loss_scale
+from jaxrl_fp16.tasks import ALPHABET
 from jaxrl_fp16.training.checkpoint import CheckpointConfig, Checkpoints
 from jaxrl_fp16.training.loop import train
 from jaxrl_fp16.training.run import Guard, SkipGuard
@@ -351,9 +353,10 @@ def test_gradients_that_stay_infinite_stop_the_run(command, capsys):
 
 
 def test_what_the_skip_guard_counts():
-    scale = make_loss_scale(LossScaleConfig(initial=8.0, minimum=2.0))
+    precision = SimpleNamespace(loss_scale=make_loss_scale(LossScaleConfig(initial=8.0, minimum=2.0)))
+    own = SimpleNamespace(loss_scale=make_loss_scale(LossScaleConfig(minimum=1.0)))
     run = SimpleNamespace(config=SimpleNamespace(training=SimpleNamespace(max_skipped_steps=3)),
-                          setup=SimpleNamespace(precision=SimpleNamespace(loss_scale=scale)),
+                          setup=SimpleNamespace(precision=precision, critic_precision=own),
                           checkpoints=SimpleNamespace(latest=lambda: None))
     step = lambda skipped, scale=8.0, **more: {"skipped": skipped, "loss_scale": scale, **more}
     guard = SkipGuard(run)
@@ -363,8 +366,8 @@ def test_what_the_skip_guard_counts():
     with pytest.raises(Guard, match="2 optimizer steps of the policy skipped with the loss scale at its minimum, 2"):
         guard.check(step(1, 2.0))
     guard = SkipGuard(run)
-    critic = {"critic/skipped": 1, "critic/loss_scale": 8.0}
-    guard.check(step(0, **critic)), guard.check(step(1, **critic))
+    critic = {"critic/skipped": 1, "critic/loss_scale": 2.0}  # not its minimum: it has its own
+    guard.check(critic), guard.check(step(1, **critic))
     with pytest.raises(Guard, match="3 optimizer steps of the critic skipped in a row: .*; there is no checkpoint yet"):
         guard.check(step(1, **critic))
 
@@ -376,6 +379,8 @@ VARIANTS = {
     "ppo": ("--algorithm.preset", "ppo", "--algorithm.kl_coef", "0.1", "--algorithm.kl_in", "reward"),
     "pg_seq_is": ("--algorithm.preset", "pg_seq_is", "--sampling.top_k", "5", "--algorithm.kl_coef", "0.1",
                   "--training.minibatch_size", "32"),
+    "dapo": ("--algorithm.preset", "dapo", "--algorithm.kl_coef", "0.1", "--training.reference", "host",
+             "--training.max_sampling_rounds", "3"),
     "rollout": ("--training.old_logprobs", "rollout", "--training.truncated", "mask", "--training.epochs", "2"),
 }
 
@@ -390,7 +395,7 @@ def test_two_steps_of_another_algorithm(start, name):
         assert all(math.isfinite(value) for value in step.values()) and step["skipped"] == 0
     # A minibatch whose responses are all cut teaches nothing where those are masked.
     empty = sum(step["empty"] for step in steps)
-    assert state["policy.step"] == 2 * {"ppo": 2, "pg_seq_is": 1, "rollout": 4}[name] - empty
+    assert state["policy.step"] == 2 * {"ppo": 2, "pg_seq_is": 1, "dapo": 2, "rollout": 4}[name] - empty
     assert empty == 0 if name != "rollout" else steps[0]["empty"] < 4
     if name == "ppo":
         assert {"critic/loss", "critic/grad_norm", "critic/loss_scale"} <= set(steps[0])
@@ -398,7 +403,40 @@ def test_two_steps_of_another_algorithm(start, name):
     if name == "pg_seq_is":
         # At the first step policy and reference are one; the kept five tokens hold less than all of the mass.
         assert steps[0]["kl"] < 1e-6 < steps[1]["kl"] and steps[0]["full_logprob"] < 0
+    if name == "dapo":
+        assert all(1 <= step["sampling_rounds"] <= 3 for step in steps)
+        assert all(step["groups_of_equal_reward_used"] <= step["groups_of_equal_reward"] for step in steps)
     assert ("reference.embedding" in state) == (name != "rollout")
+
+
+def test_where_the_reference_waits_changes_no_bit(start):
+    flags = ("--algorithm.kl_coef", "0.1", "--run.steps", "2", "--run.export", "false", "--checkpoint.every", "1")
+    device, host = (start(*flags, "--training.reference", place) for place in ("device", "host"))
+    expected, found = (arrays(run.folder, 2)[0] for run in (device, host))
+    assert expected.keys() == found.keys()
+    for name in expected:
+        np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
+    resumed = start("--run.steps", "3", "--algorithm.kl_coef", "0.1", "--run.export", "false", "--training.reference",
+                    "host", "--resume", str(device.folder))
+    assert resumed.code == 0 and arrays(resumed.folder, 3)[0]["policy.step"] == 6
+
+
+def test_a_critic_of_its_own_warms_up_alone(start, whole):
+    """It has another shape, another precision and another loss scale, and the policy waits for it."""
+    folder = whole.folder.parent / "critic"
+    shape = DecoderConfig(family="llama", vocab_size=len(ALPHABET) + 3, hidden_size=16, intermediate_size=24,
+                          num_layers=1, num_heads=2, num_kv_heads=2, head_dim=8)
+    model = Decoder(shape)
+    save_pretrained(folder, model, init_params(model, jax.random.key(1)))
+    flags = ("--algorithm.preset", "ppo", "--critic.path", str(folder), "--critic.precision", "bf16",
+             "--critic.warmup_steps", "1", "--run.export", "false")
+    run = start(*flags)
+    warmup, learning = read_metrics(run.folder)[1:]
+    state, _ = arrays(run.folder, 2)
+    assert state["critic.step"] == 4 and state["policy.step"] == 2
+    assert "grad_norm" not in warmup and "mismatch_grad/kl_k3" not in warmup and "mismatch/kl_k3" in warmup
+    assert learning["loss_scale"] == 2**15 and learning["critic/loss_scale"] == warmup["critic/loss_scale"] == 1
+    assert state["critic.params.body.embedding"].shape[1] == 16
 
 
 def test_a_sampler_in_another_precision_says_so(start, whole):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 from jaxrl_fp16.config import parse_config
+from jaxrl_fp16.models import Critic, critic_params
 from jaxrl_fp16.training.memory import MIB, check_fits, device_bytes, estimate
 from jaxrl_fp16.training.optimizer import OptimizerConfig, make_optimizer
 from jaxrl_fp16.training.run_config import Config
@@ -14,10 +15,10 @@ from jaxrl_fp16.training.run_config import Config
 HALF, FULL = jnp.dtype("float16"), jnp.dtype("float32")
 
 
-def needs(toy, data=1, fsdp=1, tensor=1, dtype=HALF, models=(), **sections):
+def needs(toy, data=1, fsdp=1, tensor=1, dtype=HALF, models=None, **sections):
     shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
     config = parse_config(Config, sections)
-    return estimate(config, toy.model, SimpleNamespace(shape=shape), dtype, **dict.fromkeys(models, True))
+    return estimate(config, toy.model, SimpleNamespace(shape=shape), dtype, **(models or {}))
 
 
 def size(tree):
@@ -34,10 +35,10 @@ def test_parameters_and_moments_are_those_of_a_state(toy):
 
 
 def test_a_critic_and_a_reference_are_models_too(toy):
-    alone, more = needs(toy), needs(toy, models=("reference", "critic"))
+    alone, more = needs(toy), needs(toy, models={"reference": True, "critic": Critic(toy.model)})
     assert "reference" not in alone and more["reference"] == alone["parameters"]
-    assert more["parameters"] == 2 * alone["parameters"]
-    assert more["Adam's moments"] == 2 * alone["Adam's moments"]
+    both = size((toy.params, critic_params(toy.params)))
+    assert more["parameters"] == both and more["Adam's moments"] == 2 * both
 
 
 def test_the_cache_is_keys_and_values_of_every_row_and_column(toy):

@@ -44,6 +44,12 @@ def test_a_warm_up_rises_from_its_first_share_to_the_peak(schedule, after):
     np.testing.assert_allclose(found, [0.25, 0.5, 0.75, 1, *after], atol=1e-6)
 
 
+@pytest.mark.parametrize("schedule, middle", [("linear", 0.55), ("cosine", 0.55)])
+def test_a_schedule_may_end_above_zero(schedule, middle):
+    found = rates((0, 5, 10, 50), learning_rate=1.0, schedule=schedule, decay_steps=10, final_fraction=0.1)
+    np.testing.assert_allclose(found, [1, middle, 0.1, 0.1], atol=1e-6)
+
+
 def test_a_schedule_without_room_to_fall_is_refused():
     with pytest.raises(ValueError, match="'cosine' with decay_steps 3; allowed: more than warmup_steps, here 3"):
         OptimizerConfig(schedule="cosine", warmup_steps=3, decay_steps=3)
@@ -60,6 +66,13 @@ def test_weight_decay_pulls_at_matrices_alone():
     for matrix, value in ((change["layers"]["q"]["kernel"], 2), (change["embedding"], -2), (change["head"], 2)):
         np.testing.assert_allclose(matrix, np.full(matrix.shape, -0.1 * 0.5 * value), rtol=1e-6)
     assert not change["layers"]["q"]["bias"].any() and not change["layers"]["norm"]["scale"].any()
+
+
+def test_weight_decay_pulls_at_what_is_named():
+    change = step(jax.tree.map(jnp.zeros_like, PARAMS), weight_decay=0.5, decayed=("bias", "scale"))
+    np.testing.assert_allclose(change["layers"]["q"]["bias"], np.full(3, -0.1), rtol=1e-6)
+    np.testing.assert_allclose(change["layers"]["norm"]["scale"], np.full(3, -0.05), rtol=1e-6)
+    assert not change["layers"]["q"]["kernel"].any() and not change["embedding"].any() and not change["head"].any()
 
 
 def test_gradients_are_clipped_by_their_global_norm():

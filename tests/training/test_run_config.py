@@ -22,7 +22,8 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"
     ({"sampling": {"group_size": 1}}, "group_size is 1; advantage 'group_std' allows 2 or more, gae 1"),
     ({"sampling": {"group_sise": 4}}, "unknown key sampling.group_sise; did you mean sampling.group_size?"),
     ({"learning_rate": 1e-6}, "unknown key learning_rate; did you mean optimizer.learning_rate?"),
-    ({"algorithm": {"preset": "dapo"}}, "dynamic_sampling and algorithm.overlong_penalty are not implemented yet"),
+    ({"algorithm": {"preset": "dapo", "overlong_penalty": 300.0}},
+     "overlong_penalty is 300.0; allowed: above 0, up to max_new_tokens 256"),
     ({"algorithm": {"preset": "grp"}}, "algorithm.preset: \"grp\" is not allowed; allowed: grpo | dr_grpo"),
     ({"algorithm": {"importance": "tis"}}, "cap is None; importance 'tis' needs a number"),
     ({"algorithm": {"preset": "grpo_token_tis"}, "training": {"old_logprobs": "rollout"}},
@@ -36,13 +37,7 @@ def test_what_is_refused(mapping, message):
         parse_config(Config, mapping)
 
 
-def test_dapo_without_the_parts_that_are_not_there_yet():
-    algorithm = {"preset": "dapo", "dynamic_sampling": False}
-    with pytest.raises(ConfigError, match="overlong_penalty"):
-        parse_config(Config, {"algorithm": algorithm})
-
-
-@pytest.mark.parametrize("preset", [name for name in PRESETS if name != "dapo"])
+@pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_what_get_algorithm_gives(preset):
     config = parse_config(Config, {"algorithm": {"preset": preset, "clip_high": 0.3}})
     assert resolve_algorithm(config) == get_algorithm(preset, clip_high=0.3)

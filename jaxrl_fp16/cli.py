@@ -34,11 +34,21 @@ def _command(name):
     return lambda config: getattr(import_module("jaxrl_fp16.training.commands"), name)(config)
 
 
+def _filter(config):
+    from jaxrl_fp16.training.filter import run_filter
+
+    outcome = run_filter(config)
+    if outcome.code == 0:
+        _show_filtered(outcome, config.filter)
+    return outcome.code
+
+
 COMMANDS = {
     "train": (_train, "RL, after a warm start where sft.steps asks for one; --resume RUN_FOLDER goes on"),
     "sft": (_command("run_sft"), "supervised training on the task's solutions"),
     "dpo": (_command("run_dpo"), "preference optimization on pairs of responses, after a warm start as in train"),
     "eval": (_command("run_eval"), "accuracy, pass@k and standard error on evaluation.sets"),
+    "filter": (_filter, "the problems that a model solves sometimes; --resume RUN_FOLDER goes on"),
     "generate": (_command("run_generate"), "responses to prompts, printed"),
     "export": (_command("run_export"), "the newest checkpoint of --resume RUN_FOLDER as a Hugging Face folder, model/"),
 }
@@ -122,6 +132,18 @@ def _show(folder, precision):
     picture = draw_run(folder, f"{folder.name} in {precision}")
     if picture is not None:
         console.say(f"picture: {picture}")
+
+
+def _show_filtered(outcome, bounds):
+    from jaxrl_fp16.console import Console
+    from jaxrl_fp16.lab.report import draw_accuracies, histogram
+    from jaxrl_fp16.training.filter import FILTERED, read_accuracies
+
+    console, accuracies = Console(), read_accuracies(outcome.folder)
+    console.table("accuracy of the model on each problem", ("accuracy", "problems"), histogram(accuracies))
+    path = bounds.output or outcome.folder / FILTERED
+    console.say(f"{outcome.kept} of {outcome.measured} problems lie between {bounds.low:g} and {bounds.high:g}: {path}")
+    console.say(f"picture: {draw_accuracies(outcome.folder, accuracies, bounds.low, bounds.high)}")
 
 
 def entry():

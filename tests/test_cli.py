@@ -39,7 +39,7 @@ def refused(tiny, compile_cache, tmp_path, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["trian", "x.yaml"], "command 'trian' is unknown; allowed: train, sft, dpo, eval, generate, export"),
+    (["trian", "x.yaml"], "command 'trian' is unknown; allowed: train, sft, "),
     (["train"], "train needs a config file: jaxrl-fp16 train CONFIG"),
     (["eval", "--run.steps", "3"], "eval needs a config file"),
     (["train", "absent.yaml"], "absent.yaml: no such config file"),
@@ -62,7 +62,10 @@ def test_arguments_that_make_no_command(arguments, message, capsys, tmp_path, mo
     (["--precision", "params=float16,compute=float16,output=float32"], "params is 'float16'; allowed: float32"),
     (["--rollout_precision", "int8"], "rollout_precision: precision 'int8' is unknown; allowed: fp16, bf16, fp32"),
     (["--algorithm.preset", "grop"], "algorithm.preset: \"grop\" is not allowed; allowed: grpo | dr_grpo"),
-    (["--algorithm.preset", "dapo"], "are not implemented yet; allowed: false and null"),
+    (["--algorithm.preset", "dapo", "--algorithm.overlong_penalty", "5"],
+     "overlong_penalty is 5.0; allowed: above 0, up to max_new_tokens 4"),
+    (["--critic.precision", "fp8"], "critic.precision: precision 'fp8' is unknown; allowed: fp16, bf16, fp32"),
+    (["--algorithm.preset", "ppo", "--critic.path", "absent"], "critic: model folder absent does not exist"),
     (["--task.name", "maths"], "task.name is 'maths'; allowed: arithmetic, math"),
     (["--task.template", "{question}"], "template names the field 'question'; known: kind, problem, q"),
     (["--task.reward_file", "absent.py"], "task.reward_file: absent.py is no file"),
@@ -168,8 +171,9 @@ def test_an_absent_model_folder_is_refused(refused, folder):
         *NO_SHAPE, "--model.path", "absent", "--model.tokenizer", str(folder))
 
 
-def test_a_folder_and_a_shape_are_refused(refused, folder):
-    assert "given beside path" in refused("--model.path", str(folder))
+def test_a_shape_that_is_not_the_folders_is_refused(refused, folder):
+    message = refused("--model.path", str(folder))
+    assert f"model: hidden_size is 32 and path {folder} has 8; allowed: the folder's, or null" in message
 
 
 # -- the machine -------------------------------------------------------------------------------------------------

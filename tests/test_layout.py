@@ -52,6 +52,7 @@ training/run
 training/learner
 training/supervised
 training/pairs
+training/filter
 training/loop
 training/commands
 lab/*

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from pathlib import Path
 
+import numpy as np
+
 from jaxrl_fp16.logs import read_metrics
 
 INK, ACCENT, SECOND, FAINT, GRID = "#1f2933", "#c2410c", "#1d4ed8", "#9aa5b1", "#d9dee4"
@@ -121,4 +123,37 @@ def _entropy(axes, steps):
     axes.set_ylim(bottom=0)
 
 
-__all__ = ["summary", "draw_run"]
+# -- a filtered task -----------------------------------------------------------------------------
+
+BINS = 20
+
+
+def histogram(accuracies):
+    """Rows (range, problems) of a table: none solved, ten ranges between, all solved."""
+    edges = np.linspace(0, 1, 11)
+    inner = accuracies[(accuracies > 0) & (accuracies < 1)]
+    counts, _ = np.histogram(inner, edges)
+    rows = [(f"{low:.1f} to {high:.1f}", int(count)) for low, high, count in zip(edges, edges[1:], counts)]
+    return [("0", int((accuracies == 0).sum())), *rows, ("1", int((accuracies == 1).sum()))]
+
+
+def draw_accuracies(folder, accuracies, low, high):
+    """Writes `histogram.png` into the folder of a filter run and gives its path."""
+    import matplotlib.figure
+
+    figure = matplotlib.figure.Figure(figsize=(7, 3.6), layout="constrained", facecolor="white")
+    axes = figure.subplots()
+    axes.set_title(f"accuracy on {len(accuracies):,} problems", loc="left", fontsize=11, color=INK, weight="bold")
+    axes.axvspan(low, high, color=GRID, alpha=0.6, linewidth=0, label=f"kept: {low:g} to {high:g}")
+    axes.hist(accuracies, np.linspace(0, 1, BINS + 1), color=ACCENT, rwidth=0.9)
+    axes.set_xlabel("share of the samples that were right")
+    axes.set_ylabel("problems")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False, fontsize=8)
+    path = Path(folder) / "histogram.png"
+    figure.savefig(path, dpi=120)
+    return path
+
+
+__all__ = ["summary", "draw_run", "histogram", "draw_accuracies"]

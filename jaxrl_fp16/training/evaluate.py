@@ -31,10 +31,10 @@ class Evaluator:
 
 def make_evaluators(config, model, setup, task):
     """An Evaluator for each of `config.evaluation.sets`. Raises ValueError for a set at fault."""
-    return [_make_evaluator(config, section, model, setup, task) for section in config.evaluation.sets]
+    return [_evaluator_of(config, section, model, setup, task) for section in config.evaluation.sets]
 
 
-def _make_evaluator(config, section, model, setup, task):
+def _evaluator_of(config, section, model, setup, task):
     if section.path is not None:
         fields = (config.task.problem_field, config.task.answer_field)
         task = dataclasses.replace(task, heldout=load_examples(section.path, *fields))
@@ -54,14 +54,18 @@ def _make_evaluator(config, section, model, setup, task):
         config.sampling, temperature=section.temperature, top_p=section.top_p, top_k=0, group_size=section.samples,
         max_new_tokens=config.evaluation.max_new_tokens or config.sampling.max_new_tokens, max_rows=0,
     )
+    return make_evaluator(config, section.name, task, sampling, model, setup)
+
+
+def make_evaluator(config, name, task, sampling, model, setup):
+    """An Evaluator of `task.heldout` under a SamplingConfig, `evaluation.rows` responses at once."""
     sample = make_sampler(
         model, setup.rollout_precision.policy, sampling, eos_id=setup.eos_ids, pad_id=setup.pad_id,
         tokenizer=setup.tokenizer,
     )
-    parts = row_shards(setup.mesh)
-    at_once = max(1, config.evaluation.rows // section.samples)
-    at_once = min(at_once, len(task.heldout))
-    return Evaluator(section.name, task, sample, math.ceil(at_once / parts) * parts, section.samples)
+    parts, samples = row_shards(setup.mesh), sampling.group_size
+    at_once = min(max(1, config.evaluation.rows // samples), len(task.heldout))
+    return Evaluator(name, task, sample, math.ceil(at_once / parts) * parts, samples)
 
 
 def evaluate(evaluator, params, setup, length, key):
@@ -71,13 +75,7 @@ def evaluate(evaluator, params, setup, length, key):
     Prompts longer than `length` tokens count as unsolved: a set's size does not hang on a limit.
     """
     rewards, lengths, finished = [], [], []
-    problems = evaluator.task.heldout
-    for number, start in enumerate(range(0, len(problems), evaluator.prompts_at_once)):
-        chunk = problems[start:start + evaluator.prompts_at_once]
-        prompts, kept = _prompts(evaluator, chunk, setup.tokenizer, length)
-        graded = sample_and_grade(
-            evaluator.sample, params, prompts, evaluator.task, setup, jax.random.fold_in(key, number)
-        )
+    for kept, graded in grade_chunks(evaluator, params, setup, length, key):
         count = len(kept)
         counted = kept[:, None] & graded.rewards.valid[:count]
         values = np.where(counted, graded.rewards.values[:count], 0.0)
@@ -85,6 +83,19 @@ def evaluate(evaluator, params, setup, length, key):
         lengths.append(graded.lengths[: values.size])
         finished.append(graded.finished[: values.size])
     return _metrics(evaluator.name, np.concatenate(rewards), np.concatenate(lengths), np.concatenate(finished))
+
+
+def grade_chunks(evaluator, params, setup, length, key, start=0):
+    """Yields `(kept bool [c], Graded)` for each chunk of a set's problems, in order: the first c groups are theirs.
+
+    kept: False where a prompt has more than `length` tokens. `start`, a multiple of
+    `prompts_at_once`, is the first problem: what a chunk gives hangs on its place alone.
+    """
+    for begin in range(start, len(evaluator.task.heldout), evaluator.prompts_at_once):
+        chunk = evaluator.task.heldout[begin:begin + evaluator.prompts_at_once]
+        prompts, kept = _prompts(evaluator, chunk, setup.tokenizer, length)
+        chunk_key = jax.random.fold_in(key, begin // evaluator.prompts_at_once)
+        yield kept, sample_and_grade(evaluator.sample, params, prompts, evaluator.task, setup, chunk_key)
 
 
 def _prompts(evaluator, chunk, tokenizer, length):
@@ -120,4 +131,4 @@ def pass_at_k(samples, right, k):
     return 1.0 - math.prod((samples - right - i) / (samples - i) for i in range(k))
 
 
-__all__ = ["Evaluator", "make_evaluators", "evaluate", "pass_at_k"]
+__all__ = ["Evaluator", "make_evaluators", "make_evaluator", "evaluate", "grade_chunks", "pass_at_k"]

@@ -142,8 +142,8 @@ def open_run(config, *, check=None, reference=False, critic=None, rewarded=False
             setup, model, reference=reference and config.training.reference == "device",
             critic=critic(config, model) if critic else None, reward_model=judge.model if judge else None,
         )
-        folder = _open_folder(config)
-        signals = stack.enter_context(_caught_signals())
+        folder = open_folder(config)
+        signals = stack.enter_context(caught_signals())
         run = Run(setup, config, task, model, evaluators, keys, folder, signals, None, stack)
         run.checkpoints = stack.enter_context(Checkpoints(
             folder / "checkpoints", config.checkpoint, resolved=to_yaml(config), say=lambda text: run.log.say(text)
@@ -170,7 +170,8 @@ def _check_memory(setup, model, **others):
     return needs
 
 
-def _open_folder(config):
+def open_folder(config):
+    """The run folder of `resume`, or a new one. Raises ConfigError."""
     if config.resume is None:
         return new_folder(config)
     check_resumed(config, config.resume)
@@ -197,7 +198,8 @@ def _introduce(run, needs, judge):
 
 
 @contextlib.contextmanager
-def _caught_signals():
+def caught_signals():
+    """Gives a `Signals` that SIGTERM and SIGINT set, and puts the handlers back."""
     signals = Signals()
     before = {number: signal.signal(number, signals) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
@@ -241,4 +243,4 @@ class SkipGuard:
         )
 
 
-__all__ = ["Guard", "Run", "SkipGuard", "announced", "naming_at_entry", "open_run"]
+__all__ = ["Guard", "Run", "SkipGuard", "announced", "caught_signals", "naming_at_entry", "open_folder", "open_run"]

@@ -23,8 +23,8 @@ from jaxrl_fp16.training.optimizer import OptimizerConfig
 
 # Of a resumed run these may differ from what it was started with: how long, how seen, on what.
 MAY_CHANGE = ("run.steps", "sft.steps", "dpo.steps", "run.dir", "run.compile_cache", "run.export", "logging",
-              "checkpoint", "evaluation", "mesh", "resume", "training.reference", "generate", "task.workers",
-              "task.deadline_seconds", "task.memory_mb")
+              "checkpoint", "evaluation", "mesh", "resume", "training.reference", "generate", "filter.low",
+              "filter.high", "filter.output", "task.workers", "task.deadline_seconds", "task.memory_mb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,6 +158,20 @@ class GenerateConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class FilterConfig:
+    """Which problems `filter` keeps; the defaults are the paper's (2510.26788)."""
+
+    samples: Annotated[int, Ge(1), Doc("responses to each problem")] = 40
+    low: Annotated[float, Ge(0), Le(1), Doc("smallest accuracy that is kept")] = 0.2
+    high: Annotated[float, Ge(0), Le(1), Doc("largest")] = 0.8
+    output: Annotated[str | None, Doc("JSONL file of the kept ones; null: filtered.jsonl in the run folder")] = None
+
+    def __post_init__(self):
+        if self.low > self.high:
+            raise ValueError(f"low is {self.low}; allowed: at most high, {self.high}")
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that a command reads."""
 
@@ -178,6 +192,7 @@ class Config:
     dpo: DPOConfig = DPOConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     generate: GenerateConfig = GenerateConfig()
+    filter: FilterConfig = FilterConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     mesh: MeshConfig = MeshConfig()
@@ -246,5 +261,6 @@ def check_mesh_rows(config, mesh):
 
 __all__ = [
     "MAY_CHANGE", "AlgorithmSection", "Config", "CriticConfig", "DPOConfig", "EvaluationConfig", "EvaluationSet",
-    "GenerateConfig", "ModelConfig", "RunConfig", "SFTConfig", "TrainingConfig", "check_mesh_rows", "resolve_algorithm",
+    "FilterConfig", "GenerateConfig", "ModelConfig", "RunConfig", "SFTConfig", "TrainingConfig", "check_mesh_rows",
+    "resolve_algorithm",
 ]

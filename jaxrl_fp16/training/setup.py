@@ -21,7 +21,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxrl_fp16.config import ConfigError, diff, load_config, to_yaml
-from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, load_pretrained
+from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, load_pretrained, read_config
 from jaxrl_fp16.models.config_json import read_json
 from jaxrl_fp16.parallel import initialize_distributed, make_mesh
 from jaxrl_fp16.precision import Precision, get_precision, resolve_precision
@@ -137,9 +137,7 @@ def load_model(setup, key):
     options = dict(attention=section.attention, remat=section.remat)
     try:
         if section.path is not None:
-            given = _shape_fields(section)
-            if given:
-                raise ValueError(f"{', '.join(given)} given beside path {section.path}; allowed: one of the two")
+            _check_shape(section)
             model, params = load_pretrained(section.path, mesh=setup.mesh, compute_dtype=compute.name, **options)
         else:
             model = Decoder(_decoder_config(section, setup.tokenizer), **options)
@@ -148,6 +146,16 @@ def load_model(setup, key):
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model: {error}") from error
     return model, params
+
+
+def _check_shape(section):
+    """Refuses a shape beside a path that the folder does not have."""
+    there = read_config(section.path)
+    for name, value in _shape_fields(section).items():
+        if value != getattr(there, name):
+            raise ValueError(
+                f"{name} is {value!r} and path {section.path} has {getattr(there, name)!r}; allowed: the folder's, or null"
+            )
 
 
 def _shape_fields(section):

@@ -154,7 +154,8 @@ def _check_shape(section):
     for name, value in _shape_fields(section).items():
         if value != getattr(there, name):
             raise ValueError(
-                f"{name} is {value!r} and path {section.path} has {getattr(there, name)!r}; allowed: the folder's, or null"
+                f"{name} is {value!r} and path {section.path} has {getattr(there, name)!r}; "
+                "allowed: the folder's, or null"
             )
 
 

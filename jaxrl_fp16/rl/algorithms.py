@@ -56,7 +56,7 @@ class AlgorithmConfig:
     gae_lambda: Annotated[Share, Doc("gae: 1 is Monte Carlo, 0 is one-step")] = 1.0
     dynamic_sampling: Annotated[bool, Doc("replace groups of equal reward by fresh ones")] = False
     overlong_penalty: Annotated[
-        Positive | None, Doc("zone of the length penalty: tokens, or below 1 a share of max_new_tokens")
+        NotNegative | None, Doc("zone of the length penalty: tokens, or below 1 a share of max_new_tokens; 0: off")
     ] = None
 
     def __post_init__(self):

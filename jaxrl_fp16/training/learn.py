@@ -83,7 +83,7 @@ def make_programs(config, algorithm, model, critic, setup, learner):
 
 def _advantages(algorithm, group_size, limit, rewards, lengths, valid, mask, old, reference, values):
     """`(advantages [B] or [B,T], returns [B,T] or None)` of rewards [B] and response lengths [B]."""
-    if algorithm.overlong_penalty is not None:
+    if algorithm.overlong_penalty:
         rewards = rewards + overlong_penalty(lengths, limit, algorithm.overlong_penalty)
     penalised = reference is not None and algorithm.kl_in == "reward"
     if not needs_critic(algorithm):

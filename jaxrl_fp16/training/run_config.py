@@ -200,7 +200,7 @@ class Config:
     def __post_init__(self):
         algorithm = resolve_algorithm(self)
         check_algorithm(algorithm, self.sampling.group_size, self.training.old_logprobs)
-        if algorithm.overlong_penalty is not None:
+        if algorithm.overlong_penalty:
             overlong_zone(algorithm.overlong_penalty, self.sampling.max_new_tokens)
         self._check_reward()
         self._check_rows()

@@ -76,7 +76,7 @@ def test_overrides_make_a_frozen_hashable_config():
         ({"importance": "icepop", "cap": 5.0}, "floor is None"),
         ({"importance": "icepop", "cap": 5.0, "floor": 6.0}, "floor is 6.0.*cap 5.0"),
         ({"importance": "icepop", "cap": 5.0, "floor": 0.5, "level": "sequence"}, "level is 'sequence'"),
-        ({"overlong_penalty": 0}, "overlong_penalty is 0"),
+        ({"overlong_penalty": -1.0}, "overlong_penalty is -1"),
         ({"clip": 0.2}, "'clip' is unknown; allowed: advantage, loss"),
         ({"preset": "dapo"}, "'preset' is unknown"),
     ],

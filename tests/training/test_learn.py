@@ -27,6 +27,8 @@ def test_the_overlong_penalty_is_part_of_the_reward():
     found, returns = of(get_algorithm("dr_grpo", overlong_penalty=4.0))
     np.testing.assert_allclose(found, group_advantages(PENALISED, 2, "group_mean"), rtol=1e-6)
     assert returns is None and not np.allclose(found, of(get_algorithm("dr_grpo"))[0])
+    off, _ = of(get_algorithm("dr_grpo", overlong_penalty=0.0))
+    np.testing.assert_array_equal(off, of(get_algorithm("dr_grpo"))[0])
     share, _ = of(get_algorithm("dr_grpo", overlong_penalty=0.4))
     np.testing.assert_allclose(share, found, rtol=1e-5)
 

@@ -36,7 +36,7 @@ from jaxrl_fp16.training.sft import make_sft_update
 from jaxrl_fp16.training.state import create_train_state, shardings_of
 from jaxrl_fp16.training.supervised import next_pairs
 
-ERRORS = (-10, -2, -1, 1, 2, 10)   # of a wrong total: miscounted, or a ten forgotten
+ERRORS = (*range(-10, 0), *range(1, 11))   # of a wrong total; with fewer the policy finds those that are missing
 EDITS = "0123456789,"
 
 
@@ -44,11 +44,13 @@ EDITS = "0123456789,"
 
 
 def wrong_total(draw, right):
-    """One total is wrong, and its error goes on to the end or stays alone."""
+    """One or two totals are wrong, and an error goes on to the end or stays alone."""
     steps = [int(step) for step in right.split(",")]
-    first, error = draw.randrange(len(steps)), draw.choice(ERRORS)
-    last = draw.choice([first + 1, len(steps)])
-    return ",".join(str(abs(step + error) if first <= i < last else step) for i, step in enumerate(steps))
+    for _ in range(draw.randint(1, 2)):
+        first, error = draw.randrange(len(steps)), draw.choice(ERRORS)
+        last = draw.choice([first + 1, len(steps)])
+        steps = [abs(step + error) if first <= i < last else step for i, step in enumerate(steps)]
+    return ",".join(map(str, steps))
 
 
 def wrong_characters(draw, right):
@@ -169,8 +171,8 @@ def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", help="the run that it is for, such as configs/rlhf_tiny.yaml")
     parser.add_argument("--layers", type=int, default=4, metavar="N", help="of the reward model")
-    parser.add_argument("--body-steps", type=int, default=500, metavar="N", help="on right answers alone; 0: none")
-    parser.add_argument("--steps", type=int, default=800, metavar="N", help="on pairs")
+    parser.add_argument("--body-steps", type=int, default=400, metavar="N", help="on right answers alone; 0: none")
+    parser.add_argument("--steps", type=int, default=600, metavar="N", help="on pairs")
     parser.add_argument("--train", action="store_true", help="start the run afterwards")
     options, overrides = parser.parse_known_args(arguments)
     try:

@@ -1,20 +1,21 @@
 #!/usr/bin/env python3
-"""Trains a small reward model on generated arithmetic: worked answers that are right against others that are wrong.
+"""RLHF's first two steps (2203.02155): a supervised policy, and a reward model of its right and wrong responses.
 
-It takes the run's config: the shape of the model, the problems, the precision, and the template, length and path of
-`task.reward_model`. First the body learns to write right answers, then body and head to tell them from wrong ones.
-Its accuracy on held-out pairs is printed.
+It takes the config of the third step, the RL run. Section `sft` makes the policy. That answers many training
+problems several times, and what the task says of the answers makes pairs, as a person's choice would. The reward
+model starts as the policy's body, learns from the pairs, and is written to `task.reward_model.path`. Its accuracy
+on pairs from held-out problems is printed.
 
     python launch/make_reward_model.py configs/rlhf_tiny.yaml --train
 
-With `--train` the run that it is for starts afterwards. Other `--key VALUE` pairs override the config, for both.
+With `--train` the run starts from the same policy afterwards. Other `--key VALUE` pairs override the config.
 """
 
 from __future__ import annotations
 
 import argparse
-import collections
 import dataclasses
+from pathlib import Path
 import random
 import sys
 
@@ -27,65 +28,59 @@ from jaxrl_fp16.models import Critic, critic_params, param_shardings, save_rewar
 from jaxrl_fp16.parallel import shard_batch
 from jaxrl_fp16.tasks import open_task, render
 from jaxrl_fp16.tasks.reward_text import make_writer
+from jaxrl_fp16.training.evaluate import grade_chunks, make_evaluator
+from jaxrl_fp16.training.loop import warm_start
 from jaxrl_fp16.training.optimizer import OptimizerConfig, make_optimizer
 from jaxrl_fp16.training.reward_model import encode_texts, score_rows
 from jaxrl_fp16.training.reward_update import RewardPairs, make_reward_update
+from jaxrl_fp16.training.run import Guard, open_run
 from jaxrl_fp16.training.run_config import Config
 from jaxrl_fp16.training.setup import load_model, set_up
-from jaxrl_fp16.training.sft import make_sft_update
 from jaxrl_fp16.training.state import create_train_state, shardings_of
-from jaxrl_fp16.training.supervised import next_pairs
+from jaxrl_fp16.training.supervised import check_pairs
 
-ERRORS = (*range(-10, 0), *range(1, 11))   # of a wrong total; with fewer the policy finds those that are missing
-EDITS = "0123456789,"
+
+def make_policy(config, name):
+    """The folder of a policy as `train` would warm-start it; None after a signal."""
+    run = dataclasses.replace(config.run, name=f"{config.run.name or name}_policy")
+    with open_run(dataclasses.replace(config, run=run), check=check_pairs) as (run, params):
+        params, _ = warm_start(run, params)
+        if run.stops():
+            return None
+        run.export(params)
+        return run.folder / "model"
 
 
 # -- pairs -----------------------------------------------------------------------------------------
 
 
-def wrong_total(draw, right):
-    """One or two totals are wrong, and an error goes on to the end or stays alone."""
-    steps = [int(step) for step in right.split(",")]
-    for _ in range(draw.randint(1, 2)):
-        first, error = draw.randrange(len(steps)), draw.choice(ERRORS)
-        last = draw.choice([first + 1, len(steps)])
-        steps = [abs(step + error) if first <= i < last else step for i, step in enumerate(steps)]
-    return ",".join(map(str, steps))
+def sample_pairs(setup, task, policy, examples, samples, key):
+    """`(texts preferred, texts not)`: what the policy answered to `examples`, right against wrong."""
+    config, sampling = setup.config, dataclasses.replace(setup.config.sampling, group_size=samples)
+    write, draw = make_writer(config.task.reward_model.template, setup.tokenizer), random.Random(config.run.seed)
+    asked = dataclasses.replace(task, heldout=examples)
+    chunks = grade_chunks(
+        make_evaluator(config, "pairs", asked, sampling, policy[0], setup), policy[1], setup,
+        config.training.max_prompt_tokens, key,
+    )
+    groups = [group for kept, graded in chunks
+              for group in zip(kept, graded.responses, graded.rewards.values)]   # but those that fill the last chunk
+    pairs = []
+    for example, (kept, responses, rewards) in zip(examples, groups, strict=True):
+        prompt = render(task.template, example, setup.tokenizer)
+        for pair in pairs_of(responses, rewards, example.solution, draw) if kept else ():
+            pairs.append([write(prompt, response, example) for response in pair])
+    if not pairs:
+        raise ConfigError("the policy's answers are all right; allowed: fewer sft.steps, more --problems or --samples")
+    draw.shuffle(pairs)
+    return [list(side) for side in zip(*pairs)]
 
 
-def wrong_characters(draw, right):
-    """Up to two characters are lost, added or changed."""
-    text = list(right)
-    for _ in range(draw.randint(1, 2)):
-        at, new = draw.randrange(len(text) + 1), draw.choice(EDITS)
-        text[at:at + draw.randint(0, 1)] = draw.choice([[], [new]])
-    return "".join(text)
-
-
-def cut_short(draw, right):
-    """The end is missing."""
-    return right[: draw.randrange(len(right))]
-
-
-SHARES = {wrong_total: 6, wrong_characters: 2, cut_short: 1}   # the first is the hardest to see
-
-
-def wrong_answer(draw, example):
-    """`(kind, text)` of an answer other than the example's solution."""
-    while True:
-        (kind,) = draw.choices([*SHARES], SHARES.values())
-        text = kind(draw, example.solution)
-        if text != example.solution:
-            return kind.__name__, text
-
-
-def make_pairs(examples, seed, write, prompts, tokenizer, pad):
-    """`(kinds, ids of the right texts, ids of the wrong ones)`, one of each an example."""
-    draw = random.Random(seed)
-    kinds, wrong = zip(*(wrong_answer(draw, example) for example in examples))
-    texts = [[write(*row) for row in zip(prompts, answers, examples)]
-             for answers in ([example.solution for example in examples], wrong)]
-    return kinds, *(encode_texts(tokenizer, side, pad) for side in texts)
+def pairs_of(responses, rewards, solution, draw):
+    """Each different wrong response of a group, with a right one, or the solution where none is right."""
+    right = [response for response, reward in zip(responses, rewards) if reward > 0.5] or [solution]
+    wrong = {response for response, reward in zip(responses, rewards) if reward <= 0.5}
+    return [(draw.choice(right), response) for response in sorted(wrong)]
 
 
 def padded(ids, columns):
@@ -96,99 +91,90 @@ def padded(ids, columns):
     return tokens, mask
 
 
-# -- training --------------------------------------------------------------------------------------
+# -- the reward model ------------------------------------------------------------------------------
 
 
-class Trainer:
-    """One model's state, its update, and a line now and then."""
-
-    def __init__(self, setup, model, params, learning_rate, steps, make):
-        section = OptimizerConfig(learning_rate, "linear", warmup_steps=min(20, steps - 1), decay_steps=steps)
-        optimizer, key = make_optimizer(section), jax.random.key(0)
-        self.state = create_train_state(
-            params, optimizer, setup.precision.loss_scale, key, param_shardings(model, setup.mesh)
-        )
-        self.update = make(
-            model, setup.precision.policy, optimizer, microbatch_size=setup.config.sft.microbatch_size,
-            state_shardings=shardings_of(self.state),
-        )
-        self.mesh, self.steps = setup.mesh, steps
-
-    def run(self, what, batches):
-        """The parameters after a step on each batch."""
-        for step, batch in enumerate(batches, 1):
-            self.state, metrics = self.update(self.state, shard_batch(batch, self.mesh))
-            if step % max(1, self.steps // 5) == 0:
-                shown = {name: float(metrics[name]) for name in ("loss", "accuracy") if name in metrics}
-                print(f"{what} {step}/{self.steps}  " + "  ".join(f"{k} {v:.3f}" for k, v in shown.items()), flush=True)
-        return self.state.params
+def reward_model_of(decoder, params):
+    """`(model, parameters)`: the policy's body, with a head that scores 0."""
+    tied = dataclasses.replace(decoder.config, tie_embeddings=True)   # a classifier stores no other head
+    body = {name: leaf for name, leaf in params.items() if name != "head"}
+    return Critic(decoder.clone(config=tied), bias=False), critic_params(body, bias=False)
 
 
-def train(setup, task, body_steps, steps):
-    """`(model, parameters, share of held-out pairs in order by kind of error)`."""
-    config, tokenizer = setup.config, setup.tokenizer
-    section, size, pad = config.task.reward_model, config.sft.batch_size, tokenizer.pad_token_id
-    write = make_writer(section.template, tokenizer)
+def learn(setup, model, params, sides, steps, learning_rate):
+    """The parameters after `steps` batches of the pairs `sides`, ids of preferred and of other texts."""
+    config, size = setup.config, setup.config.sft.batch_size
+    section = OptimizerConfig(learning_rate, "linear", warmup_steps=min(20, steps - 1), decay_steps=steps)
+    optimizer = make_optimizer(section)
+    state = create_train_state(
+        params, optimizer, setup.precision.loss_scale, jax.random.key(0), param_shardings(model, setup.mesh)
+    )
+    update = make_reward_update(
+        model, setup.precision.policy, optimizer, microbatch_size=config.sft.microbatch_size,
+        state_shardings=shardings_of(state),
+    )
+    for step in range(steps):
+        places = [place % len(sides[0]) for place in range(step * size, (step + 1) * size)]
+        texts = [padded([side[place] for place in places], config.task.reward_model.max_length) for side in sides]
+        state, metrics = update(state, shard_batch(RewardPairs(*texts[0], *texts[1]), setup.mesh))
+        if (step + 1) % max(1, steps // 5) == 0:
+            loss, accuracy = float(metrics["loss"]), float(metrics["accuracy"])
+            print(f"reward model {step + 1}/{steps}  loss {loss:.3f}  accuracy {accuracy:.3f}", flush=True)
+    return state.params
 
-    def pairs_of(examples, seed):
-        prompts = [render(task.template, example, tokenizer) for example in examples]
-        return make_pairs(examples, seed, write, prompts, tokenizer, pad)
 
-    def solutions():
-        position = 0
-        for _ in range(body_steps):
-            batch, _, position = next_pairs(task, tokenizer, position, size, config.sft.max_length, config.run.seed)
-            yield batch
-
-    def pairs():
-        for step in range(steps):
-            places = [index % len(task.train) for index in range(step * size, (step + 1) * size)]
-            _, right, wrong = pairs_of([task.train[place] for place in places], step)
-            yield RewardPairs(*padded(right, section.max_length), *padded(wrong, section.max_length))
-
-    decoder, params = load_model(setup, jax.random.key(config.run.seed))
-    if body_steps:
-        params = Trainer(setup, decoder, params, 1.5e-3, body_steps, make_sft_update).run("answers", solutions())
-    tied = dataclasses.replace(decoder.config, tie_embeddings=True)   # a classifier stores no head
-    model = Critic(decoder.clone(config=tied), bias=False)
-    params = critic_params({name: leaf for name, leaf in params.items() if name != "head"}, bias=False)
-    params = Trainer(setup, model, params, 1e-3, steps, make_reward_update).run("pairs", pairs())
-
-    kinds, *sides = pairs_of(task.heldout, "held out")
-    right, wrong = (
+def accuracy_of(setup, model, params, sides):
+    """The share of pairs in order, a tie being half in order."""
+    section = setup.config.task.reward_model
+    preferred, other = (
         score_rows(model, params, side, policy=setup.precision.policy, columns=section.max_length, rows=section.rows,
                    mesh=setup.mesh)
         for side in sides
     )
-    found = collections.defaultdict(list)
-    for kind, order in zip(kinds, 0.5 * (1 + np.sign(right - wrong))):
-        found[kind].append(order)
-        found["all"].append(order)
-    return model, params, {kind: (float(np.mean(orders)), len(orders)) for kind, orders in sorted(found.items())}
+    return float(np.mean(0.5 * (1 + np.sign(preferred - other))))
+
+
+def make_reward_model(setup, options):
+    """Samples pairs, trains on them, and writes the folder; prints the accuracy on held-out ones."""
+    section, keys = setup.config.task.reward_model, jax.random.split(jax.random.key(setup.config.run.seed), 2)
+    policy = load_model(setup, keys[0])
+    with open_task(setup.config.task) as task:
+        examples = task.train[: options.problems], task.heldout
+        pairs, held_out = (
+            [encode_texts(setup.tokenizer, side, setup.pad_id) for side in
+             sample_pairs(setup, task, policy, each, options.samples, key)]
+            for each, key in zip(examples, keys)
+        )
+    print(f"{len(pairs[0])} pairs of {options.problems} problems", flush=True)
+    model, params = reward_model_of(*policy)
+    params = learn(setup, model, params, pairs, options.steps, options.learning_rate)
+    accuracy, count = accuracy_of(setup, model, params, held_out), len(held_out[0])
+    save_reward_model(section.path, model, params, tokenizer=setup.tokenizer, overwrite=True)
+    print(f"{section.path}: {accuracy:.3f} of {count} held-out pairs in order", flush=True)
 
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("config", help="the run that it is for, such as configs/rlhf_tiny.yaml")
-    parser.add_argument("--layers", type=int, default=4, metavar="N", help="of the reward model")
-    parser.add_argument("--body-steps", type=int, default=400, metavar="N", help="on right answers alone; 0: none")
-    parser.add_argument("--steps", type=int, default=600, metavar="N", help="on pairs")
+    parser.add_argument("--policy", metavar="FOLDER", help="of the supervised policy; by default it is made first")
+    parser.add_argument("--problems", type=int, default=4096, metavar="N", help="that are answered")
+    parser.add_argument("--samples", type=int, default=8, metavar="N", help="answers to each")
+    parser.add_argument("--steps", type=int, default=400, metavar="N", help="on pairs")
+    parser.add_argument("--learning-rate", type=float, default=1e-3, metavar="X")
     parser.add_argument("--train", action="store_true", help="start the run afterwards")
     options, overrides = parser.parse_known_args(arguments)
     try:
         config = load_config(Config, options.config, parse_overrides(overrides))
-        if config.task.name != "arithmetic" or config.task.reward_model.path is None or options.steps < 1:
-            raise ConfigError("task arithmetic, a task.reward_model.path and --steps of 1 or more are needed")
-        # To see an error takes layers beyond those that would have made none.
-        setup = set_up(dataclasses.replace(config, model=dataclasses.replace(config.model, num_layers=options.layers)))
-        with open_task(config.task) as task:
-            model, params, accuracy = train(setup, task, options.body_steps, options.steps)
-        folder = config.task.reward_model.path
-        save_reward_model(folder, model, params, tokenizer=setup.tokenizer, overwrite=True)
-    except ValueError as error:
+        if config.task.reward_model.path is None or options.steps < 1:
+            raise ConfigError("a task.reward_model.path and --steps of 1 or more are needed")
+        folder = options.policy or make_policy(config, Path(options.config).stem)
+        if folder is None:
+            return 1
+        overrides += ["--model.path", str(folder), "--sft.steps", "0"]
+        make_reward_model(set_up(load_config(Config, options.config, parse_overrides(overrides))), options)
+    except (ValueError, Guard) as error:
         print(f"make_reward_model: {error}", file=sys.stderr)
         return 2
-    print(f"{folder}: held-out pairs in order: " + ", ".join(f"{k} {v:.3f} of {n}" for k, (v, n) in accuracy.items()))
     return cli.main(["train", options.config, *overrides]) if options.train else 0
 
 

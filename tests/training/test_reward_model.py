@@ -241,30 +241,43 @@ def test_a_run_whose_texts_are_too_long_stops(start):
 # -- making one -------------------------------------------------------------------------------------------
 
 
-def test_the_script_makes_one_that_a_run_takes(tiny, compile_cache, tmp_path, capsys):
+@pytest.fixture(scope="module")
+def script():
     from importlib.util import module_from_spec, spec_from_file_location
 
-    path = Path(__file__).parents[2] / "launch" / "make_reward_model.py"
-    spec = spec_from_file_location("make_reward_model", path)
+    spec = spec_from_file_location("make_reward_model", Path(__file__).parents[2] / "launch" / "make_reward_model.py")
     script = module_from_spec(spec)
     spec.loader.exec_module(script)
-    shared = [str(tiny), "--layers", "1", "--body-steps", "2", "--steps", "2", "--run.compile_cache", compile_cache]
-    out = tmp_path / "made"
+    return script
+
+
+def test_the_script_makes_a_policy_and_a_reward_model_that_a_run_takes(script, tiny, compile_cache, tmp_path, capsys):
+    out, runs = tmp_path / "made", tmp_path / "runs"
+    shared = [str(tiny), "--problems", "6", "--samples", "4", "--steps", "2", "--run.compile_cache", compile_cache,
+              "--run.dir", str(runs), "--run.name", "made", "--sft.steps", "2"]
     code = script.main([*shared, "--train", "--task.reward_model.path", str(out), "--task.reward_model.max_length",
-                        "16", "--run.dir", str(tmp_path / "runs"), "--run.steps", "1"])
-    output = capsys.readouterr()
-    assert code == 0 and f"{out}: held-out pairs in order: all " in output.out and " of 6" in output.out
-    assert (tmp_path / "runs").is_dir() and load_reward_model(out)[0].body.config.hidden_size == 32
+                        "16", "--run.steps", "1", "--run.export", "false"])
+    assert code == 0 and f"{out}: 0." in (said := capsys.readouterr().out) and "held-out pairs in order" in said
+    assert load_reward_model(out)[0].body.config.hidden_size == 32
+    policy, run = next(runs.glob("made_policy-*")), next(runs.glob("made-*"))
+    resolved = (run / "config.yaml").read_text()
+    assert f"path: {policy / 'model'}" in resolved and "steps: 0" in resolved
     assert script.main(shared) == 2
     assert "a task.reward_model.path" in capsys.readouterr().err
 
 
-def test_generated_wrong_answers_are_wrong():
+def test_each_different_wrong_response_is_paired_with_a_right_one(script):
     import random
-    import runpy
 
-    path = Path(__file__).parents[2] / "launch" / "make_reward_model.py"
-    wrong_answer, draw = runpy.run_path(str(path))["wrong_answer"], random.Random(0)
-    found = [wrong_answer(draw, Example("3+9-4+7=", "15", {}, "12,8,15")) for _ in range(300)]
-    assert all(text != "12,8,15" for _, text in found) and len({text for _, text in found}) > 60
-    assert {kind for kind, _ in found} == {"wrong_total", "wrong_characters", "cut_short"}
+    pairs = script.pairs_of(["8,5", "8,4", "5", "8,4", "x"], [1, 0, 1, 0, 0], "8,5", random.Random(0))
+    assert [wrong for _, wrong in pairs] == ["8,4", "x"] and {right for right, _ in pairs} <= {"8,5", "5"}
+    assert script.pairs_of(["1"], [0], "8,5", random.Random(0)) == [("8,5", "1")]
+    assert script.pairs_of(["8,5"], [1], "8,5", random.Random(0)) == []
+
+
+def test_the_reward_model_starts_as_the_policy_and_scores_0(script):
+    params = init_params(DECODER, jax.random.key(0))
+    model, start = script.reward_model_of(DECODER, params)
+    assert model.body.config == DECODER.config
+    jax.tree.map(np.testing.assert_array_equal, start["body"], params)
+    assert not np.asarray(start["value"]["kernel"]).any()

@@ -167,9 +167,10 @@ def run_export(config):
     critic = critic_model if needs_critic(algorithm) else None
     with open_run(config, reference=needs_reference(algorithm), critic=critic) as (run, params):
         template = make_learner(run, algorithm, params)
-        if template.reference is None and run.checkpoints.holds("reference"):  # of `dpo`
-            template = template.replace(reference=template.policy.params)
-        learner, _, _ = run.checkpoints.restore(template)
+        # What was saved hangs on the command too: `sft` keeps the policy alone, and `dpo` always a reference.
+        reference = template.policy.params if run.checkpoints.holds("reference") else None
+        critic = template.critic if run.checkpoints.holds("critic") else None
+        learner, _, _ = run.checkpoints.restore(template.replace(reference=reference, critic=critic))
         run.export(learner.policy.params)
     return 0
 

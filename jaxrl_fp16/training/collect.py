@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 import dataclasses
 from functools import lru_cache
+from itertools import islice
 
 import numpy as np
 
@@ -39,9 +40,23 @@ def data_order(seed, size, places):
     return [int(_permutation(seed, place // size, size)[place % size]) for place in places]
 
 
-def holds_epoch(start, end, size):
-    """Whether the places from `start` up to `end` hold a whole epoch, and with it every row."""
-    return end // size > -(-start // size)
+def fitting_rows(task, position, chunk, seed, encode, nothing):
+    """Endless `(place, row)` from `position` on: the examples of `task.train` that fit, in the order of `data_order`.
+
+    encode: `examples -> one row each, or None for one that is passed over`, called for
+    `chunk` of them at a time. Raises ValueError(nothing) when a whole epoch holds none.
+    """
+    size, start, found = len(task.train), position, False
+    # From one multiple of the size up to another lies an epoch, and with it every example.
+    while found or position // size <= -(-start // size):
+        places = range(position, position + chunk)
+        examples = [task.train[index] for index in data_order(seed, size, places)]
+        for place, row in zip(places, encode(examples), strict=True):
+            if row is not None:
+                found = True
+                yield place, row
+        position = places.stop
+    raise ValueError(nothing)
 
 
 def next_prompts(task, tokenizer, position, count, length, seed):
@@ -50,23 +65,17 @@ def next_prompts(task, tokenizer, position, count, length, seed):
     A prompt longer than `length` tokens is set aside, never cut. Raises ValueError
     when a whole epoch holds none that fits.
     """
-    size = len(task.train)
-    start, chosen = position, []
-    while len(chosen) < count:
-        if not chosen and holds_epoch(start, position, size):
-            raise ValueError(
-                f"none of the {size} prompts fits into training.max_prompt_tokens = {length}; allowed: a larger limit"
-            )
-        places = range(position, position + count - len(chosen))
-        examples = [task.train[index] for index in data_order(seed, size, places)]
+    def encode(examples):
         texts = [render(task.template, example, tokenizer) for example in examples]
-        prompts = encode_prompts(tokenizer, texts, length)
-        rows = zip(examples, texts, prompts.tokens, prompts.mask)
-        chosen += [row for row, kept in zip(rows, prompts.kept) if kept]
-        position = places.stop
-    examples, texts, tokens, mask = zip(*chosen)
-    passed = position - start - count
-    return PromptBatch(list(examples), list(texts), np.stack(tokens), np.stack(mask), position, passed)
+        tokens, mask, kept = encode_prompts(tokenizer, texts, length)
+        return [row if keep else None for row, keep in zip(zip(examples, texts, tokens, mask), kept)]
+
+    nothing = (f"none of the {len(task.train)} prompts fits into training.max_prompt_tokens = {length}; "
+               "allowed: a larger limit")
+    places, rows = zip(*islice(fitting_rows(task, position, count, seed, encode, nothing), count))
+    examples, texts, tokens, mask = zip(*rows)
+    end = places[-1] + 1
+    return PromptBatch(list(examples), list(texts), np.stack(tokens), np.stack(mask), end, end - position - count)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +119,6 @@ def truncation_rule(rule, graded):
 
 
 __all__ = [
-    "PromptBatch", "data_order", "holds_epoch", "next_prompts", "Graded", "sample_and_grade", "in_groups",
+    "PromptBatch", "data_order", "fitting_rows", "next_prompts", "Graded", "sample_and_grade", "in_groups",
     "truncation_rule",
 ]

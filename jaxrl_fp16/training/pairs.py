@@ -6,6 +6,7 @@ N: held-out pairs.
 from __future__ import annotations
 
 from functools import partial
+from itertools import islice
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxrl_fp16.parallel import shard_batch
 from jaxrl_fp16.rl import pair_normalizer
 from jaxrl_fp16.tasks import render
 from jaxrl_fp16.tokenizer import encode_pairs
-from jaxrl_fp16.training.collect import data_order, holds_epoch
+from jaxrl_fp16.training.collect import fitting_rows
 from jaxrl_fp16.training.dpo import PreferencePairs, make_dpo_update, make_pair_scorer, pair_loss
 from jaxrl_fp16.training.learn import Learner
 from jaxrl_fp16.training.optimizer import make_optimizer
@@ -43,19 +44,16 @@ def next_preferences(task, tokenizer, position, count, length, seed):
     Problems without, and pairs of which a response makes more than `length` tokens,
     are passed over. Raises ValueError when a whole epoch holds none that fits.
     """
-    size, chosen, start = len(task.train), [], position
-    while len(chosen) < count:
-        if not chosen and holds_epoch(start, position, size):
-            raise ValueError(
-                f"none of the {size} problems has a chosen and a rejected response that fit into max_length = {length} "
-                "tokens; allowed: task arithmetic or preference, or a larger limit"
-            )
-        places = range(position, position + count - len(chosen))
-        examples = _preferences(task.train[index] for index in data_order(seed, size, places))
-        pairs, kept = encode_preferences(task, tokenizer, examples, length)
-        chosen += [jax.tree.map(lambda x, row=row: x[row], pairs) for row in np.flatnonzero(kept)]
-        position = places.stop
-    return jax.tree.map(lambda *rows: np.stack(rows), *chosen), position
+    def encode(examples):
+        pairs, kept = encode_preferences(task, tokenizer, _preferences(examples), length)
+        rows = (jax.tree.map(lambda x, at=at: x[at], pairs) if keep else None for at, keep in enumerate(kept))
+        return [None if example.rejected is None else next(rows) for example in examples]
+
+    places, chosen = zip(*islice(fitting_rows(task, position, count, seed, encode, (
+        f"none of the {len(task.train)} problems has a chosen and a rejected response that fit into max_length = "
+        f"{length} tokens; allowed: task arithmetic or preference, or a larger limit"
+    )), count))
+    return jax.tree.map(lambda *rows: np.stack(rows), *chosen), places[-1] + 1
 
 
 def _preferences(examples):

@@ -11,7 +11,7 @@ from jaxrl_fp16.packing import pack
 from jaxrl_fp16.parallel import shard_batch
 from jaxrl_fp16.tasks import render
 from jaxrl_fp16.tokenizer import encode_pairs
-from jaxrl_fp16.training.collect import data_order, holds_epoch
+from jaxrl_fp16.training.collect import fitting_rows
 from jaxrl_fp16.training.optimizer import make_optimizer
 from jaxrl_fp16.training.run import announced
 from jaxrl_fp16.training.setup import naming
@@ -27,42 +27,31 @@ def next_pairs(task, tokenizer, position, rows, length, seed, packing=False):
     pairs longer than `length` tokens, are passed over. Raises ValueError when a whole epoch
     holds none that fits.
     """
-    pairs = _pairs(task, tokenizer, position, rows, length, seed)
-    chosen = list(_up_to(rows * length, pairs) if packing else islice(pairs, rows))
-    places, *arrays = (np.stack(column) for column in zip(*chosen))
-    if not packing:
-        return Pairs(*arrays), rows, int(places[-1]) + 1
-    packed, count = pack(*arrays, rows)
-    return Pairs(*packed), count, int(places[count - 1]) + 1
+    def encode(examples):
+        prompts = [render(task.template, example, tokenizer) for example in examples]
+        *arrays, kept = encode_pairs(tokenizer, prompts, [example.solution for example in examples], length)
+        kept = [keep and bool(example.solution) for keep, example in zip(kept, examples)]
+        return [row if keep else None for row, keep in zip(zip(*arrays), kept)]
 
-
-def _pairs(task, tokenizer, position, chunk, length, seed):
-    """Endless `(place, tokens [T], mask [T], loss_mask [T])` from `position` on, encoded `chunk` places at a time."""
-    size, start, found = len(task.train), position, False
-    while found or not holds_epoch(start, position, size):
-        places = range(position, position + chunk)
-        examples = [(place, task.train[index]) for place, index in zip(places, data_order(seed, size, places))]
-        examples = [(place, example) for place, example in examples if example.solution]
-        prompts = [render(task.template, example, tokenizer) for _, example in examples]
-        *arrays, kept = encode_pairs(tokenizer, prompts, [example.solution for _, example in examples], length)
-        for (place, _), keep, *pair in zip(examples, kept, *arrays):
-            if keep:
-                found = True
-                yield place, *pair
-        position = places.stop
-    raise ValueError(
-        f"none of the {size} problems has a solution that fits into max_length = {length} tokens; "
+    pairs = fitting_rows(task, position, rows, seed, encode, (
+        f"none of the {len(task.train)} problems has a solution that fits into max_length = {length} tokens; "
         "allowed: data with task.solution_field, or a larger limit"
-    )
+    ))
+    places, chosen = zip(*(_up_to(rows * length, pairs) if packing else islice(pairs, rows)))
+    arrays = map(np.stack, zip(*chosen))
+    if not packing:
+        return Pairs(*arrays), rows, places[-1] + 1
+    packed, count = pack(*arrays, rows)
+    return Pairs(*packed), count, places[count - 1] + 1
 
 
 def _up_to(room, pairs):
     """The first of `pairs` that hold at most `room` tokens together."""
-    for place, tokens, mask, loss_mask in pairs:
+    for place, (tokens, mask, loss_mask) in pairs:
         room -= mask.sum()
         if room < 0:
             return
-        yield place, tokens, mask, loss_mask
+        yield place, (tokens, mask, loss_mask)
 
 
 def check_pairs(setup, task):

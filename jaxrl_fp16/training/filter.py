@@ -63,8 +63,10 @@ def run_filter(config):
             Console().say(f"stopped by {signal.Signals(signals.received).name} after {len(found)} of "
                           f"{len(task.train)} problems; go on with --resume {folder}")
             return Filtered(folder, 128 + signals.received, 0, len(found))
-        kept = _write_filtered(config, task.train, found, folder)
-    return Filtered(folder, 0, kept, len(found))
+        kept = [row for row in zip(task.train, found, strict=True) if _between(config.filter, row[1])]
+        if jax.process_index() == 0:
+            _write_filtered(config, kept, folder)
+    return Filtered(folder, 0, len(kept), len(found))
 
 
 def _measure(config, evaluator, setup, params, key, folder, signals):
@@ -116,20 +118,15 @@ def _read_accuracies(folder, at_once, total):
     return [json.loads(line)["accuracy"] for line in lines[:whole]]
 
 
-def _write_filtered(config, examples, found, folder):
-    """The kept problems as JSONL, as `task.path` reads them with the same field names; returns how many."""
+def _write_filtered(config, kept, folder):
+    """The kept problems as JSONL, as `task.path` reads them with the same field names."""
     names, path = config.task, Path(config.filter.output or folder / FILTERED)
-    kept = 0
-    if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path if jax.process_index() == 0 else "/dev/null", "w", encoding="utf-8") as file:
-        for example, accuracy in zip(examples, found, strict=True):
-            if _between(config.filter, accuracy):
-                row = {**example.fields, names.problem_field: example.problem, names.answer_field: example.answer}
-                row |= {names.solution_field or "solution": example.solution} if example.solution else {}
-                file.write(json.dumps({**row, "accuracy": accuracy}, ensure_ascii=False) + "\n")
-                kept += 1
-    return kept
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w", encoding="utf-8") as file:
+        for example, accuracy in kept:
+            row = {**example.fields, names.problem_field: example.problem, names.answer_field: example.answer}
+            row |= {names.solution_field or "solution": example.solution} if example.solution else {}
+            file.write(json.dumps({**row, "accuracy": accuracy}, ensure_ascii=False) + "\n")
 
 
 def read_accuracies(folder):

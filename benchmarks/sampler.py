@@ -9,7 +9,6 @@ returns the log-prob of each token.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 
@@ -22,7 +21,7 @@ import transformers
 
 import jaxrl_fp16 as rl
 from record import record
-from timing import add_ratios, alternate
+from timing import add_ratios, alternate, arguments
 from workload import MODEL, PAD, VOCAB, make_params, make_prompts
 
 NO_END = VOCAB  # an id that no model draws
@@ -60,12 +59,7 @@ def theirs(params, rows, tokens):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--torch-threads", type=int, default=torch.get_num_threads())
-    given = parser.parse_args()
+    given = arguments(__doc__, torch.get_num_threads())
     torch.set_num_threads(given.torch_threads)
     params = make_params()
     size = given.rows, given.tokens

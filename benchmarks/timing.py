@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import statistics
 import time
 
@@ -37,10 +38,20 @@ def _row(name, times, tokens):
     }
 
 
+def arguments(doc, threads):
+    """The flags of a speed benchmark against PyTorch, whose default is `threads`; `doc`'s first line is their help."""
+    parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
+    parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--tokens", type=int, default=128)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--torch-threads", type=int, default=threads)
+    return parser.parse_args()
+
+
 def add_ratios(rows, baseline):
     """Each row's speed as a multiple of the fastest whose name starts with `baseline`."""
     reference = max(row["tokens_per_cpu_second"] for row in rows if row["program"].startswith(baseline))
     return [{**row, "times_baseline": row["tokens_per_cpu_second"] / reference} for row in rows]
 
 
-__all__ = ["alternate", "add_ratios"]
+__all__ = ["alternate", "arguments", "add_ratios"]

@@ -9,7 +9,6 @@ without rematerialisation; of its microbatch sizes the fastest counts.
 
 from __future__ import annotations
 
-import argparse
 import os
 import tempfile
 
@@ -25,7 +24,7 @@ import transformers
 
 import jaxrl_fp16 as rl
 from record import record
-from timing import add_ratios, alternate
+from timing import add_ratios, alternate, arguments
 from workload import MODEL, PROMPT, VOCAB, make_params, make_prompts
 
 CLIP, LEARNING_RATE, MAX_NORM = 0.2, 1e-6, 1.0
@@ -93,12 +92,7 @@ def theirs(params, batch, size):
 
 
 def main():
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--torch-threads", type=int, default=torch.get_num_threads())
-    given = parser.parse_args()
+    given = arguments(__doc__, torch.get_num_threads())
     torch.set_num_threads(given.torch_threads)
     params, batch = make_params(), make_batch(given.rows, given.tokens)
     programs = {f"jaxrl_fp16 {name}": ours(name, params, batch, 8) for name in ("fp32", "fp16", "bf16")}

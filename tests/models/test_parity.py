@@ -14,8 +14,6 @@ from jaxrl_fp16.precision import get_precision
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-SHAPE = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=256)
 LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)
 CASES = {
@@ -37,16 +35,9 @@ def one_thread():
 
 
 @pytest.fixture(scope="module", params=CASES)
-def reference(request, tmp_path_factory):
+def reference(request, random_model, tmp_path_factory):
     """A random model by Transformers, every parameter away from its usual start, and its folder."""
-    settings = SHAPE | CASES[request.param]
-    config = transformers.AutoConfig.for_model(request.param.partition("_")[0], **settings)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            scale = weight.shape[-1] ** -0.5 if weight.ndim == 2 else 0.2
-            weight.normal_(std=scale).add_(1.0 if "norm" in name else 0.0)
+    model = random_model("AutoModelForCausalLM", request.param.partition("_")[0], **CASES[request.param])
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder)
     return model, folder
@@ -91,7 +82,7 @@ def test_written_back(reference, tmp_path):
     np.testing.assert_allclose(back.numpy(), there.numpy(), atol=1e-4)
 
 
-def test_config_survives_the_way_there_and_back(reference, tmp_path):
+def test_config_survives_the_way_there_and_back(reference, tmp_path, random_model):
     hf, folder = reference
     model, params = load_pretrained(folder)
     save_pretrained(tmp_path / "out", model, params)
@@ -99,7 +90,7 @@ def test_config_survives_the_way_there_and_back(reference, tmp_path):
     assert load_pretrained(tmp_path / "out")[0].config == model.config
     assert again.rope_parameters == hf.config.rope_parameters
     assert again.architectures == hf.config.architectures
-    for key in SHAPE.keys() | {"rms_norm_eps", "tie_word_embeddings"}:
+    for key in random_model.shape.keys() | {"rms_norm_eps", "tie_word_embeddings"}:
         assert getattr(again, key) == getattr(hf.config, key), key
 
 

@@ -17,8 +17,6 @@ from jaxrl_fp16.models import (
 )
 from jaxrl_fp16.precision import get_precision
 
-SHAPE = dict(vocab_size=97, hidden_size=48, intermediate_size=80, num_hidden_layers=3, num_attention_heads=4,
-             num_key_value_heads=2, max_position_embeddings=256)
 CASES = {
     "qwen2": dict(rope_parameters=dict(rope_type="default", rope_theta=1e6)),
     "qwen3": dict(head_dim=32, tie_word_embeddings=True),
@@ -52,18 +50,10 @@ def transformers():
 
 
 @pytest.fixture(scope="module", params=CASES)
-def reference(request, transformers, tmp_path_factory):
+def reference(request, transformers, random_model, tmp_path_factory):
     """A random classifier by Transformers, every parameter away from its usual start, and its folder."""
-    import torch
-
-    config = transformers.AutoConfig.for_model(
-        request.param, num_labels=1, pad_token_id=PAD, **SHAPE | CASES[request.param])
-    torch.manual_seed(0)
-    model = transformers.AutoModelForSequenceClassification.from_config(config, dtype=torch.float32).eval()
-    with torch.no_grad():
-        for name, weight in model.named_parameters():
-            scale = weight.shape[-1] ** -0.5 if weight.ndim == 2 else 0.2
-            weight.normal_(std=scale).add_(1.0 if "norm" in name else 0.0)
+    settings = dict(num_labels=1, pad_token_id=PAD, **CASES[request.param])
+    model = random_model("AutoModelForSequenceClassification", request.param, **settings)
     folder = tmp_path_factory.mktemp(request.param)
     model.save_pretrained(folder, max_shard_size="40KB")
     assert len(list(folder.glob("*.safetensors"))) > 1

@@ -131,16 +131,34 @@ def check_data(setup, task):
 
 
 def warm_start(run, params):
-    """Supervised steps before the first iteration, fewer after a signal: `(params, metrics of the last step)`."""
+    """Supervised steps before the first iteration: `(params, metrics of the last step)`.
+
+    They end early with `sft.until_accuracy`, so that runs whose roundings or seeds differ
+    begin RL at about one accuracy, and after a signal.
+    """
     section, guard = run.config.sft, SkipGuard(run)
     shown = max(1, section.steps // 5)
     for step, state, metrics, _ in supervise(run, fresh_state(run, params)):
         guard.check(jax.device_get(metrics))
-        if step % shown == 0 or step == section.steps:
-            run.log.say(f"warm start {step}/{section.steps}  loss {float(metrics['loss']):.3f} nats a token")
-        if run.stops():
+        accuracy = _accuracy_when_due(run, step, state.params)
+        reached = accuracy is not None and accuracy >= section.until_accuracy
+        ends = reached or step == section.steps or run.stops()
+        if step % shown == 0 or ends:
+            shown_accuracy = "" if accuracy is None else f"  {run.evaluators[0].name} {accuracy:.3f}"
+            loss = float(metrics["loss"])
+            run.log.say(f"warm start {step}/{section.steps}  loss {loss:.3f} nats a token{shown_accuracy}")
+        if ends:
             break
-    return state.params, {"sft/loss": float(metrics["loss"])}
+    return state.params, {"sft/loss": float(metrics["loss"]), "sft/steps": step}
+
+
+def _accuracy_when_due(run, step, params):
+    """Of the first evaluation set, in every `check_every`-th step of a warm start that ends by it; else None."""
+    section = run.config.sft
+    if section.until_accuracy is None or step % section.check_every:
+        return None
+    first = run.evaluators[0]
+    return run.evaluate(params, [first])[f"eval/{first.name}/accuracy"]
 
 
 # -- within a step -------------------------------------------------------------------------------

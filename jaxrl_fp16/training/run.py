@@ -72,10 +72,10 @@ class Run:
         )
         self.log = self.stack.enter_context(log)
 
-    def evaluate(self, params):
-        """Metrics of every evaluation set, with the same sampling keys each time."""
+    def evaluate(self, params, evaluators=None):
+        """Metrics of every evaluation set, or of `evaluators`, with the same sampling keys each time."""
         metrics = {}
-        for evaluator in self.evaluators:
+        for evaluator in self.evaluators if evaluators is None else evaluators:
             with self.log.announce(f"evaluating {evaluator.name}"):
                 metrics |= evaluate(
                     evaluator, params, self.setup, self.config.training.max_prompt_tokens, self.keys[3]

@@ -98,6 +98,10 @@ class SFTConfig:
     """Supervised training on the task's solutions; before `train` where `steps` is not 0."""
 
     steps: Annotated[int, Ge(0), Doc("optimizer steps; 0: none")] = 0
+    until_accuracy: Annotated[
+        float | None, Gt(0), Le(1), Doc("a warm start ends when the first evaluation set reaches it; null: after steps")
+    ] = None
+    check_every: Annotated[int, Ge(1), Doc("steps between looks at that accuracy")] = 10
     batch_size: Annotated[int, Ge(1), Doc("rows of a step")] = 64
     microbatch_size: Annotated[int, Ge(1), Doc("rows in memory at once; divides batch_size")] = 64
     max_length: Annotated[int, Ge(2), Doc("tokens of prompt and solution; longer pairs are set aside")] = 512
@@ -231,6 +235,11 @@ class Config:
                     f"{name}.microbatch_size is {section.microbatch_size}; allowed: a divisor of batch_size, "
                     f"{section.batch_size}"
                 )
+        if self.sft.until_accuracy is not None and not self.evaluation.sets:
+            raise ValueError(
+                f"sft.until_accuracy is {self.sft.until_accuracy} and evaluation.sets is empty; allowed: null, or one "
+                "set or more"
+            )
         if self.sft.packing and self.model.attention not in PACKABLE:
             raise ValueError(
                 f"sft.packing is true with model.attention {self.model.attention}; allowed: {', '.join(PACKABLE)}"

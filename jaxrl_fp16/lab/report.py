@@ -7,9 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
+from jaxrl_fp16.lab.figures import ACCENT, FAINT, GRID, INK, SECOND, legend, name_axes, new_figure, save_png
 from jaxrl_fp16.logs import read_metrics
 
-INK, ACCENT, SECOND, FAINT, GRID = "#1f2933", "#c2410c", "#1d4ed8", "#9aa5b1", "#d9dee4"
 TABLE = (
     ("reward", "reward", ".3f"),
     ("response tokens", "response_length", ".1f"),
@@ -50,28 +50,18 @@ def _text(value, form):
 
 def draw_run(folder, title):
     """Writes `plot.png` into the run folder and gives its path; None for a run without a step."""
-    import matplotlib.figure  # here: it takes half a second, and only this needs it
-
     records = read_metrics(folder)
     steps = [record for record in records if "reward" in record]
     if not steps:
         return None
-    figure = matplotlib.figure.Figure(figsize=(10, 6.4), layout="constrained", facecolor="white")
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=INK, weight="bold")
-    (reward, scale), (mismatch, entropy) = figure.subplots(2, 2)
+    figure, ((reward, scale), (mismatch, entropy)) = new_figure(2, 2, title=title)
     _reward(reward, records, steps)
     _scale(scale, steps)
     _mismatch(mismatch, steps)
     _entropy(entropy, steps)
     for axes in (reward, scale, mismatch, entropy):
-        axes.grid(color=GRID, linewidth=0.6)
-        axes.set_axisbelow(True)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.set_xlabel("step")
         axes.set_xlim(left=0)
-    path = Path(folder) / "plot.png"
-    figure.savefig(path, dpi=120)
-    return path
+    return save_png(figure, Path(folder) / "plot.png")
 
 
 def _line(axes, records, key, **style):
@@ -82,7 +72,7 @@ def _line(axes, records, key, **style):
 
 
 def _reward(axes, records, steps):
-    axes.set_title("reward, and accuracy on held-out problems", loc="left", fontsize=10, color=INK)
+    name_axes(axes, "reward, and accuracy on held-out problems", "step")
     _line(axes, steps, "reward", color=FAINT, linewidth=1.2, label="training reward")
     colours = iter((ACCENT, SECOND, INK))
     names = dict.fromkeys(key for record in records for key in record if key.endswith("/accuracy"))
@@ -90,11 +80,11 @@ def _reward(axes, records, steps):
         label = key.split("/")[1]
         _line(axes, records, key, color=colour, linewidth=1.6, marker="o", markersize=3.5, label=label)
     axes.set_ylim(-0.02, 1.02)
-    axes.legend(frameon=False, fontsize=8, loc="lower right")
+    legend(axes, loc="lower right")
 
 
 def _scale(axes, steps):
-    axes.set_title("loss scale; a mark where a step was skipped", loc="left", fontsize=10, color=INK)
+    name_axes(axes, "loss scale; a mark where a step was skipped", "step")
     _line(axes, steps, "loss_scale", color=ACCENT, linewidth=1.6, drawstyle="steps-post")
     skipped = [step for step in steps if step.get("skipped")]
     if skipped:
@@ -103,7 +93,7 @@ def _scale(axes, steps):
 
 
 def _mismatch(axes, steps):
-    axes.set_title("token KL (k3): which programs disagree, and how much", loc="left", fontsize=10, color=INK)
+    name_axes(axes, "token KL (k3): which programs disagree, and how much", "step")
     lines = (("mismatch", ACCENT, "sampler | scorer"), ("mismatch_grad", SECOND, "scorer | gradient program"))
     for prefix, colour, label in lines:
         key = f"{prefix}/kl_k3"
@@ -114,11 +104,11 @@ def _mismatch(axes, steps):
         if differ:
             axes.set_yscale("log")
     if axes.lines:
-        axes.legend(frameon=False, fontsize=8, loc="best")
+        legend(axes)
 
 
 def _entropy(axes, steps):
-    axes.set_title("entropy, nats a token", loc="left", fontsize=10, color=INK)
+    name_axes(axes, "entropy, nats a token", "step")
     _line(axes, steps, "entropy", color=ACCENT, linewidth=1.4)
     axes.set_ylim(bottom=0)
 
@@ -139,21 +129,12 @@ def histogram(accuracies):
 
 def draw_accuracies(folder, accuracies, low, high):
     """Writes `histogram.png` into the folder of a filter run and gives its path."""
-    import matplotlib.figure
-
-    figure = matplotlib.figure.Figure(figsize=(7, 3.6), layout="constrained", facecolor="white")
-    axes = figure.subplots()
-    axes.set_title(f"accuracy on {len(accuracies):,} problems", loc="left", fontsize=11, color=INK, weight="bold")
+    figure, ((axes,),) = new_figure(title=f"accuracy on {len(accuracies):,} problems", width=7, height=3.6)
+    name_axes(axes, "", "share of the samples that were right", "problems")
     axes.axvspan(low, high, color=GRID, alpha=0.6, linewidth=0, label=f"kept: {low:g} to {high:g}")
     axes.hist(accuracies, np.linspace(0, 1, BINS + 1), color=ACCENT, rwidth=0.9)
-    axes.set_xlabel("share of the samples that were right")
-    axes.set_ylabel("problems")
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, fontsize=8)
-    path = Path(folder) / "histogram.png"
-    figure.savefig(path, dpi=120)
-    return path
+    legend(axes)
+    return save_png(figure, Path(folder) / "histogram.png")
 
 
 __all__ = ["summary", "draw_run", "histogram", "draw_accuracies"]

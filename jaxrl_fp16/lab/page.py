@@ -1,0 +1,118 @@
+"""A report as one HTML file: sections of text, tables and figures, light or dark, that asks no network for anything."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+from pathlib import Path
+
+import jinja2
+from markupsafe import Markup
+
+from jaxrl_fp16.lab.figures import THEME
+
+
+@dataclasses.dataclass(frozen=True)
+class Table:
+    """Cells are shown as text; the first column names the row, the others stand to the right."""
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence]
+    caption: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """An `<svg>` element, as `figures.svg_of` gives it, and what is to be seen in it."""
+
+    svg: str
+    caption: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Section:
+    heading: str
+    text: str = ""                       # paragraphs, an empty line between two
+    tables: Sequence[Table] = ()
+    figures: Sequence[Figure] = ()
+
+
+def write_page(path, title, lead, sections):
+    """Writes the page and gives its path. Text is escaped everywhere; an SVG is taken as it is.
+
+    lead: the answer, in a sentence or two, above everything. Its policy forbids
+    the page to load or run anything.
+    """
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True)
+    environment.filters["paragraphs"] = lambda text: [part.strip() for part in text.split("\n\n") if part.strip()]
+    environment.filters["drawing"] = Markup
+    light, dark = (_variables(place) for place in range(2))
+    page = environment.from_string(PAGE).render(title=title, lead=lead, sections=sections, light=light, dark=dark)
+    Path(path).write_text(page, encoding="utf-8")
+    return Path(path)
+
+
+def _variables(place):
+    return " ".join(f"{name}: {colours[place]};" for name, colours in THEME.items())
+
+
+PAGE = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'; img-src data:">
+<title>{{ title }}</title>
+<style>
+:root { {{ light }} color-scheme: light dark; }
+@media (prefers-color-scheme: dark) { :root { {{ dark }} } }
+body { margin: 2.5rem auto; max-width: 66rem; padding: 0 1.25rem; background: var(--paper); color: var(--ink);
+       font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.6rem; margin-bottom: .25rem; }
+h2 { font-size: 1.15rem; margin: 2.5rem 0 .5rem; border-top: 1px solid var(--grid); padding-top: 1.25rem; }
+p { max-width: 46rem; margin: .5rem 0; }
+p.lead { font-size: 1.1rem; }
+figure { margin: 1.25rem 0; }
+figure svg { width: 100%; height: auto; }
+figure svg text { font-family: system-ui, sans-serif !important; }
+figcaption, caption { color: var(--ink); opacity: .75; font-size: .875rem; text-align: left; padding: .25rem 0; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; margin: 1rem 0; font-size: .875rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--grid); text-align: right; vertical-align: top; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; }
+thead th { border-bottom-color: var(--faint); }
+</style>
+</head>
+<body>
+<h1>{{ title }}</h1>
+<p class="lead">{{ lead }}</p>
+{% for section in sections %}
+<section>
+<h2>{{ section.heading }}</h2>
+{% for paragraph in section.text | paragraphs %}
+<p>{{ paragraph }}</p>
+{% endfor %}
+{% for table in section.tables %}
+<div class="wide"><table>
+{% if table.caption %}<caption>{{ table.caption }}</caption>{% endif %}
+<thead><tr>{% for name in table.columns %}<th scope="col">{{ name }}</th>{% endfor %}</tr></thead>
+<tbody>
+{% for row in table.rows %}
+<tr>{% for cell in row %}<td>{{ cell }}</td>{% endfor %}</tr>
+{% endfor %}
+</tbody></table></div>
+{% endfor %}
+{% for figure in section.figures %}
+<figure>{{ figure.svg | drawing }}
+{% if figure.caption %}<figcaption>{{ figure.caption }}</figcaption>{% endif %}
+</figure>
+{% endfor %}
+</section>
+{% endfor %}
+</body>
+</html>
+"""
+
+
+__all__ = ["Figure", "Section", "Table", "write_page"]

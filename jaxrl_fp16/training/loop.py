@@ -142,12 +142,12 @@ def warm_start(run, params):
         guard.check(jax.device_get(metrics))
         accuracy = _accuracy_when_due(run, step, state.params)
         reached = accuracy is not None and accuracy >= section.until_accuracy
-        ends = reached or step == section.steps or run.stops()
-        if step % shown == 0 or ends:
+        done = reached or step == section.steps
+        if step % shown == 0 or done:
             shown_accuracy = "" if accuracy is None else f"  {run.evaluators[0].name} {accuracy:.3f}"
             loss = float(metrics["loss"])
             run.log.say(f"warm start {step}/{section.steps}  loss {loss:.3f} nats a token{shown_accuracy}")
-        if ends:
+        if done or run.stops():
             break
     return state.params, {"sft/loss": float(metrics["loss"]), "sft/steps": step}
 

@@ -120,6 +120,21 @@ def test_a_warm_start_and_a_signal_within_it(command, tmp_path, monkeypatch, cap
     assert "warm start 2/4" not in said and "stopped by SIGINT; before the first step, with nothing to save" in said
 
 
+@pytest.mark.parametrize("until, steps", [(0.5, 4), (1.0, 6)], ids=["reached", "never reached"])
+def test_a_warm_start_ends_at_an_accuracy(command, tmp_path, capsys, until, steps):
+    reward = tmp_path / "right_in_the_end.py"
+    reward.write_text("from pathlib import Path\n\n\ndef reward(prompts, responses, examples):\n"
+                      f"    with open({str(tmp_path / 'calls')!r}, 'a') as calls:\n        calls.write('x')\n"
+                      f"    late = len(Path({str(tmp_path / 'calls')!r}).read_text()) > 6\n"
+                      "    return [0.75 * late] * len(responses)\n")
+    flags = ("--run.steps", "0", "--run.export", "false", "--sft.steps", "6", "--sft.check_every", "2", *SETS,
+             "--sft.until_accuracy", str(until), "--task.reward_file", str(reward), "--task.workers", "1")
+    assert command("train", *flags, "--run.dir", str(tmp_path / "runs")) == 0
+    (record,) = read_metrics(one_run(tmp_path / "runs"))
+    assert record["sft/steps"] == steps and record["eval/sampled/accuracy"] == 0.75
+    assert f"warm start {steps}/6" in capsys.readouterr().out
+
+
 def test_sft_without_steps_is_refused(command, tmp_path, capsys):
     assert command("sft", "--run.dir", str(tmp_path / "runs")) == 2
     assert "sft.steps is 0; allowed: 1 or more" in capsys.readouterr().err and not (tmp_path / "runs").exists()

@@ -17,6 +17,7 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"
      r"training.minibatch_size is 100; allowed: a divisor of prompts_per_step x group_size = 64 x 8 = 512"),
     ({"training": {"microbatch_size": 3}}, "training.microbatch_size is 3; allowed: a divisor of minibatch_size, 128"),
     ({"sft": {"microbatch_size": 5}}, "sft.microbatch_size is 5; allowed: a divisor of batch_size, 64"),
+    ({"sft": {"until_accuracy": 0.5}}, "sft.until_accuracy is 0.5 and evaluation.sets is empty; allowed: null, or one"),
     ({"sft": {"packing": True}, "model": {"attention": "cudnn"}},
      "sft.packing is true with model.attention cudnn; allowed: blockwise, plain"),
     ({"sampling": {"group_size": 1}}, "group_size is 1; advantage 'group_std' allows 2 or more, gae 1"),

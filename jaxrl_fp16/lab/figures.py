@@ -78,7 +78,8 @@ def save_png(figure, path, dpi=120):
 def svg_of(figure):
     """`figure` as an `<svg>` element for a page: its text is text, its colours are the theme's variables.
 
-    What is drawn with `rasterized=True`, as thousands of points should be, is embedded as a picture.
+    What is drawn with `rasterized=True`, as thousands of points should be, is embedded as a picture, which a
+    dark page brightens: give such points a colour of SERIES, not INK.
     """
     import matplotlib
 

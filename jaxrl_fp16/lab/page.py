@@ -66,7 +66,7 @@ PAGE = """<!doctype html>
 <title>{{ title }}</title>
 <style>
 :root { {{ light }} color-scheme: light dark; }
-@media (prefers-color-scheme: dark) { :root { {{ dark }} } }
+@media (prefers-color-scheme: dark) { :root { {{ dark }} } figure svg image { filter: brightness(1.7); } }
 body { margin: 2.5rem auto; max-width: 66rem; padding: 0 1.25rem; background: var(--paper); color: var(--ink);
        font: 16px/1.5 system-ui, sans-serif; }
 h1 { font-size: 1.6rem; margin-bottom: .25rem; }

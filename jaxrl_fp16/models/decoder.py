@@ -155,7 +155,7 @@ class Decoder(nn.Module):
             self.param("head", initial, (c.vocab_size, c.hidden_size), jnp.float32)
         x = embed(embedding, tokens, self.dtype)
         positions = jnp.arange(tokens.shape[1])[None] if segments is None else segment_positions(segments)
-        x, cache = self._layers(keep_cache)(x, _angles(c, positions), None, None, segments)
+        x, cache = self._layers(keep_cache)(x, angles_of(c, positions), None, None, segments)
         x = RMSNorm(c.norm_eps, name="final_norm")(x).astype(self.dtype)
         return (x, cache) if keep_cache else x
 
@@ -176,7 +176,8 @@ def embed(embedding, tokens, dtype):
     return jnp.take(embedding, tokens, axis=0).astype(dtype)
 
 
-def _angles(config, positions):
+def angles_of(config, positions):
+    """float32 [...,E/2]: the rotary angles of a config's heads at int32 `positions` [...]."""
     return rope_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
 
 
@@ -193,7 +194,7 @@ def decode_step(model, params, layers, token, caches, positions):
     """
     c = model.config
     x = embed(params["embedding"], token[:, None], model.dtype)
-    angles = _angles(c, positions[:, None])
+    angles = angles_of(c, positions[:, None])
     block, written = Block(c, model.attention, keep=True), []
     for layer, cache in zip(layers, caches, strict=True):
         x, cache = block.apply({"params": layer}, x, angles, cache, positions)
@@ -202,4 +203,4 @@ def decode_step(model, params, layers, token, caches, positions):
     return x, written
 
 
-__all__ = ["DecoderConfig", "Cache", "Decoder", "unstack_layers", "decode_step"]
+__all__ = ["DecoderConfig", "Cache", "Block", "Decoder", "embed", "angles_of", "unstack_layers", "decode_step"]

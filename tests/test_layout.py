@@ -38,6 +38,7 @@ training/value
 training/sft
 training/dpo
 training/reward_update
+training/folder_lock
 training/manifest
 training/checkpoint
 training/collect

@@ -165,7 +165,7 @@ def run_export(config):
         raise ConfigError("export needs --resume RUN_FOLDER, the run whose checkpoint is to be exported")
     algorithm = resolve_algorithm(config)
     critic = critic_model if needs_critic(algorithm) else None
-    with open_run(config, reference=needs_reference(algorithm), critic=critic) as (run, params):
+    with open_run(config, reference=needs_reference(algorithm), critic=critic, alone=False) as (run, params):
         template = make_learner(run, algorithm, params)
         # What was saved hangs on the command too: `sft` keeps the policy alone, and `dpo` always a reference.
         reference = template.policy.params if run.checkpoints.holds("reference") else None

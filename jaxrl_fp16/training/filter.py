@@ -55,7 +55,7 @@ def run_filter(config):
         with naming("filter"):
             evaluator = make_evaluator(config, "filter", dataclasses.replace(task, heldout=task.train), sampling,
                                        model, setup)
-        folder = open_folder(config)
+        folder = stack.enter_context(open_folder(config))
         write_record(setup, folder)
         signals = stack.enter_context(caught_signals())
         found = _measure(config, evaluator, setup, params, keys[3], folder, signals)

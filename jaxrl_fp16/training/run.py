@@ -20,6 +20,7 @@ from jaxrl_fp16.models import save_pretrained
 from jaxrl_fp16.tasks import Task, open_task
 from jaxrl_fp16.training.checkpoint import Checkpoints
 from jaxrl_fp16.training.evaluate import evaluate, make_evaluators
+from jaxrl_fp16.training.folder_lock import only_writer
 from jaxrl_fp16.training.memory import MIB, check_fits, device_bytes, estimate, parameter_count
 from jaxrl_fp16.training.reward_model import make_grader, open_reward_model
 from jaxrl_fp16.training.setup import Setup, check_resumed, load_model, naming, new_folder, set_up, write_record
@@ -115,9 +116,9 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(config, *, check=None, reference=False, critic=None, rewarded=False):
+def open_run(config, *, check=None, reference=False, critic=None, rewarded=False, alone=True):
     """Gives `(Run, parameters)`. `reference`: whether one will take memory.
-    critic: `(config, model) -> its module`, where one will.
+    critic: `(config, model) -> its module`, where one will. alone: whether another run in the folder is refused.
 
     Where `rewarded`, and the config names a reward model, `run.task` is graded by it; the
     evaluation sets keep the task's own reward: where the two part, the policy exploits the model.
@@ -142,7 +143,7 @@ def open_run(config, *, check=None, reference=False, critic=None, rewarded=False
             setup, model, reference=reference and config.training.reference == "device",
             critic=critic(config, model) if critic else None, reward_model=judge.model if judge else None,
         )
-        folder = open_folder(config)
+        folder = stack.enter_context(open_folder(config, alone))
         signals = stack.enter_context(caught_signals())
         run = Run(setup, config, task, model, evaluators, keys, folder, signals, None, stack)
         run.checkpoints = stack.enter_context(Checkpoints(
@@ -170,12 +171,19 @@ def _check_memory(setup, model, **others):
     return needs
 
 
-def open_folder(config):
-    """The run folder of `resume`, or a new one. Raises ConfigError."""
+@contextlib.contextmanager
+def open_folder(config, alone=True):
+    """Gives the run folder of `resume`, or a new one; if `alone`, no other process writes it meanwhile.
+
+    Raises ConfigError.
+    """
     if config.resume is None:
-        return new_folder(config)
-    check_resumed(config, config.resume)
-    return Path(config.resume)
+        folder = new_folder(config)
+    else:
+        check_resumed(config, config.resume)
+        folder = Path(config.resume)
+    with only_writer(folder) if alone and jax.process_index() == 0 else contextlib.nullcontext():
+        yield folder
 
 
 def _introduce(run, needs, judge):

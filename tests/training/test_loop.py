@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import math
+import os
 from pathlib import Path
 import signal
 from types import SimpleNamespace
@@ -19,6 +20,7 @@ from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, save_pretrain
 from jaxrl_fp16.precision import LossScaleConfig, make_loss_scale
 from jaxrl_fp16.tasks import ALPHABET
 from jaxrl_fp16.training.checkpoint import CheckpointConfig, Checkpoints
+from jaxrl_fp16.training.folder_lock import only_writer
 from jaxrl_fp16.training.loop import train
 from jaxrl_fp16.training.run import Guard, SkipGuard
 from jaxrl_fp16.training.run_config import Config
@@ -252,6 +254,14 @@ def test_resuming_under_another_config_is_refused(command, resumed, capsys):
     assert run.code == 2 and error.count("\n") == 1
     assert "optimizer.learning_rate was 0.01, is 0.001; allowed to differ: run.steps" in error
     assert {path: path.stat().st_mtime_ns for path in resumed.folder.rglob("*")} == before
+
+
+def test_a_folder_that_another_run_writes_is_refused(command, resumed, capsys):
+    with only_writer(resumed.folder):
+        run = command("--resume", str(resumed.folder), *EVALUATED, *resumed.flags, "--run.steps", "9")
+    error = capsys.readouterr().err
+    assert run.code == 2 and error.count("\n") == 1 and f"is being written by process {os.getpid()}" in error
+    assert [record["step"] for record in read_metrics(resumed.folder)][-1] < 9
 
 
 # -- stopping ---------------------------------------------------------------------------------------------------

@@ -40,6 +40,10 @@ class _Text(str):
     """A value typed on the command line: how it reads depends on the field that it is for."""
 
 
+class _Bare(_Text):
+    """What `--key` alone stands for: true, where the field is true or false."""
+
+
 def load_config(cls: type[T], path: str | os.PathLike,
                 overrides: Sequence[tuple[str, str]] | Sequence[str] = ()) -> T:
     """Reads a YAML file (and those that it extends) into `cls`, a nested frozen dataclass.
@@ -49,7 +53,8 @@ def load_config(cls: type[T], path: str | os.PathLike,
         merge, lists and scalars replace.
       overrides: what remains of the command line, `["--optimizer.learning_rate", "2e-6"]`,
         or pairs of key and text. Text for a field that takes text is kept as it is;
-        any other is read as YAML. A later one wins.
+        any other is read as YAML. `--key` alone is true, where the field is true or false.
+        A later one wins.
 
     Raises:
       ConfigError: one line, for anything in the files or overrides that is unknown,
@@ -64,25 +69,32 @@ def parse_config(cls: type[T], mapping: Mapping[str, Any], source: str = "mappin
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
-    """`["--a.b", "1", "--c=2"]` into `[("a.b", "1"), ("c", "2")]`; raises ConfigError for anything else."""
-    pairs, rest = [], iter(arguments)
-    for argument in rest:
-        if not re.match(r"--[A-Za-z_]", argument):
+    """`["--a.b", "1", "--c=2", "--d"]` into `[("a.b", "1"), ("c", "2"), ("d", "true")]`.
+
+    Raises ConfigError for anything else. What `--d` alone gives is refused by
+    `load_config` where the field is not true or false.
+    """
+    pairs, rest = [], list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        if not _is_key(argument):
             raise ConfigError(f"{show(argument)} is not allowed; allowed: --key VALUE ({COMMAND_LINE})")
         key, equals, value = argument[2:].partition("=")
         if not equals:
-            value = next(rest, None)
-            if value is None or re.match(r"--[A-Za-z_]", value):
-                raise ConfigError(f"--{key} has no value; allowed: --{key} VALUE ({COMMAND_LINE})")
+            value = _Bare("true") if not rest or _is_key(rest[0]) else rest.pop(0)
         pairs.append((key, value))
     return pairs
+
+
+def _is_key(argument: str) -> bool:
+    return re.match(r"--[A-Za-z_]", argument) is not None
 
 
 def _override_layers(overrides) -> Iterator[tuple[str, dict]]:
     if overrides and isinstance(overrides[0], str):
         overrides = parse_overrides(overrides)
     for key, text in overrides:
-        node: Any = _Text(text)
+        node: Any = text if isinstance(text, _Bare) else _Text(text)
         for part in reversed(key.split(".")):
             node = {part: node}
         yield COMMAND_LINE, node
@@ -156,7 +168,7 @@ def _build(hint, value, key: str, origin: _Origin):
     if not schema.sections(hint):
         return _leaf(hint, value, key, origin)
     if isinstance(value, _Text):
-        value = yaml_files.parse(value, f"{COMMAND_LINE}, --{key}")
+        value = _parse(value, key)
     for member in map(schema.bare, schema.members(hint)):
         container, arguments = typing.get_origin(member), typing.get_args(member)
         if isinstance(value, dict) and dataclasses.is_dataclass(member):
@@ -195,12 +207,22 @@ def _adapter(hint) -> pydantic.TypeAdapter:
     return pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(strict=True, allow_inf_nan=False))
 
 
+def _parse(text: _Text, key: str):
+    """A command-line value as YAML."""
+    if isinstance(text, _Bare):
+        raise ConfigError(f"--{key} has no value; allowed: --{key} VALUE ({COMMAND_LINE})")
+    return yaml_files.parse(text, f"{COMMAND_LINE}, --{key}")
+
+
 def _read_text(hint, text: _Text, key: str):
     """A command-line value for `hint`: text where the field takes text, unless another of its types
     (null, a number) fits; YAML where it takes none."""
-    others = tuple(member for member in schema.members(hint) if schema.bare(member) not in (str, Path))
-    if others == schema.members(hint):
-        return yaml_files.parse(text, f"{COMMAND_LINE}, --{key}")
+    members = schema.members(hint)
+    if isinstance(text, _Bare) and bool in map(schema.bare, members):
+        return True
+    others = tuple(member for member in members if schema.bare(member) not in (str, Path))
+    if isinstance(text, _Bare) or others == members:
+        return _parse(text, key)
     try:
         value = yaml_files.parse(text, COMMAND_LINE) if text else ""
         _adapter(typing.Union[others]).validate_json(json.dumps(value))
@@ -212,7 +234,7 @@ def _read_text(hint, text: _Text, key: str):
 def _read_inner_text(value, key: str):
     """The same inside a free-form mapping, whose values have no type of their own."""
     if isinstance(value, _Text):
-        return yaml_files.parse(value, f"{COMMAND_LINE}, --{key}")
+        return _parse(value, key)
     if isinstance(value, dict):
         return {name: _read_inner_text(item, f"{key}.{name}") for name, item in value.items()}
     return value

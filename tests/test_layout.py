@@ -43,6 +43,7 @@ training/manifest
 training/checkpoint
 training/collect
 training/dynamic
+training/terms
 training/learn
 training/evaluate
 training/memory

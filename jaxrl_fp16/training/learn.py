@@ -23,6 +23,7 @@ from jaxrl_fp16.training.collect import truncation_rule
 from jaxrl_fp16.training.optimizer import make_optimizer
 from jaxrl_fp16.training.scorer import make_scorer, make_valuer
 from jaxrl_fp16.training.state import TrainState, shardings_of
+from jaxrl_fp16.training.terms import staleness_terms, summed_kl, truncation_term
 from jaxrl_fp16.training.update import make_update
 from jaxrl_fp16.training.value import make_value_update
 from jaxrl_fp16.types import Batch
@@ -46,6 +47,7 @@ class Programs:
     valuer: Any | None
     value_update: Any | None
     compare: Any          # (mu, pi, mask, prefix) -> mismatch metrics
+    summed_kl: Any        # (mu, pi, mask) -> the pieces of one token KL
     advantages: Any
     take: Any             # rows of a tree of arrays [B,...]
 
@@ -55,7 +57,7 @@ def make_programs(config, algorithm, model, critic, setup, learner):
     t, policy = config.training, setup.precision.policy
     temperature = config.sampling.temperature
     limit = config.sampling.max_new_tokens
-    shared = dict(microbatch_size=t.microbatch_size, max_new_tokens=limit)
+    shared = dict(microbatch_size=t.microbatch_size, max_new_tokens=limit, frozen=t.probe)
     valuer = value_update = None
     if critic is not None:
         critic_policy = setup.critic_precision.policy
@@ -76,6 +78,7 @@ def make_programs(config, algorithm, model, critic, setup, learner):
         valuer=valuer,
         value_update=value_update,
         compare=jax.jit(mismatch_metrics, static_argnames="prefix"),
+        summed_kl=jax.jit(summed_kl),
         advantages=jax.jit(partial(_advantages, algorithm, config.sampling.group_size, limit)),
         take=jax.jit(lambda tree, index: jax.tree.map(lambda x: x[index], tree), out_shardings=rows),
     )
@@ -111,11 +114,12 @@ def learn(config, algorithm, programs, learner, graded, key, mesh, critic_alone=
     pi, entropy = programs.scorer(params, scored.tokens, scored.mask, scored.support)
     metrics = programs.compare(scored.logprobs, pi, scored.response_mask, prefix="mismatch")
     metrics["entropy"] = masked_mean(entropy, scored.response_mask)
+    metrics |= {"terms/numerics": metrics["mismatch/kl_k3"], "terms/truncation": truncation_term(rollout)}
     if rollout.full_logprobs is not None:
         metrics["full_logprob"] = masked_mean(rollout.full_logprobs, rollout.response_mask)
     old = pi if score_all else rollout.logprobs
     batch = _make_batch(algorithm, programs, learner, graded, t.truncated, old, mesh)
-    steps = []
+    steps, drifts = [], []
     for number, index in enumerate(index for order in orders for index in order):
         minibatch, step = programs.take(batch, index), {}
         if learner.critic is not None:
@@ -127,13 +131,14 @@ def learn(config, algorithm, programs, learner, graded, key, mesh, critic_alone=
             learner = learner.replace(policy=policy)
             logprobs = policy_metrics.pop("logprobs")
             step |= policy_metrics
+            drifts.append(programs.summed_kl(minibatch.old_logprobs, logprobs, minibatch.response_mask))
             if number == 0:
                 first_pi = pi[index] if score_all else pi
                 first_mask = rollout.response_mask[index]
                 metrics |= programs.compare(first_pi, logprobs, first_mask, prefix="mismatch_grad")
         steps.append(step)
-    steps = jax.device_get(steps)
-    return learner, {**_host(metrics), **_over_steps(steps)}, steps
+    steps, drifts = jax.device_get((steps, drifts))
+    return learner, {**_host(metrics), **staleness_terms(drifts), **_over_steps(steps)}, steps
 
 
 def _minibatches(key, rows, size):

@@ -9,6 +9,7 @@ import time
 
 import jax
 
+from jaxrl_fp16.parallel import to_host
 from jaxrl_fp16.rl import needs_critic, needs_reference
 from jaxrl_fp16.sampling import make_sampler
 from jaxrl_fp16.training.collect import next_prompts, sample_and_grade, truncation_rule
@@ -20,6 +21,7 @@ from jaxrl_fp16.training.run import Guard, SkipGuard, announced, open_run
 from jaxrl_fp16.training.run_config import resolve_algorithm
 from jaxrl_fp16.training.setup import naming
 from jaxrl_fp16.training.supervised import check_pairs, fresh_state, supervise
+from jaxrl_fp16.training.terms import tokenisation_terms
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,6 +31,7 @@ class Outcome:
     folder: Path
     precision: str  # resolved
     code: int       # 0, or 128 + the signal that ended it
+    probe: bool = False
 
 
 def train(config):
@@ -48,7 +51,6 @@ def train(config):
             f"{algorithm.preset}: {config.run.steps} steps of {t.prompts_per_step} prompts x "
             f"{config.sampling.group_size} = {rows} rows, in minibatches of {t.minibatch_size}"
         )
-
         # The policy: warm-started if asked for, or as a checkpoint left it.
         metrics = {}
         if config.sft.steps and config.resume is None:
@@ -59,6 +61,8 @@ def train(config):
         if config.resume is not None:
             learner, position, start = run.restore(learner)
         run.start_log(start, config.run.steps)
+        if t.probe:
+            run.log.say("probe: learning rate 0; no weight moves from here on, nothing is saved and nothing exported")
         if start == 0:
             run.log.metrics(0, metrics | run.evaluate(learner.policy.params))
 
@@ -93,28 +97,29 @@ def train(config):
             done = time.perf_counter()
 
             # What happened, and what is kept of it.
-            metrics |= rollout_metrics(config, graded, prompts, draws)
+            metrics |= rollout_metrics(config, graded, prompts, draws) | retokenised(run, graded.rollout)
             metrics |= {
-                "learning_rate": float(make_schedule(config.optimizer)(learner.policy.step)),
+                "learning_rate": 0.0 if t.probe else float(make_schedule(config.optimizer)(learner.policy.step)),
                 "seconds/sample": sampled - began, "seconds/learn": done - sampled,
                 "tokens_per_second": draws.tokens / (done - began),
             }
             last = step == config.run.steps
-            if last or run.evaluation_due(step):
+            if (last or run.evaluation_due(step)) and not t.probe:  # its weights were evaluated at the start
                 metrics |= run.evaluate(learner.policy.params)
             run.log.metrics(step, metrics)
             run.log.samples(step, sample_records(prompts, graded))
             for step_metrics in taken:
                 guard.check(step_metrics)
             stops = run.stops()
-            if last or stops or run.checkpoints.due(step):
+            if (last or stops or run.checkpoints.due(step)) and not t.probe:
                 run.checkpoints.save(step, learner, {"position": position})
             if stops:
-                return Outcome(run.folder, config.precision, run.end_by_signal(step))
+                code = run.end_by_signal(step, "a probe saves nothing" if t.probe else None)
+                return Outcome(run.folder, config.precision, code)
 
-        if config.run.export:
+        if config.run.export and not t.probe:
             run.export(learner.policy.params)
-        return Outcome(run.folder, config.precision, 0)
+        return Outcome(run.folder, config.precision, 0, t.probe)
 
 
 # -- before the first step -----------------------------------------------------------------------
@@ -203,6 +208,15 @@ def rollout_metrics(config, graded, prompts, draws):
         "truncated": float(1 - graded.finished.mean()),
         "prompts_set_aside": prompts.set_aside,
     }
+
+
+def retokenised(run, rollout):
+    """What a server that works on text would change of `rollout`."""
+    rows = run.config.training.tokenisation_rows
+    if not rows:
+        return {}
+    arrays = (to_host(x) for x in (rollout.tokens, rollout.mask, rollout.response_mask))
+    return tokenisation_terms(run.setup.tokenizer, *arrays, run.setup.eos_ids, rows)
 
 
 def sample_records(prompts, graded):

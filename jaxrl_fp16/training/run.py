@@ -92,10 +92,11 @@ class Run:
         """Whether a signal asks the run to end after this step. Ask once a step: another may come at any time."""
         return self.signals.received is not None
 
-    def end_by_signal(self, step):
-        """The exit code after a signal, once the save under way is finished; step 0: nothing was saved."""
+    def end_by_signal(self, step, saved=None):
+        """The exit code after a signal, once the save under way is finished; step 0: nothing was saved.
+        saved: what to say of that in other words."""
         self.checkpoints.wait()
-        saved = f"saved after step {step}" if step else "before the first step, with nothing to save"
+        saved = saved or (f"saved after step {step}" if step else "before the first step, with nothing to save")
         self.log.say(f"stopped by {signal.Signals(self.signals.received).name}; {saved}")
         return 128 + self.signals.received
 

@@ -23,8 +23,9 @@ from jaxrl_fp16.training.optimizer import OptimizerConfig
 
 # Of a resumed run these may differ from what it was started with: how long, how seen, on what.
 MAY_CHANGE = ("run.steps", "sft.steps", "dpo.steps", "run.dir", "run.compile_cache", "run.export", "logging",
-              "checkpoint", "evaluation", "mesh", "resume", "training.reference", "generate", "filter.low",
-              "filter.high", "filter.output", "task.workers", "task.deadline_seconds", "task.memory_mb")
+              "checkpoint", "evaluation", "mesh", "resume", "training.reference", "training.tokenisation_rows",
+              "generate", "filter.low", "filter.high", "filter.output", "task.workers", "task.deadline_seconds",
+              "task.memory_mb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,6 +92,10 @@ class TrainingConfig:
     ] = 4
     max_skipped_steps: Annotated[int, Ge(1), Doc("optimizer steps skipped in a row before the run stops")] = 20
     max_failed_rewards: Annotated[float, Ge(0), Le(1), Doc("share of rewards that may fail in a step")] = 0.05
+    probe: Annotated[bool, Doc("learning rate 0: no weight moves, and the mismatch is the set-up's own")] = False
+    tokenisation_rows: Annotated[
+        int, Ge(0), Doc("responses of a step that are decoded and encoded again for terms/tokenisation; 0: none")
+    ] = 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +213,11 @@ class Config:
             overlong_zone(algorithm.overlong_penalty, self.sampling.max_new_tokens)
         self._check_reward()
         self._check_rows()
+        if self.training.probe and self.resume is not None:
+            raise ValueError(
+                f"training.probe is true with resume {self.resume}; allowed: a run from its start, with what `export` "
+                "writes of a checkpoint as model.path to probe that"
+            )
 
     def _check_reward(self):
         if self.task.reward_model.path is not None and self.training.truncated == "zero":

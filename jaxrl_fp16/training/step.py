@@ -13,14 +13,15 @@ import jax.numpy as jnp
 import optax
 
 
-def guarded_step(loss_fn, optimizer, state, batch, microbatch_size, *, empty=False):
+def guarded_step(loss_fn, optimizer, state, batch, microbatch_size, *, empty=False, frozen=False):
     """One optimizer step on `batch`, or none where a gradient is not finite or the batch is `empty` (bool []).
 
     loss_fn: `(params, microbatch) -> (share, aux)`, the shares adding up to the
     loss of the whole batch; aux is any tree of arrays. Returns the state, metrics
     `loss`, `grad_norm` (unscaled, before clipping), `loss_scale` (of this step),
     `skipped`, `empty`, and aux stacked over microbatches. A skipped step changes the
-    loss scale and its counters alone; an empty one changes nothing.
+    loss scale and its counters alone; an empty one changes nothing. With `frozen` all else
+    runs and the parameters stay, to the bit: adding an update of 0 would turn a -0.0 into 0.0.
     """
     loss, grads, aux = _accumulate(loss_fn, state, split_rows(batch, microbatch_size))
     grads = state.loss_scale.unscale(grads)
@@ -28,9 +29,8 @@ def guarded_step(loss_fn, optimizer, state, batch, microbatch_size, *, empty=Fal
     finite, empty = jnp.isfinite(norm), jnp.asarray(empty)
     taken = finite & ~empty
     updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    stepped = state.replace(
-        params=optax.apply_updates(state.params, updates), opt_state=opt_state, step=state.step + 1
-    )
+    params = state.params if frozen else optax.apply_updates(state.params, updates)
+    stepped = state.replace(params=params, opt_state=opt_state, step=state.step + 1)
     kept = _select(taken, stepped, state)
     scale = _select(empty, state.loss_scale, state.loss_scale.adjust(finite))
     metrics = dict(

@@ -15,6 +15,7 @@ from jaxrl_fp16.training.step import guarded_step, jit_update, join_rows
 def make_update(
     model, policy, algorithm, optimizer, *,
     microbatch_size=8, temperature=1.0, max_new_tokens=None, keep_logprobs=False, state_shardings=None,
+    frozen=False,
 ):
     """A jitted `update(state, batch) -> (state, metrics)`: one optimizer step, or none (see `guarded_step`).
 
@@ -23,7 +24,7 @@ def make_update(
     temperature: of the sampler. max_new_tokens: the constant of `fixed_length`,
     T - 1 where None. keep_logprobs adds `logprobs` float32 [B,T] to the metrics: the
     gradient program's own, before the step. The state is donated; on a mesh
-    `state_shardings` keeps it where it lies.
+    `state_shardings` keeps it where it lies. frozen: the parameters stay, and all else runs.
     """
 
     def update(state, batch):
@@ -45,7 +46,7 @@ def make_update(
 
         empty = _nothing_to_learn(algorithm, batch)
         state, metrics, (shares, logprobs) = guarded_step(
-            loss_fn, optimizer, state, batch, microbatch_size, empty=empty
+            loss_fn, optimizer, state, batch, microbatch_size, empty=empty, frozen=frozen
         )
         metrics = {**merge_metrics(shares), **metrics}
         if keep_logprobs:

@@ -13,12 +13,12 @@ from jaxrl_fp16.training.step import guarded_step, jit_update
 
 
 def make_value_update(critic, policy, algorithm, optimizer, *, microbatch_size=8, max_new_tokens=None,
-                      state_shardings=None):
+                      state_shardings=None, frozen=False):
     """A jitted `update(state, batch) -> (state, metrics)` that regresses the critic on `batch.returns`.
 
     `batch.values` float32 [B,T] are the critic's at the iteration's start, from
     which `value_clip` measures. The state is donated; on a mesh `state_shardings`
-    keeps it where it lies.
+    keeps it where it lies. frozen: the parameters stay, and all else runs.
     """
 
     def update(state, batch):
@@ -35,7 +35,9 @@ def make_value_update(critic, policy, algorithm, optimizer, *, microbatch_size=8
             )
 
         empty = ~jnp.any(batch.response_mask.astype(bool))
-        state, metrics, shares = guarded_step(loss_fn, optimizer, state, batch, microbatch_size, empty=empty)
+        state, metrics, shares = guarded_step(
+            loss_fn, optimizer, state, batch, microbatch_size, empty=empty, frozen=frozen
+        )
         return state, {**merge_metrics(shares), **metrics}
 
     return jit_update(update, state_shardings)

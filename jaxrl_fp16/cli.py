@@ -25,7 +25,7 @@ def _train(config):
 
     outcome = train(config)
     if outcome.code == 0:
-        _show(outcome.folder, outcome.precision)
+        (_show_probe if outcome.probe else _show)(outcome.folder, outcome.precision)
     return outcome.code
 
 
@@ -132,6 +132,17 @@ def _show(folder, precision):
     picture = draw_run(folder, f"{folder.name} in {precision}")
     if picture is not None:
         console.say(f"picture: {picture}")
+
+
+def _show_probe(folder, precision):
+    """The table that a probe ends with."""
+    from jaxrl_fp16.console import Console
+    from jaxrl_fp16.lab.probe import COLUMNS, probe_table
+
+    console = Console()
+    console.table(f"probe in {precision}: learning rate 0, no weight moved", COLUMNS, probe_table(folder))
+    console.say("a slope beyond its error comes from the data or from chance (one in twenty beyond two errors), not "
+                "from the policy")
 
 
 def _show_filtered(outcome, bounds):

@@ -259,6 +259,13 @@ def test_overrides_read_as_their_field_wants(load):
         (["--platfrom", "cpu"], ["unknown key platfrom", "did you mean platform?", "command line"]),
         (["--optimizer.learning_rate.x", "3"], ["optimizer.learning_rate", "number", "command line"]),
         (["--optimizer.betas", "[1, 2, !!int 3]"], ["command line, --optimizer.betas", "tag"]),
+        (["--name"], ["--name has no value; allowed: --name VALUE (command line)"]),
+        (["--optimizer"], ["--optimizer has no value"]),
+        (["--sets", "--steps", "2"], ["--sets has no value"]),
+        (["--options.deep.value"], ["--options.deep.value has no value"]),
+        (["--sampling.greeedy"], ["unknown key sampling.greeedy", "did you mean sampling.greedy?", "command line"]),
+        (["--sampling.greedy="], ["sampling.greedy: null", "true or false"]),
+        (["--sampling.greedy", "yes"], ['sampling.greedy: "yes"', "true or false"]),
     ],
 )
 def test_overrides_refused(load, overrides, parts):
@@ -267,11 +274,35 @@ def test_overrides_refused(load, overrides, parts):
         assert part in message, message
 
 
+def test_a_flag_without_a_value_is_true(tmp_path):
+    @dataclass(frozen=True)
+    class Flags:
+        loud: Annotated[bool, Doc("plain")] = False
+        tied: Annotated[bool | None, Doc("null: as it comes")] = None
+        mode: Annotated[bool | str, Doc("also a name")] = "auto"
+        count: Annotated[int, Doc("no flag")] = 1
+
+    def read(*arguments):
+        return load_config(Flags, path, arguments)
+
+    path = tmp_path / "flags.yaml"
+    path.write_text("count: 1")
+    assert read("--loud") == read("--loud", "true") == read("--loud=true") == Flags(loud=True)
+    assert read("--loud", "--tied", "--count", "-3", "--mode") == Flags(True, True, True, -3)
+    assert read("--loud", "--loud", "false") == read("--mode", "auto") == Flags()
+    assert read("--mode", "true").mode is True and read("--mode", "fast").mode == "fast"
+    for wrong in (["--count"], ["--count", "--loud"]):
+        assert "--count has no value" in refusal(read, *wrong)
+    assert "count: true is not allowed" in refusal(read, "--count", "true")
+
+
 def test_parse_overrides_gives_pairs():
-    assert parse_overrides(["--a.b", "1", "--c=2=3", "--d", "-1"]) == [
+    assert parse_overrides(["--a.b", "1", "--c=2=3", "--e", "--d", "-1", "--f"]) == [
         ("a.b", "1"),
         ("c", "2=3"),
+        ("e", "true"),
         ("d", "-1"),
+        ("f", "true"),
     ]
 
 

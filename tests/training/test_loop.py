@@ -35,6 +35,8 @@ COMPARISONS = (
     "prob_diff_min", "seq_log_ratio_mean", "seq_log_ratio_std", "seq_log_ratio_min", "seq_log_ratio_max", "seq_kl",
     "chi2_token", "chi2_seq", "ess_seq", "exact_fraction",
 )
+TERMS = ("numerics", "numerics_update", "staleness", "staleness_last", "truncation", "tokenisation",
+         "tokenisation_tokens")
 TIMES = ("seconds/sample", "seconds/learn", "tokens_per_second")
 
 
@@ -154,11 +156,13 @@ def test_every_step_is_measured(whole):
         "accuracy", "stderr", "pass@1", "pass@2", "pass@4", "response_length", "finished", "problems"}
     assert [record["step"] for record in steps] == [1, 2, 3, 4]
     wanted = {f"{prefix}/{name}" for prefix in ("mismatch", "mismatch_grad") for name in COMPARISONS}
+    wanted |= {f"terms/{name}" for name in TERMS}
     wanted |= {"loss", "grad_norm", "loss_scale", "skipped", "empty", "reward", "entropy", "learning_rate", *TIMES}
     for record in steps:
         assert not wanted - set(record)
         assert all(math.isfinite(value) for value in record.values())
         assert record["mismatch/kl_k3"] < 1e-4 and record["mismatch/ess_seq"] > 0.999
+        assert record["terms/staleness"] > 100 * record["terms/numerics"] > 0 == record["terms/truncation"]
         assert record["loss_scale"] == 2**15 and record["skipped"] == record["empty"] == 0
     assert [record["step"] for record in steps if "eval/own/accuracy" in record] == [2, 4]
 
@@ -413,6 +417,7 @@ def test_two_steps_of_another_algorithm(start, name):
     if name == "pg_seq_is":
         # At the first step policy and reference are one; the kept five tokens hold less than all of the mass.
         assert steps[0]["kl"] < 1e-6 < steps[1]["kl"] and steps[0]["full_logprob"] < 0
+        assert steps[0]["terms/truncation"] > 0.1 > steps[0]["terms/staleness"] == 0
     if name == "dapo":
         assert all(1 <= step["sampling_rounds"] <= 3 for step in steps)
         assert all(step["groups_of_equal_reward_used"] <= step["groups_of_equal_reward"] for step in steps)
@@ -445,6 +450,7 @@ def test_a_critic_of_its_own_warms_up_alone(start, whole):
     state, _ = arrays(run.folder, 2)
     assert state["critic.step"] == 4 and state["policy.step"] == 2
     assert "grad_norm" not in warmup and "mismatch_grad/kl_k3" not in warmup and "mismatch/kl_k3" in warmup
+    assert warmup["terms/staleness"] == 0 < learning["terms/staleness"] and "terms/numerics_update" not in warmup
     assert learning["loss_scale"] == 2**15 and learning["critic/loss_scale"] == warmup["critic/loss_scale"] == 1
     assert state["critic.params.body.embedding"].shape[1] == 16
 

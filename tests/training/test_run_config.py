@@ -31,6 +31,8 @@ CONFIGS = sorted((Path(__file__).resolve().parents[2] / "configs").glob("*.yaml"
      "its weight would be 1 by construction"),
     ({"training": {"truncated": "cut"}}, "training.truncated: \"cut\" is not allowed; allowed: keep | zero | mask"),
     ({"task": {"arithmetic": {"kinds": []}}}, "task.arithmetic.kinds: .*length >= 1"),
+    ({"training": {"probe": True}, "resume": "runs/x"},
+     "training.probe is true with resume runs/x; allowed: a run from its start, with what `export` writes of a"),
     ({"run": {"steps": True}}, "run.steps: true is not allowed; allowed: integer >= 0"),
 ])
 def test_what_is_refused(mapping, message):

@@ -1,0 +1,57 @@
+"""A probe's steps as a table: what the set-up's mismatch is, how it scatters, and whether it drifts."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from jaxrl_fp16.logs import read_metrics
+
+MEASURED = ("mismatch/", "mismatch_grad/", "terms/")
+# What the mismatch hangs on beside the weights: where these drift, it may.
+BESIDE = ("reward", "response_length", "entropy", "grad_norm")
+COLUMNS = ("", "mean", "std over steps", "slope a step", "its standard error")
+
+
+def probe_table(folder):
+    """Rows like COLUMNS for each mismatch metric of a run and what it hangs on beside the weights.
+
+    A step whose value is not finite is left out, and the row says how many there were.
+    """
+    steps = [record for record in read_metrics(folder) if "reward" in record]
+    names = [name for name in (steps[-1] if steps else ()) if name.startswith(MEASURED)]
+    names += [name for name in BESIDE if steps and name in steps[-1]]
+    rows = []
+    for name in names:
+        at, values = zip(*((record["step"], record.get(name, math.nan)) for record in steps))
+        finite = np.isfinite(values)
+        lost = len(steps) - int(finite.sum())
+        label = f"{name} (not finite in {lost} of {len(steps)} steps)" if lost else name
+        rows.append((label, *map(_text, spread_and_drift(np.asarray(at)[finite], np.asarray(values)[finite]))))
+    return rows
+
+
+def spread_and_drift(at, values):
+    """`(mean, std, slope, standard error of the slope)` of `values` [n] at steps `at` [n], by least squares.
+
+    std has ddof 1. NaN is what too few values do not carry: std and slope take two, the
+    error three. It holds where steps are independent, as they are while no weight moves.
+    """
+    count = len(values)
+    mean = float(np.mean(values)) if count else math.nan
+    if count < 2:
+        return mean, math.nan, math.nan, math.nan
+    centred = at - np.mean(at)
+    across = float(np.sum(centred**2))
+    slope = float(np.sum(centred * (values - mean))) / across
+    rest = values - mean - slope * centred
+    error = math.sqrt(float(np.sum(rest**2)) / (count - 2) / across) if count > 2 else math.nan
+    return mean, float(np.std(values, ddof=1)), slope, error
+
+
+def _text(value):
+    return "-" if math.isnan(value) else f"{value:.3g}"
+
+
+__all__ = ["COLUMNS", "probe_table", "spread_and_drift"]

@@ -95,7 +95,7 @@ class TrainingConfig:
     probe: Annotated[bool, Doc("learning rate 0: no weight moves, and the mismatch is the set-up's own")] = False
     tokenisation_rows: Annotated[
         int, Ge(0), Doc("responses of a step that are decoded and encoded again for terms/tokenisation; 0: none")
-    ] = 64
+    ] = 16
 
 
 @dataclasses.dataclass(frozen=True)

@@ -5,8 +5,10 @@ from __future__ import annotations
 
 import dataclasses
 from importlib import import_module
+import json
 import os
 from pathlib import Path
+import re
 import sys
 import warnings
 
@@ -43,15 +45,29 @@ def _filter(config):
     return outcome.code
 
 
+def _compare(config):
+    from jaxrl_fp16.lab.compare import run_compare
+
+    return run_compare(config)
+
+
 COMMANDS = {
     "train": (_train, "RL, after a warm start where sft.steps asks for one; --resume RUN_FOLDER goes on"),
     "sft": (_command("run_sft"), "supervised training on the task's solutions"),
+    "warmup": (_command("run_warmup"), "the warm start of train alone, as a model folder"),
     "dpo": (_command("run_dpo"), "preference optimization on pairs of responses, after a warm start as in train"),
     "eval": (_command("run_eval"), "accuracy, pass@k and standard error on evaluation.sets"),
     "filter": (_filter, "the problems that a model solves sometimes; --resume RUN_FOLDER goes on"),
+    "compare": (_compare, "one config under --precisions fp16 bf16 ..., --seeds 0 1 ...; one report of all runs"),
     "generate": (_command("run_generate"), "responses to prompts, printed"),
     "export": (_command("run_export"), "the newest checkpoint of --resume RUN_FOLDER as a Hugging Face folder, model/"),
 }
+
+# Flags of a command that are short for a key; those of a list take several values.
+LISTS = {"compare": {
+    "precisions": "compare.precisions", "rollout-precisions": "compare.rollout_precisions", "seeds": "compare.seeds",
+}}
+SHORT = {"compare": {"jobs": "compare.jobs"}}
 
 
 def main(argv):
@@ -76,12 +92,34 @@ def _run(command, arguments):
     if not arguments or arguments[0].startswith("--"):
         raise ConfigError(f"{command} needs a config file: jaxrl-fp16 {command} CONFIG [--key VALUE ...]")
     path, *rest = arguments
-    config = load_config(Config, path, parse_overrides(rest))
+    config = load_config(Config, path, parse_overrides(list(_lengthened(command, rest))))
     if config.run.name is None:
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=Path(path).stem))
     # orbax warns of what it will do by default one day; a person at a console can do nothing about it
     warnings.filterwarnings("ignore", module=r"orbax\..*")
     return _guarded(COMMANDS[command][0], config)
+
+
+def _lengthened(command, arguments):
+    """`--seeds 0 1` as `--compare.seeds [0, 1]`, `--jobs 2` as `--compare.jobs 2`."""
+    lists, short, rest = LISTS.get(command, {}), SHORT.get(command, {}), list(arguments)
+    while rest:
+        argument = rest.pop(0)
+        flag, equals, value = argument.removeprefix("--").partition("=")
+        if not argument.startswith("--") or flag not in (*lists, *short):
+            yield argument
+            continue
+        if flag in short:
+            yield f"--{short[flag]}{equals}{value}"
+            continue
+        values = [value] if equals else []
+        while rest and not rest[0].startswith("--"):
+            values.append(rest.pop(0))
+        if not values:
+            raise ConfigError(f"--{flag} has no value; allowed: --{flag} VALUE [VALUE ...] (command line)")
+        # A word is quoted: precision's free form holds commas.
+        values = [value if re.fullmatch(r"[+-]?\d+", value) else json.dumps(value) for value in values]
+        yield from (f"--{lists[flag]}", f"[{', '.join(values)}]")
 
 
 def _guarded(run, config):

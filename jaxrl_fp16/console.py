@@ -43,6 +43,7 @@ class Console:
         self._steps, self._every, self._line = steps, every, line
         self._live: rich.live.Live | None = None
         self._ends: collections.deque[float] = collections.deque(maxlen=20)     # when the latest steps ended
+        self._said = time.monotonic()       # when `status` last took a line
 
     def __enter__(self):
         return self
@@ -88,10 +89,23 @@ class Console:
         """Shows that `step` iterations are done: redraws the live line, or prints one now and then."""
         self._ends.append(time.monotonic())
         text = self._describe(step, numbers)
-        if not self._console.is_terminal or self._console.is_dumb_terminal:
-            if len(self._ends) == 1 or step % self._every == 0 or step == self._steps:
-                self.say(text)
-            return
+        if self._is_live():
+            self._redraw(text)
+        elif len(self._ends) == 1 or step % self._every == 0 or step == self._steps:
+            self.say(text)
+
+    def status(self, text: str, seconds: float = 30.0) -> None:
+        """What goes on now, in the live line; where there is none, a line every `seconds` at most."""
+        if self._is_live():
+            self._redraw(text)
+        elif time.monotonic() - self._said >= seconds:
+            self._said = time.monotonic()
+            self.say(text)
+
+    def _is_live(self) -> bool:
+        return self._console.is_terminal and not self._console.is_dumb_terminal
+
+    def _redraw(self, text: str) -> None:
         if self._live is None:
             # Drawn by nobody but us: rich's own refreshing takes a thread, and workers are started beside it.
             self._live = rich.live.Live(console=self._console, auto_refresh=False)

@@ -188,9 +188,13 @@ def _step_of(line: bytes) -> float:
 
 
 def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`, with the numbers that are not finite as floats again."""
+    """The records of `metrics.jsonl`, with the numbers that are not finite as floats again.
+
+    A last line without its end, as a run that lives or was killed may leave it, is passed over.
+    """
     with open(Path(folder) / METRICS, encoding="utf-8") as lines:
-        return [{key: _unquoted(value) for key, value in json.loads(line).items()} for line in lines]
+        whole = (line for line in lines if line.endswith("\n"))
+        return [{key: _unquoted(value) for key, value in json.loads(line).items()} for line in whole]
 
 
 __all__ = ["METRICS", "SAMPLES", "LoggingConfig", "RunLog", "read_metrics", "truncate"]

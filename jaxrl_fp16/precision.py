@@ -113,17 +113,25 @@ def get_precision(name, loss_scale=LossScaleConfig()):
     """`"fp16"`, `"bf16"`, `"fp32"`, or free-form `"params=float32,compute=float16,output=float32"`.
 
     Scaling is dynamic exactly when the policy computes in float16; `loss_scale`
-    is its config. Raises ValueError on any other name or dtype, and on parameters
-    that are not float32: those are the masters that Adam adds small steps to.
+    is its config. Raises ValueError as `get_policy` does.
+    """
+    policy = get_policy(name)
+    dynamic = policy.compute_dtype == jnp.float16
+    return Precision(name, policy, make_loss_scale(loss_scale, dynamic))
+
+
+def get_policy(name):
+    """The `jmp.Policy` of a precision's name; makes no array.
+
+    Raises ValueError on any other name or dtype, and on parameters that are not
+    float32: those are the masters that Adam adds small steps to.
     """
     if not isinstance(name, str) or (name not in POLICIES and "=" not in name):
         raise ValueError(
             f"precision {name!r} is unknown; allowed: {', '.join(POLICIES)}, or "
             "'params=float32,compute=DTYPE,output=DTYPE'"
         )
-    policy = _parse_policy(name, POLICIES.get(name, name))
-    dynamic = policy.compute_dtype == jnp.float16
-    return Precision(name, policy, make_loss_scale(loss_scale, dynamic))
+    return _parse_policy(name, POLICIES.get(name, name))
 
 
 def _parse_policy(name, text):
@@ -152,5 +160,5 @@ def resolve_precision(name, platform):
 
 
 __all__ = [
-    "LossScaleConfig", "LossScale", "Precision", "make_loss_scale", "get_precision", "resolve_precision",
+    "LossScaleConfig", "LossScale", "Precision", "make_loss_scale", "get_policy", "get_precision", "resolve_precision",
 ]

@@ -47,6 +47,20 @@ def run_sft(config):
         return _follow(run, learner, taken, steps, config.sft.optimizer, run.evaluate)
 
 
+def run_warmup(config):
+    """The warm start of `train` alone, as the model folder that runs of any precision may begin from."""
+    if not config.sft.steps or config.resume is not None:
+        raise ConfigError("warmup starts anew, with sft.steps of 1 or more; allowed: no --resume, and --sft.steps N")
+    with open_run(config, check=check_pairs) as (run, params):
+        params, metrics = warm_start(run, params)
+        if run.stops():
+            return run.end_by_signal(0)
+        run.start_log(0, config.sft.steps, line=(("loss", "sft/loss", ".4f"),))
+        run.log.metrics(metrics["sft/steps"], metrics)
+        run.export(params)
+    return 0
+
+
 def run_dpo(config):
     """Preference optimization, after a warm start where `sft.steps` asks for one; all else as in `run_sft`."""
     steps = config.dpo.steps
@@ -175,4 +189,4 @@ def run_export(config):
     return 0
 
 
-__all__ = ["run_sft", "run_dpo", "run_eval", "run_generate", "run_export"]
+__all__ = ["run_sft", "run_warmup", "run_dpo", "run_eval", "run_generate", "run_export"]

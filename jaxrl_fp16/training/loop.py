@@ -16,6 +16,7 @@ from jaxrl_fp16.training.collect import next_prompts, sample_and_grade, truncati
 from jaxrl_fp16.training.dynamic import sample_unequal
 from jaxrl_fp16.training.learn import learn, make_programs
 from jaxrl_fp16.training.learner import check_critic, critic_model, make_learner
+from jaxrl_fp16.training.memory import peak_bytes
 from jaxrl_fp16.training.optimizer import make_schedule
 from jaxrl_fp16.training.run import Guard, SkipGuard, announced, open_run
 from jaxrl_fp16.training.run_config import resolve_algorithm
@@ -41,10 +42,8 @@ def train(config):
     `CheckpointError` for a run that stopped itself.
     """
     algorithm = resolve_algorithm(config)
-    make_critic = critic_model if needs_critic(algorithm) else None
-    with open_run(
-        config, check=check_data, reference=needs_reference(algorithm), critic=make_critic, rewarded=True
-    ) as (run, params):
+    make_critic = _critic_of(algorithm)
+    with open_training(config) as (run, params):
         config, setup, t = run.config, run.setup, run.config.training
         rows = t.prompts_per_step * config.sampling.group_size
         run.log.say(
@@ -103,6 +102,8 @@ def train(config):
                 "seconds/sample": sampled - began, "seconds/learn": done - sampled,
                 "tokens_per_second": draws.tokens / (done - began),
             }
+            peak = peak_bytes(setup.mesh.devices.flatten()[0])
+            metrics |= {} if peak is None else {"memory/device_peak_bytes": peak}
             last = step == config.run.steps
             if (last or run.evaluation_due(step)) and not t.probe:  # its weights were evaluated at the start
                 metrics |= run.evaluate(learner.policy.params)
@@ -123,6 +124,18 @@ def train(config):
 
 
 # -- before the first step -----------------------------------------------------------------------
+
+
+def open_training(config):
+    """`open_run` as `train` needs it: with all that can be refused before the start."""
+    algorithm = resolve_algorithm(config)
+    return open_run(
+        config, check=check_data, reference=needs_reference(algorithm), critic=_critic_of(algorithm), rewarded=True
+    )
+
+
+def _critic_of(algorithm):
+    return critic_model if needs_critic(algorithm) else None
 
 
 def check_data(setup, task):
@@ -230,4 +243,4 @@ def sample_records(prompts, graded):
             }
 
 
-__all__ = ["Outcome", "train"]
+__all__ = ["Outcome", "open_training", "train", "warm_start"]

@@ -59,6 +59,11 @@ def device_bytes(device):
     return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
+def peak_bytes(device):
+    """The most that the device's allocator has held so far; None where it does not count, as on a CPU."""
+    return (device.memory_stats() or {}).get("peak_bytes_in_use")
+
+
 def check_fits(needs, available):
     """Refuses what cannot fit, with the settings that lower it."""
     total = sum(needs.values())
@@ -71,4 +76,4 @@ def check_fits(needs, available):
         )
 
 
-__all__ = ["estimate", "parameter_count", "device_bytes", "check_fits"]
+__all__ = ["estimate", "parameter_count", "device_bytes", "peak_bytes", "check_fits"]

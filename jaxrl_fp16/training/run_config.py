@@ -12,7 +12,7 @@ from jaxrl_fp16.logs import LoggingConfig
 from jaxrl_fp16.models.attention import PACKABLE, AttentionKind
 from jaxrl_fp16.models.decoder import DecoderConfig
 from jaxrl_fp16.parallel import MeshConfig, row_shards
-from jaxrl_fp16.precision import LossScaleConfig
+from jaxrl_fp16.precision import LossScaleConfig, get_policy
 from jaxrl_fp16.rl import (
     PRESETS, AlgorithmConfig, PreferenceConfig, check_algorithm, get_algorithm, overlong_zone,
 )
@@ -24,8 +24,8 @@ from jaxrl_fp16.training.optimizer import OptimizerConfig
 # Of a resumed run these may differ from what it was started with: how long, how seen, on what.
 MAY_CHANGE = ("run.steps", "sft.steps", "dpo.steps", "run.dir", "run.compile_cache", "run.export", "logging",
               "checkpoint", "evaluation", "mesh", "resume", "training.reference", "training.tokenisation_rows",
-              "generate", "filter.low", "filter.high", "filter.output", "task.workers", "task.deadline_seconds",
-              "task.memory_mb")
+              "generate", "filter.low", "filter.high", "filter.output", "compare.jobs", "task.workers",
+              "task.deadline_seconds", "task.memory_mb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +33,7 @@ class RunConfig:
     name: Annotated[str | None, Doc("first part of the run folder's name; null: the config file's")] = None
     dir: Annotated[str, Doc("where run folders are made")] = "runs"
     seed: Annotated[int, Ge(0), Doc("of weights, sampling and data order")] = 0
+    stamp: Annotated[bool, Doc("the folder's name ends with the time; false: dir/name itself")] = True
     steps: Annotated[int, Ge(0), Doc("iterations")] = 100
     platform: Annotated[Literal["auto", "cpu", "gpu", "tpu"], Doc("auto: the best that JAX finds")] = "auto"
     compile_cache: Annotated[str | None, Doc("folder of compiled programs; null: none")] = "~/.cache/jaxrl_fp16"
@@ -181,6 +182,31 @@ class FilterConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class CompareConfig:
+    """The runs that `compare` starts: each precision with each seed."""
+
+    precisions: Annotated[tuple[str, ...], Doc("of the runs; short: --precisions A B")] = ("fp16", "bf16")
+    rollout_precisions: Annotated[
+        tuple[str, ...], Doc("each with each precision, for the ablation; none: the same as the run's")
+    ] = ()
+    seeds: Annotated[tuple[Annotated[int, Ge(0)], ...], Doc("none: run.seed alone; short: --seeds 0 1 2")] = ()
+    jobs: Annotated[
+        int | None, Ge(1), Doc("runs side by side; null: one on an accelerator, on a CPU one a core; short: --jobs")
+    ] = None
+    collapse: Annotated[
+        float, Gt(0), Le(1), Doc("share of its peak by which the reward must fall, and stay, to have collapsed")
+    ] = 0.25
+
+    def __post_init__(self):
+        for name in ("precisions", "rollout_precisions", "seeds"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values) or (name == "precisions" and not values):
+                raise ValueError(f"{name} are {', '.join(map(str, values)) or 'none'}; allowed: one or more, each once")
+        for name in (*self.precisions, *self.rollout_precisions):
+            get_policy(name)
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that a command reads."""
 
@@ -202,6 +228,7 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
     generate: GenerateConfig = GenerateConfig()
     filter: FilterConfig = FilterConfig()
+    compare: CompareConfig = CompareConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     mesh: MeshConfig = MeshConfig()
@@ -279,7 +306,7 @@ def check_mesh_rows(config, mesh):
 
 
 __all__ = [
-    "MAY_CHANGE", "AlgorithmSection", "Config", "CriticConfig", "DPOConfig", "EvaluationConfig", "EvaluationSet",
-    "FilterConfig", "GenerateConfig", "ModelConfig", "RunConfig", "SFTConfig", "TrainingConfig", "check_mesh_rows",
-    "resolve_algorithm",
+    "MAY_CHANGE", "AlgorithmSection", "CompareConfig", "Config", "CriticConfig", "DPOConfig", "EvaluationConfig",
+    "EvaluationSet", "FilterConfig", "GenerateConfig", "ModelConfig", "RunConfig", "SFTConfig", "TrainingConfig",
+    "check_mesh_rows", "resolve_algorithm",
 ]

@@ -177,9 +177,12 @@ def _decoder_config(section, tokenizer):
 
 
 def new_folder(config):
-    """Makes a run folder that was not there yet, `dir/name-YYYYMMDD-HHMMSS`. Raises ConfigError where it cannot."""
-    stamp = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
-    base = Path(config.run.dir) / f"{config.run.name}-{stamp}"
+    """Makes a run folder that was not there yet, `dir/name-YYYYMMDD-HHMMSS`, or `dir/name` without `run.stamp`.
+
+    Where it is there, -2 follows, or -3 ... Raises ConfigError where it cannot be made.
+    """
+    stamp = datetime.datetime.now().strftime("-%Y%m%d-%H%M%S") if config.run.stamp else ""
+    base = Path(config.run.dir) / f"{config.run.name}{stamp}"
     try:
         base.parent.mkdir(parents=True, exist_ok=True)
         for number in itertools.count(1):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import dataclasses
+import functools
 import math
 
 import numpy as np
@@ -67,13 +68,19 @@ def t_tail(t: float, degrees: int) -> float:
     of sines and cosines that 64 Gauss points integrate to the last digits.
     """
     def area(low, high):
-        points, weights = np.polynomial.legendre.leggauss(64)
+        points, weights = _gauss()
         angles = (high - low) / 2 * points + (high + low) / 2
         return (high - low) / 2 * float(np.sum(weights * np.cos(angles) ** (degrees - 1)))
 
     return area(math.atan(abs(t) / math.sqrt(degrees)), math.pi / 2) / area(0, math.pi / 2)
 
 
+@functools.cache
+def _gauss():
+    return np.polynomial.legendre.leggauss(64)
+
+
+@functools.cache
 def t_quantile(degrees: int, level: float = LEVEL) -> float:
     """The t beyond which, on both sides together, lies the share `level`."""
     low, high = 0.0, 1.0

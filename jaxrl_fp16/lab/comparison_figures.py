@@ -10,8 +10,8 @@ from jaxrl_fp16.lab.comparison import band, series, window_of
 from jaxrl_fp16.lab.figures import FAINT, colour_of, legend, name_axes, new_figure
 
 DASHES = {None: "-", "fp16": "--", "bf16": ":", "fp32": "-."}     # by the sampler's precision, where it differs
+REWARD = ("reward", "training reward", "linear")
 MAIN = (
-    ("reward", "training reward", "linear"),
     ("mismatch/kl_k3", "token KL (k3), sampler | scorer", "log"),
     ("mismatch/prob_abs_diff_mean", "mean |probability difference|", "log"),
     ("mismatch/seq_log_ratio_std", "spread of sequence log-ratios", "log"),
@@ -40,6 +40,7 @@ GRADIENT = (
     ("mismatch_grad/exact_fraction", "share without difference", "linear"),
 )
 TRAINING = (
+    REWARD,
     ("loss_scale", "loss scale", "log2"),
     ("skipped", "optimizer steps skipped", "linear"),
     ("grad_norm", "gradient norm, before clipping", "linear"),
@@ -57,14 +58,14 @@ def draw_main(comparison, title):
     """Reward and accuracy beside token KL: the picture of a comparison."""
     figure, axes = new_figure(1, 2, title=title, height=3.8)
     reward, kl = axes[0]
-    _draw(reward, comparison, *MAIN[0])
+    _draw(reward, comparison, *REWARD)
     accuracies = [key for key in _evaluated(comparison) if key.endswith("/accuracy")][:1]
     for key in accuracies:
         name = key.split("/")[1]
         for label in comparison.sides:
             _dots(reward, comparison, label, key)
         name_axes(reward, f"training reward; dots: {name} accuracy, held out", "step")
-    _draw(kl, comparison, *MAIN[1])
+    _draw(kl, comparison, *MAIN[0])
     legend(reward, loc="best")
     return figure
 
@@ -157,12 +158,13 @@ def _log_axis(axes, seen):
     marks = range(low, high + 1, max(1, math.ceil((high - low) / 6)))
     ticks, names = [10.0**mark for mark in marks], [f"1e{mark}" for mark in marks]
     axes.set_yscale("log")
-    floor = 10.0 ** (low - max(0.5, (high - low) / 8))
+    bottom, floor = 10.0**low, 10.0 ** (low - (high - low) / 8)
     if len(positive) < len(seen):
         ticks, names = [floor, *ticks], ["0", *names]
-        axes.axhline(math.sqrt(floor * 10.0**low), color=FAINT, linewidth=0.8, linestyle=(0, (2, 3)))
-        axes.set_ylim(bottom=floor / (10.0**low / floor) ** 0.4)
+        axes.axhline(math.sqrt(floor * bottom), color=FAINT, linewidth=0.8, linestyle=(0, (2, 3)))
+        bottom = floor / math.sqrt(bottom / floor)
     axes.set_yticks(ticks, names)
+    axes.set_ylim(bottom, 10.0**high)
     axes.minorticks_off()
     return lambda values: np.where(values > 0, values, floor)
 

@@ -92,7 +92,7 @@ def warm_start(config, work):
     if start.exists():
         return start
     print("warm start", flush=True)
-    code, error = command("sft", config, work / "warm.log", **{
+    code, error = command("warmup", config, work / "warm.log", **{
         "run.dir": work, "run.name": "warm", "precision": "fp32", "evaluation.every": 0,
         "logging.tensorboard": "false",
     })

@@ -114,6 +114,22 @@ def test_first_start_installs_and_the_second_does_not(project, tmp_path):
         assert ("installing jaxrl_fp16 into" in done.err) == bool(expected)
 
 
+def test_what_the_quickstart_compares(project, tmp_path):
+    (tmp_path / "compared" / "configs").mkdir(parents=True)
+    (tmp_path / "one run").mkdir()
+    ours, config = " --precisions fp16 bf16", f"{project.root}/configs/quickstart.yaml"
+    for arguments, command, given in (
+        ((), "compare", ours),
+        (("--seeds", "0", "1"), "compare", ours),
+        (("--precisions", "bf16", "fp32"), "compare", ""),
+        (("--resume", "compared"), "compare", ours),
+        (("--resume", "one run"), "train", ""),
+        (("--precision=bf16",), "train", ""),
+    ):
+        out = project.run("quickstart.sh", *arguments, cwd=tmp_path).out
+        assert out.startswith(f"run {command} {' '.join((config + given, *arguments))} "), arguments
+
+
 def test_scripts_share_one_environment(project):
     assert "-m pytest -n 2 --dist loadfile -k x" in project.run("test.sh", "-k", "x").out
     assert project.calls() == ["venv", "install torch==2.13.0", "install ROOT[test]"]
@@ -124,7 +140,7 @@ def test_scripts_share_one_environment(project):
 def test_it_works_through_a_symbolic_link(project, tmp_path):
     link = tmp_path / "link.sh"
     link.symlink_to(project.root / "launch/quickstart.sh")
-    assert f"run train {project.root}/configs/quickstart.yaml" in project.run(link).out
+    assert f"run compare {project.root}/configs/quickstart.yaml" in project.run(link).out
     assert (project.root / ".venv").is_dir()
 
 
@@ -167,7 +183,7 @@ def test_an_environment_that_is_not_ours_is_left_alone(project):
 
 def test_two_starts_at_once_install_once(project):
     starts = [project.start("quickstart.sh", STUB_SECONDS="0.3") for _ in range(3)]
-    assert all(process.communicate(timeout=60)[0].startswith("run train") for process in starts)
+    assert all(process.communicate(timeout=60)[0].startswith("run compare") for process in starts)
     assert project.calls() == ["venv", "install ROOT"]
 
 

@@ -51,12 +51,18 @@ def hidden_states(model, params, tokens, mask, policy, segments=None):
 
     Column `c` of the result is the row's `c`-th real token. `segments` as `token_logprobs` takes them.
     """
+    tokens, segments, alignment = align_rows(tokens, mask, segments)
+    cast = cast_to_compute(params, policy)
+    return in_compute_dtype(model, policy).apply({"params": cast}, tokens, segments=segments), alignment
+
+
+def align_rows(tokens, mask, segments=None):
+    """`(tokens, segments)` [B,T] as the model takes them, left-aligned with 0 at padding, and `(order, inverse)`."""
     order, inverse = left_align(mask)
     tokens = jnp.where(align(mask, order).astype(bool), align(tokens, order), 0)
     if segments is not None:
         segments = _aligned_segments(segments, mask, order)
-    cast = cast_to_compute(params, policy)
-    return in_compute_dtype(model, policy).apply({"params": cast}, tokens, segments=segments), (order, inverse)
+    return tokens, segments, (order, inverse)
 
 
 def _aligned_segments(segments, mask, order):
@@ -122,8 +128,16 @@ def score(model, params, tokens, mask, policy, temperature=1.0, support=None, wi
 
     Logits are made in chunks of columns, forward and backward, and never exist at once.
     """
-    hidden, (order, inverse) = hidden_states(model, params, tokens, mask, policy, segments)
+    hidden, alignment = hidden_states(model, params, tokens, mask, policy, segments)
     head = cast_to_compute(params, policy)["head"]
+    return score_hidden(hidden, alignment, head, tokens, mask, temperature, support, with_entropy, segments)
+
+
+def score_hidden(
+    hidden, alignment, head, tokens, mask, temperature=1.0, support=None, with_entropy=False, segments=None
+):
+    """The rest of `score`, from what `hidden_states` gives and the head [V,D] in the compute dtype."""
+    order, inverse = alignment
     present = align(mask, order).astype(bool)
     targets = _next(jnp.where(present, align(tokens, order), 0))
     if support is not None:
@@ -237,6 +251,6 @@ def _split(hidden, head, *arrays):
 
 
 __all__ = [
-    "cast_to_compute", "hidden_states", "logits_of", "logits", "logprob_of", "entropy_of",
-    "token_logprobs", "score", "token_values", "sequence_scores",
+    "cast_to_compute", "in_compute_dtype", "align_rows", "hidden_states", "logits_of", "logits", "logprob_of",
+    "entropy_of", "token_logprobs", "score", "score_hidden", "token_values", "sequence_scores",
 ]

@@ -29,6 +29,8 @@ console
 logs
 tasks/*
 rl/*
+ranges
+telemetry
 training/optimizer
 training/state
 training/step
@@ -51,6 +53,7 @@ training/run_config
 training/setup
 training/reward_model
 training/run
+training/watch
 training/learner
 training/supervised
 training/pairs

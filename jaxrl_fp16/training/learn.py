@@ -99,8 +99,11 @@ def _advantages(algorithm, group_size, limit, rewards, lengths, valid, mask, old
     return gae(rewards, values, mask, algorithm.discount, algorithm.gae_lambda)
 
 
-def learn(config, algorithm, programs, learner, graded, key, mesh, critic_alone=False):
+def learn(config, algorithm, programs, learner, graded, key, mesh, critic_alone=False, keep=None):
     """An iteration's optimizer steps on `graded` rollouts; with `critic_alone` the policy takes none.
+
+    keep: called with the iteration's batch as `rows_of(int32 [n]) -> Batch` of n rows, and with the
+    rows of each optimizer step, int32 [M] in order.
 
     Returns `(learner, metrics, steps)`: metrics of the iteration as host floats, and
     those of each optimizer step, in order.
@@ -119,8 +122,10 @@ def learn(config, algorithm, programs, learner, graded, key, mesh, critic_alone=
         metrics["full_logprob"] = masked_mean(rollout.full_logprobs, rollout.response_mask)
     old = pi if score_all else rollout.logprobs
     batch = _make_batch(algorithm, programs, learner, graded, t.truncated, old, mesh)
-    steps, drifts = [], []
-    for number, index in enumerate(index for order in orders for index in order):
+    steps, drifts, minibatches = [], [], [index for order in orders for index in order]
+    if keep is not None:
+        keep(partial(programs.take, batch), minibatches)
+    for number, index in enumerate(minibatches):
         minibatch, step = programs.take(batch, index), {}
         if learner.critic is not None:
             critic, value_metrics = programs.value_update(learner.critic, minibatch)

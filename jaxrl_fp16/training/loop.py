@@ -23,6 +23,7 @@ from jaxrl_fp16.training.run_config import resolve_algorithm
 from jaxrl_fp16.training.setup import naming
 from jaxrl_fp16.training.supervised import check_pairs, fresh_state, supervise
 from jaxrl_fp16.training.terms import tokenisation_terms
+from jaxrl_fp16.training.watch import Watch
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +73,7 @@ def train(config):
             run.model, setup.rollout_precision.policy, config.sampling,
             eos_id=setup.eos_ids, pad_id=setup.pad_id, tokenizer=setup.tokenizer,
         )
-        guard = SkipGuard(run)
+        guard, watch = SkipGuard(run), Watch(run, algorithm)
         rounds = t.max_sampling_rounds if algorithm.dynamic_sampling else 1
 
         for step in range(start + 1, config.run.steps + 1):
@@ -92,6 +93,7 @@ def train(config):
                 learner, metrics, taken = learn(
                     config, algorithm, programs, learner, graded, order_key, setup.mesh,
                     critic_alone=learner.critic is not None and step <= config.critic.warmup_steps,
+                    keep=watch.keep,
                 )
             done = time.perf_counter()
 
@@ -104,6 +106,7 @@ def train(config):
             }
             peak = peak_bytes(setup.mesh.devices.flatten()[0])
             metrics |= {} if peak is None else {"memory/device_peak_bytes": peak}
+            metrics |= watch.look(step, learner.policy, taken)
             last = step == config.run.steps
             if (last or run.evaluation_due(step)) and not t.probe:  # its weights were evaluated at the start
                 metrics |= run.evaluate(learner.policy.params)

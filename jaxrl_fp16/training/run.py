@@ -5,6 +5,7 @@ What is wrong with the config, the data or the model is refused before the run f
 
 from __future__ import annotations
 
+from collections.abc import Callable
 import contextlib
 import dataclasses
 from pathlib import Path
@@ -56,6 +57,8 @@ class Run:
     checkpoints: Checkpoints
     stack: contextlib.ExitStack
     log: Console = dataclasses.field(default_factory=Console)
+    # What was not finite in the latest optimizer step that was skipped, as text; None where nobody can tell.
+    cause: Callable[[], str | None] = lambda: None
 
     def restore(self, state):
         """`(state, position in the data, step)` of the newest sound checkpoint; `state` is the template."""
@@ -227,7 +230,7 @@ class SkipGuard:
     """Counts optimizer steps skipped in a row; stops a run whose gradients stay non-finite."""
 
     def __init__(self, run):
-        self.limit = run.config.training.max_skipped_steps
+        self.run, self.limit = run, run.config.training.max_skipped_steps
         self.checkpoints = run.checkpoints
         self.scales = {"": run.setup.precision.loss_scale, "critic/": run.setup.critic_precision.loss_scale}
         self.in_a_row = dict.fromkeys(self.scales, 0)
@@ -245,10 +248,12 @@ class SkipGuard:
             return
         latest = self.checkpoints.latest()
         saved = "there is no checkpoint yet" if latest is None else f"the last checkpoint is of step {latest}"
-        cause = f"with the loss scale at its minimum, {scale:g}" if floored else "in a row"
+        when = f"with the loss scale at its minimum, {scale:g}" if floored else "in a row"
+        cause = None if model else self.run.cause()
+        first = f", first {cause}" if cause else ""
         raise Guard(
-            f"{self.in_a_row[model]} optimizer steps of the {'critic' if model else 'policy'} skipped {cause}: "
-            f"gradients are not finite; try precision bf16 or a lower learning rate; {saved}"
+            f"{self.in_a_row[model]} optimizer steps of the {'critic' if model else 'policy'} skipped {when}: "
+            f"gradients are not finite{first}; try precision bf16 or a lower learning rate; {saved}"
         )
 
 

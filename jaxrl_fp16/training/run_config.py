@@ -18,6 +18,7 @@ from jaxrl_fp16.rl import (
 )
 from jaxrl_fp16.sampling import SamplingConfig
 from jaxrl_fp16.tasks import TaskConfig
+from jaxrl_fp16.telemetry import TelemetryConfig
 from jaxrl_fp16.training.checkpoint import CheckpointConfig
 from jaxrl_fp16.training.optimizer import OptimizerConfig
 
@@ -231,6 +232,7 @@ class Config:
     compare: CompareConfig = CompareConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
     mesh: MeshConfig = MeshConfig()
 
     def __post_init__(self):

@@ -37,7 +37,7 @@ def make_sft_update(model, policy, optimizer, *, microbatch_size=8, state_shardi
 
         def loss_fn(params, rows):
             logprobs, _ = score(model, params, rows.tokens, rows.mask, policy, segments=rows.segments)
-            return -masked_sum(logprobs, rows.loss_mask) / tokens, None
+            return loss_of_pairs(logprobs, rows, tokens), None
 
         empty = ~jnp.any(pairs.loss_mask)
         state, metrics, _ = guarded_step(loss_fn, optimizer, state, pairs, microbatch_size, empty=empty)
@@ -46,4 +46,9 @@ def make_sft_update(model, policy, optimizer, *, microbatch_size=8, state_shardi
     return jit_update(update, state_shardings)
 
 
-__all__ = ["Pairs", "make_sft_update"]
+def loss_of_pairs(logprobs, rows, tokens):
+    """float32 []: the share of a microbatch, `Pairs` with float32 [B,T] log-probs, in a batch of `tokens`."""
+    return -masked_sum(logprobs, rows.loss_mask) / tokens
+
+
+__all__ = ["Pairs", "loss_of_pairs", "make_sft_update"]

@@ -2,21 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from itertools import islice
 
+import jax
 import numpy as np
 
 from jaxrl_fp16.models import param_shardings
 from jaxrl_fp16.packing import pack
 from jaxrl_fp16.parallel import shard_batch
+from jaxrl_fp16.ranges import make_peaks
 from jaxrl_fp16.tasks import render
 from jaxrl_fp16.tokenizer import encode_pairs
 from jaxrl_fp16.training.collect import fitting_rows
 from jaxrl_fp16.training.optimizer import make_optimizer
 from jaxrl_fp16.training.run import announced
 from jaxrl_fp16.training.setup import naming
-from jaxrl_fp16.training.sft import Pairs, make_sft_update
+from jaxrl_fp16.training.sft import Pairs, loss_of_pairs, make_sft_update
 from jaxrl_fp16.training.state import create_train_state, shardings_of
+from jaxrl_fp16.training.step import split_rows
+from jaxrl_fp16.training.watch import name_in_parts
 
 
 def next_pairs(task, tokenizer, position, rows, length, seed, packing=False):
@@ -71,6 +76,7 @@ def supervise(run, state, position=0, start=0):
     """The steps of section `sft` after step `start`, from `state` and a position in the data.
 
     Yields `(step, state, metrics, position)` after each; a yielded state is donated to the next step.
+    The run's `cause` tells what was not finite in one that was skipped.
     Beside the update's own metrics stand `examples` and `filled`, the share of columns that hold a token.
     """
     section, setup = run.config.sft, run.setup
@@ -78,6 +84,7 @@ def supervise(run, state, position=0, start=0):
         run.model, setup.precision.policy, make_optimizer(section.optimizer),
         microbatch_size=section.microbatch_size, state_shardings=shardings_of(state),
     )
+    peaks = make_peaks(run.model, setup.precision.policy, _loss_of)
     for step in range(start + 1, section.steps + 1):
         pairs, examples, position = next_pairs(
             run.task, setup.tokenizer, position, section.batch_size, section.max_length, run.config.run.seed,
@@ -85,7 +92,21 @@ def supervise(run, state, position=0, start=0):
         )
         with announced(run.log, step == start + 1, "compiling the supervised step"):
             state, metrics = update(state, shard_batch(pairs, setup.mesh))
+        run.cause = partial(_cause, run, peaks, state.params, metrics["loss_scale"], pairs)
         yield step, state, metrics | {"examples": examples, "filled": pairs.mask.mean()}, position
+
+
+def _loss_of(logprobs, entropy, rows, tokens):
+    return loss_of_pairs(logprobs, rows, tokens)
+
+
+def _cause(run, peaks, params, scale, pairs):
+    parts = split_rows(pairs, run.config.sft.microbatch_size)
+    microbatches = (
+        shard_batch(jax.tree.map(lambda x, part=part: x[part], parts), run.setup.mesh)
+        for part in range(len(parts.tokens))
+    )
+    return name_in_parts(run, peaks, params, scale, microbatches, np.maximum(pairs.loss_mask.sum(), 1))
 
 
 __all__ = ["check_pairs", "fresh_state", "next_pairs", "supervise"]

@@ -36,12 +36,7 @@ def make_update(
                 model, params, rows.tokens, rows.mask, policy, temperature, rows.support,
                 with_entropy=algorithm.entropy_coef != 0,
             )
-            loss, metrics = policy_loss(
-                algorithm, logprobs=logprobs, old_logprobs=rows.old_logprobs,
-                rollout_logprobs=rows.rollout_logprobs, advantages=rows.advantages, mask=rows.response_mask,
-                ref_logprobs=rows.ref_logprobs, entropy=entropy if algorithm.entropy_coef else None,
-                max_new_tokens=limit, normalizer=normalizer,
-            )
+            loss, metrics = loss_of_rows(algorithm, logprobs, entropy, rows, limit, normalizer)
             return loss, (metrics, logprobs if keep_logprobs else None)
 
         empty = _nothing_to_learn(algorithm, batch)
@@ -56,6 +51,15 @@ def make_update(
     return jit_update(update, state_shardings)
 
 
+def loss_of_rows(algorithm, logprobs, entropy, rows, max_new_tokens, normalizer):
+    """`policy_loss` of a microbatch, a `Batch`, out of its log-probs and entropies float32 [B,T]."""
+    return policy_loss(
+        algorithm, logprobs=logprobs, old_logprobs=rows.old_logprobs, rollout_logprobs=rows.rollout_logprobs,
+        advantages=rows.advantages, mask=rows.response_mask, ref_logprobs=rows.ref_logprobs,
+        entropy=entropy if algorithm.entropy_coef else None, max_new_tokens=max_new_tokens, normalizer=normalizer,
+    )
+
+
 def _nothing_to_learn(algorithm, batch):
     """bool []: no token counts, or every advantage is 0 and no other term pulls. Adam's momentum and
     weight decay would move the weights all the same."""
@@ -67,4 +71,4 @@ def _nothing_to_learn(algorithm, batch):
     return ~jnp.any(mask & (advantages != 0))
 
 
-__all__ = ["make_update"]
+__all__ = ["make_update", "loss_of_rows"]

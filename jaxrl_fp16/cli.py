@@ -51,6 +51,12 @@ def _compare(config):
     return run_compare(config)
 
 
+def _info(config):
+    from jaxrl_fp16.lab.info import run_info
+
+    return run_info(config)
+
+
 COMMANDS = {
     "train": (_train, "RL, after a warm start where sft.steps asks for one; --resume RUN_FOLDER goes on"),
     "sft": (_command("run_sft"), "supervised training on the task's solutions"),
@@ -60,6 +66,7 @@ COMMANDS = {
     "filter": (_filter, "the problems that a model solves sometimes; --resume RUN_FOLDER goes on"),
     "compare": (_compare, "one config under --precisions fp16 bf16 ..., --seeds 0 1 ...; one report of all runs"),
     "generate": (_command("run_generate"), "responses to prompts, printed"),
+    "info": (_info, "is the model safe in FP16: its weights, activations and gradients against float16's range"),
     "export": (_command("run_export"), "the newest checkpoint of --resume RUN_FOLDER as a Hugging Face folder, model/"),
 }
 

@@ -121,9 +121,8 @@ def name_not_finite(model, policy, peaks, params, scale, rows, total):
         return f"the gradient of {name}"
     alone = jax.tree.map(to_host, peaks(params, jnp.ones_like(scale), rows, total))
     if _first_gradient(model, alone, dtype) is None:
-        return (f"the gradient of {name}, by the loss scale {float(scale):g} alone: at scale 1 all is finite, and a "
-                "dynamic scale tries until it fails")
-    return f"the gradient of {name}, at loss scale 1 too"
+        return f"the gradient of {name} at loss scale {float(scale):g}; at scale 1 all is finite"
+    return f"the gradient of {name}, at scale 1 too"
 
 
 def first_beyond(peaks, names, dtype):

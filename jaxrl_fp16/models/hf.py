@@ -34,7 +34,7 @@ def load_pretrained(folder, *, attention="blockwise", remat=True, mesh=None, com
       folder: its path.
       attention, remat: of the Decoder.
       mesh: where given, each device reads and holds its part of every array.
-      compute_dtype: the policy's; a weight beyond its range is refused.
+      compute_dtype: the policy's; a weight beyond its range is refused. None: none is, not even a NaN.
 
     Returns:
       (Decoder, parameters as a nested dict of float32 arrays). The model's own
@@ -74,7 +74,8 @@ def _load_params(folder, model, mesh, compute_dtype):
         shape = at(shapes, tensor.path).shape
         sharding = None if mesh is None else at(shardings, tensor.path)
         put(params, tensor.path, _load(tensor, shape, sharding, stored, num_layers))
-    check_range(model, params, compute_dtype, source=folder)
+    if compute_dtype is not None:
+        check_range(model, params, compute_dtype, source=folder)
     return params
 
 

@@ -25,8 +25,8 @@ from jaxrl_fp16.training.optimizer import OptimizerConfig
 # Of a resumed run these may differ from what it was started with: how long, how seen, on what.
 MAY_CHANGE = ("run.steps", "sft.steps", "dpo.steps", "run.dir", "run.compile_cache", "run.export", "logging",
               "checkpoint", "evaluation", "mesh", "resume", "training.reference", "training.tokenisation_rows",
-              "generate", "filter.low", "filter.high", "filter.output", "compare.jobs", "task.workers",
-              "task.deadline_seconds", "task.memory_mb")
+              "generate", "telemetry", "info", "filter.low", "filter.high", "filter.output", "compare.jobs",
+              "task.workers", "task.deadline_seconds", "task.memory_mb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,6 +208,15 @@ class CompareConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class InfoConfig:
+    """What `info` looks at."""
+
+    rows: Annotated[int, Ge(1), Doc("problems, with their solutions or with sampled responses")] = 8
+    max_new_tokens: Annotated[int, Ge(1), Doc("of a sampled response, where that is less than sampling's")] = 128
+    output: Annotated[str | None, Doc("JSON file of all figures; null: the console alone")] = None
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that a command reads."""
 
@@ -230,6 +239,7 @@ class Config:
     generate: GenerateConfig = GenerateConfig()
     filter: FilterConfig = FilterConfig()
     compare: CompareConfig = CompareConfig()
+    info: InfoConfig = InfoConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
@@ -309,6 +319,6 @@ def check_mesh_rows(config, mesh):
 
 __all__ = [
     "MAY_CHANGE", "AlgorithmSection", "CompareConfig", "Config", "CriticConfig", "DPOConfig", "EvaluationConfig",
-    "EvaluationSet", "FilterConfig", "GenerateConfig", "ModelConfig", "RunConfig", "SFTConfig", "TrainingConfig",
-    "check_mesh_rows", "resolve_algorithm",
+    "EvaluationSet", "FilterConfig", "GenerateConfig", "InfoConfig", "ModelConfig", "RunConfig", "SFTConfig",
+    "TrainingConfig", "check_mesh_rows", "resolve_algorithm",
 ]

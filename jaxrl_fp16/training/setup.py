@@ -131,14 +131,17 @@ def _generation_config(model):
     return read_json(path) if path.is_file() else None
 
 
-def load_model(setup, key):
-    """(Decoder, float32 parameters on the mesh): from `model.path`, or random. Raises ConfigError."""
-    section, compute = setup.config.model, setup.precision.policy.compute_dtype
+def load_model(setup, key, any_weights=False):
+    """(Decoder, float32 parameters on the mesh): from `model.path`, or random. Raises ConfigError.
+
+    any_weights: also such as are no finite numbers of the compute dtype.
+    """
+    section, compute = setup.config.model, None if any_weights else setup.precision.policy.compute_dtype.name
     options = dict(attention=section.attention, remat=section.remat)
     try:
         if section.path is not None:
             _check_shape(section)
-            model, params = load_pretrained(section.path, mesh=setup.mesh, compute_dtype=compute.name, **options)
+            model, params = load_pretrained(section.path, mesh=setup.mesh, compute_dtype=compute, **options)
         else:
             model = Decoder(_decoder_config(section, setup.tokenizer), **options)
             params = init_params(model, key, setup.mesh)

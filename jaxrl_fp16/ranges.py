@@ -64,6 +64,7 @@ class Peaks:
     activations: dict[str, jax.Array]
     cotangents: dict[str, jax.Array]   # gradients with respect to what each module gives, of the scaled loss
     gradients: Any                     # a tree like the parameters: [L] or [], of the scaled loss
+    weights: Any                       # likewise, of the parameters themselves
 
 
 # -- programs ------------------------------------------------------------------------------------
@@ -125,10 +126,7 @@ def make_peaks(model, policy, loss_of, *, temperature=1.0, with_entropy=False):
 
     def peaks(params, scale, rows, total):
         loss, taps, cotangents, gradients = differentiated(params, scale, rows, total)
-        largest = jax.tree_util.tree_map_with_path(
-            lambda path, leaf: jnp.max(jnp.abs(leaf), axis=_axes_within_layer(path, leaf)), gradients
-        )
-        return Peaks(loss, _peaks(taps), _peaks(cotangents), largest)
+        return Peaks(loss, _peaks(taps), _peaks(cotangents), _peaks_of_params(gradients), _peaks_of_params(params))
 
     return jax.jit(peaks)
 
@@ -191,6 +189,13 @@ def _peaks(arrays, seen=None):
         return jnp.max(jnp.abs(x)).astype(jnp.float32)
 
     return jax.tree.map(peak, arrays)
+
+
+def _peaks_of_params(tree):
+    """float32 [L] or [] each: the largest magnitude of a tree like the parameters, by layer where they are stacked."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: jnp.max(jnp.abs(leaf), axis=_axes_within_layer(path, leaf)), tree
+    )
 
 
 def _axes_within_layer(path, leaf):

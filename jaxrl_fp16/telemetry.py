@@ -111,7 +111,7 @@ def name_not_finite(model, policy, peaks, params, scale, rows, total):
     found = jax.tree.map(to_host, peaks(params, scale, rows, total))
     name = first_beyond(found.activations, module_names(model.config.num_layers), dtype)
     if name is not None:
-        return f"the activation of {name}, {_beyond(found.activations[name], dtype)}"
+        return f"the activation of {name}, {_beyond(found.activations[name], dtype)}{_by_weights(model, found, dtype)}"
     if not math.isfinite(found.loss):
         return f"the loss, {found.loss:g}, with finite activations: its ratios or importance weights"
     name = _first_gradient(model, found, dtype)
@@ -134,6 +134,13 @@ def first_beyond(peaks, names, dtype):
 def _beyond(peak, dtype):
     peak, limit = float(peak), float(jnp.finfo(dtype).max)
     return f"{peak:g} where {jnp.dtype(dtype).name} ends at {limit:,.0f}" if math.isfinite(peak) else f"{peak:g}"
+
+
+def _by_weights(model, found, dtype):
+    """The first weights that are no finite numbers of `dtype`, as an explanation; empty where all are."""
+    weights = dict(by_tensor(model, found.weights))
+    name = first_beyond(weights, weights, dtype)
+    return "" if name is None else f"; the weights {name} hold {float(weights[name]):g}"
 
 
 def _first_gradient(model, found, dtype):

@@ -42,6 +42,9 @@ def run_info(config):
     """
     if config.resume is not None:
         raise ConfigError(f"info reads no run folder; allowed: --model.path {config.resume}/model, after export")
+    output = config.info.output
+    if output is not None and not Path(output).parent.is_dir():
+        raise ConfigError(f"info.output: the folder of {output} does not exist; allowed: a file in one that does")
     setup, log = set_up(config), Console()
     with naming_at_entry("task", open_task(setup.config.task)) as task:
         keys = jax.random.split(jax.random.key(setup.config.run.seed), 4)
@@ -59,9 +62,9 @@ def run_info(config):
                   "activations": _of_activations(model, found), "gradients": _of_gradients(model, found, scale)}
     facts = {**_verdict(facts), **facts}
     _show(log, model, facts)
-    if setup.config.info.output is not None:
+    if output is not None:
         text = json.dumps(_plain(facts), indent=2, allow_nan=False)
-        Path(setup.config.info.output).write_text(text + "\n", encoding="utf-8")
+        Path(output).write_text(text + "\n", encoding="utf-8")
     log.say(json.dumps(_plain(_without_tables(facts)), allow_nan=False))
     log.say(facts["verdict"])
     return 0

@@ -369,7 +369,7 @@ def test_gradients_that_stay_infinite_stop_the_run(command, capsys):
 def test_what_the_skip_guard_counts():
     precision = SimpleNamespace(loss_scale=make_loss_scale(LossScaleConfig(initial=8.0, minimum=2.0)))
     own = SimpleNamespace(loss_scale=make_loss_scale(LossScaleConfig(minimum=1.0)))
-    run = SimpleNamespace(config=SimpleNamespace(training=SimpleNamespace(max_skipped_steps=3)),
+    run = SimpleNamespace(config=SimpleNamespace(training=SimpleNamespace(max_skipped_steps=3)), cause=lambda: None,
                           setup=SimpleNamespace(precision=precision, critic_precision=own),
                           checkpoints=SimpleNamespace(latest=lambda: None))
     step = lambda skipped, scale=8.0, **more: {"skipped": skipped, "loss_scale": scale, **more}

@@ -1,14 +1,19 @@
-"""docs/algorithms.md says of each preset what PRESETS holds."""
+"""docs/algorithms.md says of each preset what PRESETS holds; docs/precision.md names the terms that are logged."""
 
 import dataclasses
 from pathlib import Path
 import re
 
+import numpy as np
 import pytest
 
 from jaxrl_fp16 import rl, yaml_files
+from jaxrl_fp16.tokenizer import character_tokenizer
+from jaxrl_fp16.training.run_config import TrainingConfig
+from jaxrl_fp16.training.terms import staleness_terms, tokenisation_terms
 
-PAGE = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text()
+DOCS = Path(__file__).parents[1] / "docs"
+PAGE = (DOCS / "algorithms.md").read_text()
 OTHERS = {"sft", "dpo", "ipo", "RLHF"}
 
 
@@ -54,3 +59,13 @@ def test_every_named_part_is_explained():
 def test_the_papers_table_has_every_preset():
     table = PAGE.split("## What 2510.26788 found")[1].split("## ")[0]
     assert set(re.findall(r"^\| `(\w+)`", table, flags=re.M)) == set(rl.PRESETS)
+
+
+def test_the_four_terms_are_those_that_are_logged():
+    page = (DOCS / "precision.md").read_text()
+    table = page.split("## The four terms")[1].split("\n\n")[2]
+    ones = np.ones((1, 2), int)
+    logged = {"terms/numerics", "terms/truncation", *staleness_terms([(0.0, 1)]),
+              *tokenisation_terms(character_tokenizer("ab"), ones, ones, ones, [1], 1)}
+    assert set(re.findall(r"`(terms/\w+)`", table)) == logged == set(re.findall(r"`(terms/\w+)`", page))
+    assert f"evenly spread ({TrainingConfig().tokenisation_rows}; 0: none" in page

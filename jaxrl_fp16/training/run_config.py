@@ -94,7 +94,7 @@ class TrainingConfig:
     ] = 4
     max_skipped_steps: Annotated[int, Ge(1), Doc("optimizer steps skipped in a row before the run stops")] = 20
     max_failed_rewards: Annotated[float, Ge(0), Le(1), Doc("share of rewards that may fail in a step")] = 0.05
-    probe: Annotated[bool, Doc("learning rate 0: no weight moves, and the mismatch is the set-up's own")] = False
+    probe: Annotated[bool, Doc("`train` at learning rate 0: no weight moves, the mismatch is the set-up's own")] = False
     tokenisation_rows: Annotated[
         int, Ge(0), Doc("responses of a step that are decoded and encoded again for terms/tokenisation; 0: none")
     ] = 16

@@ -12,7 +12,7 @@ set -euo pipefail
 case "${1:-}" in
     --help | -h) show_help; exit 0 ;;
     "") show_help >&2; exit 2 ;;
-    train | sft | eval | generate | export) command="$1"; shift ;;
+    train | sft | dpo | eval | filter | generate | export | warmup | compare) command="$1"; shift ;;
     *) command=train ;;
 esac
 

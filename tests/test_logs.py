@@ -90,6 +90,24 @@ def test_samples_keep_the_first_few_of_each_step(tmp_path):
     assert records[0]["text"].startswith("line\n0 é \u2028 ")
 
 
+def test_a_line_that_is_being_written_is_not_read(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": "NaN"}\n{"step": 2, "lo')
+    (record,) = read_metrics(tmp_path)
+    assert record["step"] == 1 and math.isnan(record["loss"])
+
+
+def test_the_status_is_one_live_line_or_a_line_now_and_then():
+    live, plain = terminal(), plain_console()
+    with RunLog(None, QUIET, console=live) as log:
+        log.status("a 1/9")
+        log.status("a 2/9")
+    assert "a 1/9" in live.file.getvalue() and "a 2/9" in live.file.getvalue()
+    log = RunLog(None, QUIET, console=plain)
+    log.status("too early")
+    log.status("now", seconds=0)
+    assert plain.file.getvalue() == "now\n"
+
+
 def test_truncate_cuts_back_to_a_step_and_drops_half_lines(tmp_path):
     (tmp_path / "metrics.jsonl").write_text(
         '{"step": 1}\n{"step": 2}\n{"step": 3}\n{"step": 2, "late": 1}\n{"st'

@@ -15,7 +15,6 @@ from __future__ import annotations
 from concurrent.futures import ProcessPoolExecutor
 import contextlib
 import dataclasses
-import fcntl
 import io
 import json
 import multiprocessing
@@ -33,6 +32,7 @@ from jaxrl_fp16.lab.comparison import CONFIGS, OUTCOMES, Planned, last_step, pla
 from jaxrl_fp16.lab.comparison_page import show_comparison, write_comparison
 from jaxrl_fp16.lab.processes import Job, core_count, run_jobs, shares_of_cores
 from jaxrl_fp16.logs import METRICS
+from jaxrl_fp16.training.folder_lock import only_writer
 from jaxrl_fp16.training.loop import open_training
 from jaxrl_fp16.training.run import caught_signals
 from jaxrl_fp16.training.run_config import Config
@@ -46,7 +46,7 @@ def run_compare(config):
     platform = check_runs(config)
     config = dataclasses.replace(config, platform=None, run=dataclasses.replace(config.run, platform=platform))
     folder, console = _open_folder(config), Console()
-    with _locked(folder) as lock, caught_signals() as signals, console:
+    with only_writer(folder) as lock, caught_signals() as signals, console:
         stages = _Stages(config, folder, console, signals, lock)
         runs = plan_runs(config, folder)
         console.say(f"{folder}: {len(runs)} runs, {', '.join(dict.fromkeys(run.label for run in runs))}")
@@ -112,17 +112,6 @@ def _open_folder(config):
     return folder
 
 
-@contextlib.contextmanager
-def _locked(folder):
-    """Gives the descriptor of a lock that the runs inherit: it lasts as long as any of them lives."""
-    with open(folder / "lock", "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ConfigError(f"{folder} is in use by another compare, or by runs that one left behind") from None
-        yield file.fileno()
-
-
 # -- the stages ------------------------------------------------------------------------------------
 
 
@@ -134,7 +123,7 @@ class _Stages:
     folder: Path
     console: Console
     signals: Any
-    lock: int
+    lock: int            # its descriptor: the runs inherit it, so that it outlasts whatever kills this process alone
     looked: float = 0.0
 
     def warm_up(self, runs):

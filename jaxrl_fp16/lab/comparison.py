@@ -113,7 +113,7 @@ def _config_of(config, folder, name, precision, rollout, seed, warm):
     own = dataclasses.replace(config, precision=precision, rollout_precision=rollout, run=run, resume=None)
     if not (warm and config.sft.steps):
         return own
-    start = str(folder / f"warm-seed{seed}" / "model")
+    start = str((folder / f"warm-seed{seed}" / "model").resolve())     # however a resumed folder is spelled
     return dataclasses.replace(
         own, model=dataclasses.replace(config.model, path=start), sft=dataclasses.replace(config.sft, steps=0)
     )
@@ -212,10 +212,10 @@ def band(lines):
 
 
 def logged_keys(comparison):
-    """Every metric that any run logged as a number at its steps, in order of appearance."""
+    """Every metric of which any run logged a finite number, in order of appearance."""
     keys = (
         key for run in comparison.runs for record in run.records for key, value in record.items()
-        if key != "step" and isinstance(value, (int, float))
+        if key != "step" and math.isfinite(_number(value))
     )
     return list(dict.fromkeys(keys))
 

@@ -16,6 +16,8 @@ NAME = ".lock"
 def only_writer(folder):
     """Holds `folder` for this process; the file stays, empty but for the holder's process id.
 
+    Gives the lock's descriptor: a process that inherits it holds the folder too, until both have ended.
+
     Raises ConfigError where another process holds it, on this machine or, where the file
     system passes locks on, on another.
     """
@@ -31,7 +33,7 @@ def only_writer(folder):
             ) from None
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)  # which gives the lock back
 

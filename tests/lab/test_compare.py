@@ -5,6 +5,7 @@ import json
 import os
 from pathlib import Path
 import signal
+import subprocess
 import sys
 import threading
 from types import SimpleNamespace
@@ -12,13 +13,14 @@ from types import SimpleNamespace
 import pytest
 
 from jaxrl_fp16 import cli
-from jaxrl_fp16.config import load_config, to_yaml
+from jaxrl_fp16.config import ConfigError, load_config, to_dict, to_yaml
 from jaxrl_fp16.lab import compare
 from jaxrl_fp16.lab.comparison import band, last_step, plan_runs, read_comparison, series, window_of
 from jaxrl_fp16.lab.comparison_page import show_comparison, write_comparison
 from jaxrl_fp16.lab.comparison_tables import verdicts
 from jaxrl_fp16.lab.processes import Job, run_jobs, shares_of_cores
 from jaxrl_fp16.logs import read_metrics
+from jaxrl_fp16.training.folder_lock import only_writer
 from jaxrl_fp16.training.run_config import Config
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,7 +73,7 @@ def test_the_ablation_matrix(tiny):
     assert [run.label for run in runs[4:]] == ["fp16", "fp16<-fp32", "bf16<-fp16", "bf16<-fp32"]
     own = runs[1].config
     assert (own.precision, own.rollout_precision, own.run.seed) == ("fp16", "fp32", 3)
-    assert own.model.path == "there/warm-seed3/model" and own.sft.steps == 0
+    assert own.model.path == str(Path("there/warm-seed3/model").resolve()) and own.sft.steps == 0
     assert runs[0].config.rollout_precision is None
     cold = plan_runs(configured(tiny), Path("there"))
     assert [run.name for run in cold] == ["fp16-seed0", "bf16-seed0"] and cold[0].config.model.path is None
@@ -330,17 +332,21 @@ def test_resume_keeps_what_was_done_and_ends_the_rest(compared):
     assert "bf16-seed0" in " ".join(read_page(compared.again.folder).text)
 
 
-def test_a_folder_in_use_is_refused(compared, tiny, capsys):
-    folder = compared.again.folder
-    with compare._locked(folder):
-        with pytest.raises(compare.ConfigError, match="is in use by another compare"):
-            with compare._locked(folder):
-                pass
+def test_runs_that_were_left_behind_hold_the_folder(tmp_path):
+    with only_writer(tmp_path) as lock:
+        left = subprocess.Popen([sys.executable, "-S", "-c", "input()"], stdin=subprocess.PIPE, pass_fds=[lock])
+    with pytest.raises(ConfigError, match="is being written by process"):
+        with only_writer(tmp_path):
+            pass
+    left.communicate(b"\n")
+    with only_writer(tmp_path):
+        pass
 
 
-def test_what_a_run_would_refuse_is_refused_before_a_folder_is_made(tiny, tmp_path, monkeypatch, capsys):
+def test_what_a_run_would_refuse_names_the_run(tiny, tmp_path, monkeypatch):
+    """The check before a folder is made, here without its process."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-    assert cli.main(["compare", str(tiny), "--task.reward_file", "absent.py"]) == 2
-    assert "compare, run fp16-seed0: task.reward_file: absent.py is no file" in capsys.readouterr().err
+    config = configured(tiny, "--task.reward_file", "absent.py", "--run.compile_cache", "null")
+    with pytest.raises(ConfigError, match="compare, run bf16-seed0: task.reward_file: absent.py is no file"):
+        compare._open_each([("bf16-seed0", to_dict(config))])
     assert not any(tmp_path.iterdir())

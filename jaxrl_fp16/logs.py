@@ -161,6 +161,12 @@ def _plain(value: Any, key: str) -> Any:
     raise ValueError(f"{key}: {type(value).__name__} is not allowed; allowed: scalar, text, or list of them")
 
 
+def write_json(path: str | os.PathLike, value: Any) -> None:
+    """A JSON file of mappings, lists and scalars; what is not finite as in `metrics.jsonl`."""
+    text = json.dumps(_plain(value, Path(path).name), indent=2, allow_nan=False)
+    Path(path).write_text(text + "\n", encoding="utf-8")
+
+
 def _unquoted(value: Any) -> Any:
     """The float behind a text that `_plain` made of one that is not finite; anything else as it is."""
     return float(value) if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity") else value
@@ -197,4 +203,4 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
         return [{key: _unquoted(value) for key, value in json.loads(line).items()} for line in whole]
 
 
-__all__ = ["METRICS", "SAMPLES", "LoggingConfig", "RunLog", "read_metrics", "truncate"]
+__all__ = ["METRICS", "SAMPLES", "LoggingConfig", "RunLog", "read_metrics", "truncate", "write_json"]

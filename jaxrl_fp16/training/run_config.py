@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Annotated, Literal, Optional, get_type_hints
 
-from annotated_types import Ge, Gt, Le
+from annotated_types import Ge, Gt, Le, MinLen
 
 from jaxrl_fp16.config import Doc
 from jaxrl_fp16.logs import LoggingConfig
@@ -26,7 +26,7 @@ from jaxrl_fp16.training.optimizer import OptimizerConfig
 MAY_CHANGE = ("run.steps", "sft.steps", "dpo.steps", "run.dir", "run.compile_cache", "run.export", "logging",
               "checkpoint", "evaluation", "mesh", "resume", "training.reference", "training.tokenisation_rows",
               "generate", "telemetry", "info", "filter.low", "filter.high", "filter.output", "compare.jobs",
-              "task.workers", "task.deadline_seconds", "task.memory_mb")
+              "mismatch", "task.workers", "task.deadline_seconds", "task.memory_mb")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -217,6 +217,19 @@ class InfoConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class MismatchConfig:
+    """What `mismatch` samples, scores and draws."""
+
+    precisions: Annotated[tuple[str, ...], MinLen(1), Doc("each samples, and each scores what all sampled")] = (
+        "fp16", "bf16",
+    )
+    reference: Annotated[str, Doc("the precision that stands in for the exact answer")] = "fp32"
+    rollouts: Annotated[str | None, Doc("a folder of stored rollouts to read; null: sample")] = None
+    prompts: Annotated[int | None, Ge(1), Doc("of the task's; null: training.prompts_per_step")] = None
+    bins: Annotated[int, Ge(1), Doc("of a figure's axis at most")] = 12
+
+
+@dataclasses.dataclass(frozen=True)
 class Config:
     """Everything that a command reads."""
 
@@ -240,6 +253,7 @@ class Config:
     filter: FilterConfig = FilterConfig()
     compare: CompareConfig = CompareConfig()
     info: InfoConfig = InfoConfig()
+    mismatch: MismatchConfig = MismatchConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
@@ -319,6 +333,6 @@ def check_mesh_rows(config, mesh):
 
 __all__ = [
     "MAY_CHANGE", "AlgorithmSection", "CompareConfig", "Config", "CriticConfig", "DPOConfig", "EvaluationConfig",
-    "EvaluationSet", "FilterConfig", "GenerateConfig", "InfoConfig", "ModelConfig", "RunConfig", "SFTConfig",
-    "TrainingConfig", "check_mesh_rows", "resolve_algorithm",
+    "EvaluationSet", "FilterConfig", "GenerateConfig", "InfoConfig", "MismatchConfig", "ModelConfig", "RunConfig",
+    "SFTConfig", "TrainingConfig", "check_mesh_rows", "resolve_algorithm",
 ]

@@ -82,6 +82,7 @@ table { border-collapse: collapse; margin: 1rem 0; font-size: .875rem; font-vari
 th, td { padding: .25rem .75rem; border-bottom: 1px solid var(--grid); text-align: right; vertical-align: top; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; }
 thead th { border-bottom-color: var(--faint); }
+td:not(:last-child) { white-space: nowrap; }
 </style>
 </head>
 <body>

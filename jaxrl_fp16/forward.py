@@ -14,21 +14,27 @@ from jax import lax
 import jax.numpy as jnp
 
 from jaxrl_fp16.masking import align, left_align, segment_positions, zero_where_masked
-from jaxrl_fp16.models.critic import Critic
+from jaxrl_fp16.models.critic import Critic, decoder_of
 from jaxrl_fp16.models.layers import matmul
+from jaxrl_fp16.models.numerics import DEFAULT, jit_by_model
 
 LOGIT_BYTES = 2**26  # float32 logits that exist at once; larger gained no speed, smaller starves the matmul
 
 
-def cast_to_compute(params, policy):
+def cast_to_compute(params, policy, numerics=DEFAULT):
     """Kernels and head in the policy's compute dtype; embedding, norms and biases stay float32.
+
+    numerics: the model's; with `float32_head` the head, a critic's too, stays float32.
 
     A tied model gets its head here too, the embedding cast: the embedding itself
     is gathered in float32, because its gradient is a scatter-add.
     """
     if "body" in params:
-        return {**_cast_kernels(params, policy), "body": cast_to_compute(params["body"], policy)}
-    head = params.get("head", params["embedding"]).astype(policy.compute_dtype)
+        value = params["value"] if numerics.float32_head else _cast_kernels(params["value"], policy)
+        return {"value": value, "body": cast_to_compute(params["body"], policy, numerics)}
+    head = params.get("head", params["embedding"])
+    if not numerics.float32_head:
+        head = head.astype(policy.compute_dtype)
     return {**_cast_kernels(params, policy), "head": head}
 
 
@@ -40,7 +46,7 @@ def _cast_kernels(params, policy):
 
 
 def in_compute_dtype(model, policy):
-    """The module with its residual stream in the policy's compute dtype."""
+    """The module that computes in the policy's compute dtype."""
     if isinstance(model, Critic):
         return model.clone(body=in_compute_dtype(model.body, policy))
     return model.clone(dtype=policy.compute_dtype)
@@ -52,7 +58,7 @@ def hidden_states(model, params, tokens, mask, policy, segments=None):
     Column `c` of the result is the row's `c`-th real token. `segments` as `token_logprobs` takes them.
     """
     tokens, segments, alignment = align_rows(tokens, mask, segments)
-    cast = cast_to_compute(params, policy)
+    cast = cast_to_compute(params, policy, numerics_of(model))
     return in_compute_dtype(model, policy).apply({"params": cast}, tokens, segments=segments), alignment
 
 
@@ -65,21 +71,26 @@ def align_rows(tokens, mask, segments=None):
     return tokens, segments, (order, inverse)
 
 
+def numerics_of(model):
+    """The `NumericsConfig` of a Decoder or Critic."""
+    return decoder_of(model).numerics
+
+
 def _aligned_segments(segments, mask, order):
     """int32 [B,T], left-aligned; 0 at padding."""
     return align(jnp.where(mask.astype(bool), segments, 0), order)
 
 
 def logits_of(hidden, head):
-    """float32 [B,T,V] from hidden states [B,T,D] and head [V,D], both in the compute dtype."""
+    """float32 [B,T,V] from hidden states [B,T,D] and head [V,D], both of one dtype."""
     return matmul("btd,vd->btv", hidden, head)
 
 
-@partial(jax.jit, static_argnames=("model", "policy"))
+@jit_by_model(numerics_of, static_argnames=("model", "policy"))
 def logits(model, params, tokens, mask, policy):
     """float32 [B,T,V]: what each real token predicts for its successor. All at once: for small batches."""
     hidden, (_, inverse) = hidden_states(model, params, tokens, mask, policy)
-    return align(logits_of(hidden, cast_to_compute(params, policy)["head"]), inverse)
+    return align(logits_of(hidden, cast_to_compute(params, policy, numerics_of(model))["head"]), inverse)
 
 
 def logprob_of(logits, token, support=None):
@@ -106,7 +117,7 @@ def entropy_of(logits):
     return -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
 
 
-@partial(jax.jit, static_argnames=("model", "policy", "temperature"))
+@jit_by_model(numerics_of, static_argnames=("model", "policy", "temperature"))
 def token_logprobs(model, params, tokens, mask, *, policy, temperature=1.0, support=None, segments=None):
     """Log-prob of `tokens[:, t]` given the row's earlier real tokens, float32 [B,T].
 
@@ -129,14 +140,14 @@ def score(model, params, tokens, mask, policy, temperature=1.0, support=None, wi
     Logits are made in chunks of columns, forward and backward, and never exist at once.
     """
     hidden, alignment = hidden_states(model, params, tokens, mask, policy, segments)
-    head = cast_to_compute(params, policy)["head"]
+    head = cast_to_compute(params, policy, numerics_of(model))["head"]
     return score_hidden(hidden, alignment, head, tokens, mask, temperature, support, with_entropy, segments)
 
 
 def score_hidden(
     hidden, alignment, head, tokens, mask, temperature=1.0, support=None, with_entropy=False, segments=None
 ):
-    """The rest of `score`, from what `hidden_states` gives and the head [V,D] in the compute dtype."""
+    """The rest of `score`, from what `hidden_states` gives and the head [V,D] of the same dtype."""
     order, inverse = alignment
     present = align(mask, order).astype(bool)
     targets = _next(jnp.where(present, align(tokens, order), 0))
@@ -157,7 +168,7 @@ def _next(x):
     return jnp.roll(x, -1, axis=1)
 
 
-@partial(jax.jit, static_argnames=("critic", "policy"))
+@jit_by_model(numerics_of, static_argnames=("critic", "policy"))
 def token_values(critic, params, tokens, mask, *, policy):
     """float32 [B,T]: the critic's value of the state in which `tokens[:, t]` was chosen.
 
@@ -168,7 +179,7 @@ def token_values(critic, params, tokens, mask, *, policy):
     return align(zero_where_masked(jnp.roll(outputs, 1, axis=1), scored), inverse)
 
 
-@partial(jax.jit, static_argnames=("model", "policy"))
+@jit_by_model(numerics_of, static_argnames=("model", "policy"))
 def sequence_scores(model, params, tokens, mask, *, policy):
     """float32 [B]: a reward model's output at each row's last real token; 0 for a row without one.
 
@@ -251,6 +262,6 @@ def _split(hidden, head, *arrays):
 
 
 __all__ = [
-    "cast_to_compute", "in_compute_dtype", "align_rows", "hidden_states", "logits_of", "logits", "logprob_of",
-    "entropy_of", "token_logprobs", "score", "score_hidden", "token_values", "sequence_scores",
+    "cast_to_compute", "in_compute_dtype", "align_rows", "numerics_of", "hidden_states", "logits_of", "logits",
+    "logprob_of", "entropy_of", "token_logprobs", "score", "score_hidden", "token_values", "sequence_scores",
 ]

@@ -137,7 +137,7 @@ def _differentiated(model, policy, loss_of, temperature, with_entropy):
     def forward(params, add, rows, total):
         given = getattr(rows, "segments", None), getattr(rows, "support", None)
         tokens, segments, alignment = align_rows(rows.tokens, rows.mask, given[0])
-        cast, inside = cast_to_compute(params, policy), {}
+        cast, inside = cast_to_compute(params, policy, model.numerics), {}
         with nn.intercept_methods(_reader(inside)):
             hidden, taps = tapped_forward(in_compute_dtype(model, policy), cast, tokens, add=add, segments=segments)
         logprobs, entropy = score_hidden(

@@ -8,6 +8,7 @@ from jaxrl_fp16.models.family import Family, Tensor
 from jaxrl_fp16.models.hf import PretrainedError, check_range, load_pretrained, load_reward_model, read_config
 from jaxrl_fp16.models.init import init_params, param_axes, param_shapes, param_shardings
 from jaxrl_fp16.models.layers import RopeScaling
+from jaxrl_fp16.models.numerics import NumericsConfig
 
 __all__ = [
     "Cache",
@@ -16,6 +17,7 @@ __all__ = [
     "DecoderConfig",
     "FAMILIES",
     "Family",
+    "NumericsConfig",
     "PretrainedError",
     "RopeScaling",
     "Tensor",

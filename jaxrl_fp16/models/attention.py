@@ -5,12 +5,13 @@ G = H / K: query heads that share one.  E: head dim.  C: keys in a block.
 A key's slot is its position in its row, whatever the padding of the caller's
 arrays, so that every program reduces over the same blocks in the same order.
 Packed rows are the exception: there a key's slot is its column, wherever its segment begins.
-Scores and softmax are float32; queries, keys, values and probabilities enter a
-matmul in the compute dtype.
+Scores and softmax are float32; queries, keys, values and weights enter a matmul
+in the dtype of the queries, keys and values, or the weights in `weights_dtype`, where it is given.
 """
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Literal
 
 import jax
@@ -26,27 +27,38 @@ AttentionKind = Literal["blockwise", "plain", "cudnn"]
 PACKABLE = ("blockwise", "plain")  # JAX gives cuDNN's kernel one length a row, no segments
 
 
-def attend(kind, q, k, v, segments=None):
+def attend(kind, q, k, v, segments=None, weights_dtype=None):
     """Causal attention within full rows: query `t` sees keys `0..t`, of its own segment where rows are packed.
 
-    q [B,T,H,E], k and v [B,K,T,E], all in the compute dtype, segments int32 [B,T] -> [B,T,H,E].
+    q [B,T,H,E], k and v [B,K,T,E], all of one dtype, segments int32 [B,T] -> [B,T,H,E].
+    weights_dtype: of the softmax's weights as they meet the values; None: the values' own.
     The columns of a segment stand together. Columns after a row's last token hold
     whatever they hold: no earlier query sees them. Raises ValueError for segments
-    with a kind that is not in PACKABLE.
+    or a weights_dtype with a kind that is not in PACKABLE.
     """
-    if segments is None:
-        return KINDS[kind][0](q, k, v)
-    if kind not in PACKABLE:
+    if kind in PACKABLE:
+        return KINDS[kind][0](q, k, v, segments, weights_dtype)
+    if segments is not None:
         raise ValueError(f"attention {kind!r} takes no packed rows; allowed: {', '.join(PACKABLE)}")
-    return KINDS[kind][0](q, k, v, segments)
+    _check_fused(kind, q, weights_dtype)
+    return KINDS[kind][0](q, k, v)
 
 
-def attend_cache(kind, q, k, v, positions):
+def attend_cache(kind, q, k, v, positions, weights_dtype=None):
     """One query a row against its cache: the query at `positions` int32 [B] sees slots `0..position`.
 
     q [B,1,H,E], k and v [B,K,S,E] as `store` keeps them, S a multiple of BLOCK -> [B,1,H,E].
     """
+    if kind in PACKABLE:
+        return KINDS[kind][1](q, k, v, positions, weights_dtype)
+    _check_fused(kind, q, weights_dtype)
     return KINDS[kind][1](q, k, v, positions)
+
+
+def _check_fused(kind, q, weights_dtype):
+    if weights_dtype is not None or q.dtype == jnp.float32:
+        what = "float32 queries" if weights_dtype is None else f"weights in {jnp.dtype(weights_dtype)}"
+        raise ValueError(f"attention {kind!r} takes no {what}; allowed: {', '.join(PACKABLE)}")
 
 
 def store(x):
@@ -83,6 +95,12 @@ def _scores(q, k, visible):
     return jnp.where(visible, scores, -jnp.inf)
 
 
+def _mix(spec, weights, values, dtype):
+    """Weights float32 and values, both as `dtype` or the values' own."""
+    dtype = dtype or values.dtype
+    return matmul(spec, weights.astype(dtype), values.astype(dtype))
+
+
 def _start(q):
     """The carry before any key: running maximum, sum of exponentials, weighted values."""
     # Finite, so that a block with nothing visible gives exp(-inf) and not exp(nan).
@@ -90,7 +108,7 @@ def _start(q):
     return floor, jnp.zeros(q.shape[:-1]), jnp.zeros(q.shape, jnp.float32)
 
 
-def _absorb(carry, q, k, v, visible):
+def _absorb(carry, q, k, v, visible, weights_dtype=None):
     """One block of keys into the carry. A block with nothing visible changes no bit of it."""
     peak, total, mixed = carry
     scores = _scores(q, k, visible)
@@ -98,7 +116,7 @@ def _absorb(carry, q, k, v, visible):
     weights = jnp.exp(scores - new_peak[..., None])
     fade = jnp.exp(peak - new_peak)
     total = total * fade + jnp.sum(weights, axis=-1)
-    mixed = mixed * fade[..., None] + matmul("bkgtc,bkce->bkgte", weights.astype(v.dtype), v)
+    mixed = mixed * fade[..., None] + _mix("bkgtc,bkce->bkgte", weights, v, weights_dtype)
     return new_peak, total, mixed
 
 
@@ -132,7 +150,7 @@ def _first_blocks(segments):
     return jnp.min(starts[:, ::BLOCK], axis=0) // BLOCK
 
 
-def _blockwise_cache(q, k, v, positions):
+def _blockwise_cache(q, k, v, positions, weights_dtype=None):
     """All blocks side by side, then absorbed in order: what `_absorb` does, without a slice of the cache per block."""
     k, v = _restore(k, q.dtype), _restore(v, q.dtype)
     grouped, blocks = _group(q, k.shape[1])[..., 0, :], k.shape[2] // BLOCK
@@ -143,7 +161,7 @@ def _blockwise_cache(q, k, v, positions):
     weights = jnp.exp(scores - peaks[..., None])
     totals = jnp.sum(weights, axis=-1)
     values = v.reshape(*v.shape[:2], blocks, BLOCK, v.shape[-1])
-    mixes = matmul("bkgjc,bkjce->bkjge", weights.astype(v.dtype), values)
+    mixes = _mix("bkgjc,bkjce->bkjge", weights, values, weights_dtype)
     fades = jnp.exp(peaks[..., :-1] - peaks[..., 1:])
 
     def absorb(carry, block):
@@ -157,21 +175,21 @@ def _blockwise_cache(q, k, v, positions):
     return _ungroup((mixed / total[..., None])[..., None, :]).astype(q.dtype)
 
 
-def _blockwise(q, k, v, segments=None):
+def _blockwise(q, k, v, segments=None, weights_dtype=None):
     length = q.shape[1]
     grouped, keys, values = (_pad_to_blocks(x) for x in (_group(q, k.shape[1]), k, v))
     if segments is not None:
         segments = _pad_to_blocks(segments[:, None, None, :, None])
-    return _ungroup(_blocks(grouped, keys, values, segments))[:, :length]
+    return _ungroup(_blocks(weights_dtype, grouped, keys, values, segments))[:, :length]
 
 
-@jax.custom_vjp
-def _blocks(q, k, v, segments):
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _blocks(weights_dtype, q, k, v, segments):
     """q [B,K,G,T,E], k and v [B,K,T,E], segments int32 [B,1,1,T,1] or None, T a multiple of BLOCK -> [B,K,G,T,E]."""
-    return _blocks_forward(q, k, v, segments)[0]
+    return _blocks_forward(weights_dtype, q, k, v, segments)[0]
 
 
-def _blocks_forward(q, k, v, segments):
+def _blocks_forward(weights_dtype, q, k, v, segments):
     first = _first_blocks(segments)
 
     def queries_of_block(i):
@@ -179,7 +197,7 @@ def _blocks_forward(q, k, v, segments):
 
         def body(j, carry):
             key, value = _block_of(k, j), _block_of(v, j)
-            return _absorb(carry, chunk, key, value, _within(segments, i, j, _visible(at, j)))
+            return _absorb(carry, chunk, key, value, _within(segments, i, j, _visible(at, j)), weights_dtype)
 
         # Blocks of earlier segments alone would change no bit: they are passed over.
         peak, total, mixed = lax.fori_loop(0 if first is None else first[i], i + 1, body, _start(chunk))
@@ -189,7 +207,7 @@ def _blocks_forward(q, k, v, segments):
     return out, (q, k, v, segments, out, log_total)
 
 
-def _blocks_backward(saved, cotangent):
+def _blocks_backward(weights_dtype, saved, cotangent):
     q, k, v, segments, out, log_total = saved
     # FlashAttention's D: what the softmax's normaliser takes back from each query.
     shared = jnp.sum(cotangent.astype(jnp.float32) * out.astype(jnp.float32), axis=-1, keepdims=True)
@@ -206,8 +224,8 @@ def _blocks_backward(saved, cotangent):
             weights = jnp.exp(_scores(chunk, key, visible) - _block_of(log_total, i))
             grad_weights = matmul("bkgte,bkce->bkgtc", given, value)
             grad_scores = weights * (grad_weights - _block_of(shared, i)) * scale
-            grad_scores, weights = grad_scores.astype(q.dtype), weights.astype(q.dtype)
-            grad_v = grad_v + matmul("bkgtc,bkgte->bkce", weights, given)
+            grad_scores = grad_scores.astype(q.dtype)
+            grad_v = grad_v + _mix("bkgtc,bkgte->bkce", weights, given, weights_dtype)
             grad_k = grad_k + matmul("bkgtc,bkgte->bkce", grad_scores, chunk)
             change = _block_of(grad_q, i) + matmul("bkgtc,bkce->bkgte", grad_scores, key)
             return lax.dynamic_update_slice_in_dim(grad_q, change, i * BLOCK, axis=3), grad_k, grad_v
@@ -233,23 +251,24 @@ _blocks.defvjp(_blocks_forward, _blocks_backward)
 # -- plain: one softmax over all keys, kept for comparison ---------------------------------------
 
 
-def _plain_over(q, k, v, visible):
+def _plain_over(q, k, v, visible, weights_dtype):
     scores = _scores(_group(q, k.shape[1]), k, visible)
-    weights = jax.nn.softmax(scores, axis=-1).astype(v.dtype)
-    return _ungroup(matmul("bkgtc,bkce->bkgte", weights, v)).astype(q.dtype)
+    weights = jax.nn.softmax(scores, axis=-1)
+    return _ungroup(_mix("bkgtc,bkce->bkgte", weights, v, weights_dtype)).astype(q.dtype)
 
 
-def _plain(q, k, v, segments=None):
+def _plain(q, k, v, segments=None, weights_dtype=None):
     at = jnp.arange(q.shape[1])
     visible = at <= at[:, None]
     if segments is not None:
         visible = visible & (segments[:, :, None] == segments[:, None])[:, None, None]
-    return _plain_over(q, k, v, visible)
+    return _plain_over(q, k, v, visible, weights_dtype)
 
 
-def _plain_cache(q, k, v, positions):
+def _plain_cache(q, k, v, positions, weights_dtype=None):
     k, v = _restore(k, q.dtype), _restore(v, q.dtype)
-    return _plain_over(q, k, v, (jnp.arange(k.shape[2]) <= positions[:, None])[:, None, None, None])
+    visible = (jnp.arange(k.shape[2]) <= positions[:, None])[:, None, None, None]
+    return _plain_over(q, k, v, visible, weights_dtype)
 
 
 # -- cudnn: NVIDIA's fused kernel, half precision only -------------------------------------------

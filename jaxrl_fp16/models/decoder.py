@@ -23,6 +23,7 @@ from jaxrl_fp16.masking import segment_positions
 from jaxrl_fp16.models import attention
 from jaxrl_fp16.models.families import FAMILIES
 from jaxrl_fp16.models.layers import GatedMLP, Projection, RMSNorm, RopeScaling, rope_angles, rotate
+from jaxrl_fp16.models.numerics import NumericsConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,7 +64,7 @@ class DecoderConfig:
 
 @struct.dataclass
 class Cache:
-    """Keys and values of one layer, in the compute dtype as `attention.store` keeps it; slot = position."""
+    """Keys and values of one layer, as `attention.store` keeps the compute dtype or float32; slot = position."""
 
     keys: jax.Array    # [B,K,S,E]; [L,B,K,S,E] as a prefill returns them
     values: jax.Array  # likewise
@@ -74,26 +75,29 @@ class Attention(nn.Module):
 
     config: DecoderConfig
     kind: str
+    numerics: NumericsConfig = NumericsConfig()
 
     @nn.compact
     def __call__(self, x, angles, cache, positions, segments):
         c = self.config
+        kept = jnp.float32 if self.numerics.float32_cache else x.dtype
+        weights = jnp.float32 if self.numerics.float32_weights else None
         q = self._heads("q", c.num_heads)(x)
         k = self._heads("k", c.num_kv_heads)(x)
-        v = self._heads("v", c.num_kv_heads)(x).astype(x.dtype)
+        v = self._heads("v", c.num_kv_heads)(x).astype(kept)
         if c.qk_norm:
             q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
-        q, k = rotate(q, angles).astype(x.dtype), rotate(k, angles).astype(x.dtype)
+        q, k = rotate(q, angles).astype(kept), rotate(k, angles).astype(kept)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if positions is None:
-            mixed = attention.attend(self.kind, q, k, v, segments)
+            mixed = attention.attend(self.kind, q, k, v, segments, weights)
             cache = Cache(attention.store(k), attention.store(v))
         else:
             cache = Cache(_write(cache.keys, positions, k), _write(cache.values, positions, v))
-            mixed = attention.attend_cache(self.kind, q, cache.keys, cache.values, positions)
+            mixed = attention.attend_cache(self.kind, q, cache.keys, cache.values, positions, weights)
         shape, inner = (c.num_heads, c.head_dim, c.hidden_size), c.num_heads * c.head_dim
         bias = (c.hidden_size,) if c.output_bias else None
-        return Projection("bthe,hed->btd", shape, inner, bias, name="o")(mixed), cache
+        return Projection("bthe,hed->btd", shape, inner, bias, name="o")(mixed.astype(x.dtype)), cache
 
     def _heads(self, name, heads):
         c = self.config
@@ -108,22 +112,26 @@ def _write(stored, positions, new):
 
 
 class Block(nn.Module):
-    """`x + attention(norm(x))`, then `x + mlp(norm(x))`, each sum rounded once to the compute dtype.
+    """`x + attention(norm(x))`, then `x + mlp(norm(x))`, each sum rounded once to the dtype of `x`.
 
-    Returns the new `x` and, where `keep` or a cache is given, this layer's keys and values.
+    dtype: the compute dtype, of what enters attention and MLP. Returns the new `x` and, where `keep` or a
+    cache is given, this layer's keys and values.
     """
 
     config: DecoderConfig
     kind: str
     keep: bool = False
+    dtype: Any = jnp.float32
+    numerics: NumericsConfig = NumericsConfig()
 
     @nn.compact
     def __call__(self, x, angles, cache=None, positions=None, segments=None):
         c = self.config
-        normed = RMSNorm(c.norm_eps, name="attention_norm")(x).astype(x.dtype)
-        mixed, cache = Attention(c, self.kind, name="attention")(normed, angles, cache, positions, segments)
+        normed = RMSNorm(c.norm_eps, name="attention_norm")(x).astype(self.dtype)
+        attend = Attention(c, self.kind, self.numerics, name="attention")
+        mixed, cache = attend(normed, angles, cache, positions, segments)
         x = (x + mixed).astype(x.dtype)
-        normed = RMSNorm(c.norm_eps, name="mlp_norm")(x).astype(x.dtype)
+        normed = RMSNorm(c.norm_eps, name="mlp_norm")(x).astype(self.dtype)
         x = (x + GatedMLP(c.intermediate_size, c.mlp_bias, name="mlp")(normed)).astype(x.dtype)
         return x, cache if self.keep else None
 
@@ -132,14 +140,25 @@ class Decoder(nn.Module):
     """Tokens to final hidden states; `forward.py` turns those into logits and log-probs.
 
     attention: which kernel every program uses. remat: keep only each layer's
-    input for the backward pass and compute the rest again. dtype: the residual
-    stream's; `forward.py` sets it from the policy.
+    input for the backward pass and compute the rest again. dtype: the compute
+    dtype; `forward.py` sets it from the policy. numerics: what is not rounded to it.
     """
 
     config: DecoderConfig
     attention: attention.AttentionKind = "blockwise"
     remat: bool = True
     dtype: Any = jnp.float32
+    numerics: NumericsConfig = NumericsConfig()
+
+    @property
+    def residual_dtype(self):
+        """Of the residual stream."""
+        return jnp.float32 if self.numerics.float32_residual else self.dtype
+
+    @property
+    def hidden_dtype(self):
+        """Of the last hidden state, and of the head that reads it."""
+        return jnp.float32 if self.numerics.float32_head else self.dtype
 
     @nn.compact
     def __call__(self, tokens, keep_cache=False, segments=None):
@@ -153,10 +172,10 @@ class Decoder(nn.Module):
         if not c.tie_embeddings:
             # Made here, beside the embedding; `forward.cast_to_compute` says what the head is.
             self.param("head", initial, (c.vocab_size, c.hidden_size), jnp.float32)
-        x = embed(embedding, tokens, self.dtype)
+        x = embed(embedding, tokens, self.residual_dtype)
         positions = jnp.arange(tokens.shape[1])[None] if segments is None else segment_positions(segments)
         x, cache = self._layers(keep_cache)(x, angles_of(c, positions), None, None, segments)
-        x = RMSNorm(c.norm_eps, name="final_norm")(x).astype(self.dtype)
+        x = RMSNorm(c.norm_eps, name="final_norm")(x).astype(self.hidden_dtype)
         return (x, cache) if keep_cache else x
 
     def _layers(self, keep):
@@ -168,7 +187,12 @@ class Decoder(nn.Module):
             in_axes=nn.broadcast,
             length=self.config.num_layers,
         )
-        return scanned(self.config, self.attention, keep, name="layers")
+        return scanned(self.config, self.attention, keep, self.dtype, self.numerics, name="layers")
+
+
+def block_of(model, keep=False):
+    """One layer of `model`, for its parameters without the leading axis."""
+    return Block(model.config, model.attention, keep, model.dtype, model.numerics)
 
 
 def embed(embedding, tokens, dtype):
@@ -193,14 +217,14 @@ def decode_step(model, params, layers, token, caches, positions):
     `caches` a list of one `Cache` [B,K,S,E] a layer -> hidden [B,1,D] and the caches, written.
     """
     c = model.config
-    x = embed(params["embedding"], token[:, None], model.dtype)
+    x = embed(params["embedding"], token[:, None], model.residual_dtype)
     angles = angles_of(c, positions[:, None])
-    block, written = Block(c, model.attention, keep=True), []
+    block, written = block_of(model, keep=True), []
     for layer, cache in zip(layers, caches, strict=True):
         x, cache = block.apply({"params": layer}, x, angles, cache, positions)
         written.append(cache)
-    x = RMSNorm(c.norm_eps).apply({"params": params["final_norm"]}, x).astype(model.dtype)
+    x = RMSNorm(c.norm_eps).apply({"params": params["final_norm"]}, x).astype(model.hidden_dtype)
     return x, written
 
 
-__all__ = ["DecoderConfig", "Cache", "Block", "Decoder", "embed", "angles_of", "unstack_layers", "decode_step"]
+__all__ = ["DecoderConfig", "Cache", "block_of", "Decoder", "embed", "angles_of", "unstack_layers", "decode_step"]

@@ -20,6 +20,7 @@ from jaxrl_fp16.models.critic import Critic, decoder_of
 from jaxrl_fp16.models.decoder import Decoder, DecoderConfig
 from jaxrl_fp16.models.families import FAMILIES
 from jaxrl_fp16.models.init import at, param_shapes, param_shardings, put, tensor_table
+from jaxrl_fp16.models.numerics import DEFAULT
 from jaxrl_fp16.models.weight_files import PretrainedError, find_tensors
 from jaxrl_fp16.parallel.sharding import to_host
 
@@ -27,12 +28,14 @@ EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 ALIGNMENT = 64  # bytes; JAX on CPU takes an array so aligned as it is, without a copy
 
 
-def load_pretrained(folder, *, attention="blockwise", remat=True, mesh=None, compute_dtype="float32"):
+def load_pretrained(
+    folder, *, attention="blockwise", remat=True, mesh=None, compute_dtype="float32", numerics=DEFAULT,
+):
     """Reads a Hugging Face model folder: `config.json` and safetensors, whole or in shards.
 
     Args:
       folder: its path.
-      attention, remat: of the Decoder.
+      attention, remat, numerics: of the Decoder.
       mesh: where given, each device reads and holds its part of every array.
       compute_dtype: the policy's; a weight beyond its range is refused. None: none is, not even a NaN.
 
@@ -44,11 +47,13 @@ def load_pretrained(folder, *, attention="blockwise", remat=True, mesh=None, com
       PretrainedError: a ValueError; the folder, a file or a tensor is not what
         `config.json` asks for.
     """
-    model = Decoder(read_config(folder), attention=attention, remat=remat)
+    model = Decoder(read_config(folder), attention=attention, remat=remat, numerics=numerics)
     return model, _load_params(Path(folder), model, mesh, compute_dtype)
 
 
-def load_reward_model(folder, *, attention="blockwise", remat=True, mesh=None, compute_dtype="float32"):
+def load_reward_model(
+    folder, *, attention="blockwise", remat=True, mesh=None, compute_dtype="float32", numerics=DEFAULT,
+):
     """Reads a sequence-classification folder with one label: a decoder's body and `score.weight` [1,D].
 
     Arguments and errors as `load_pretrained`'s; a causal language model's folder,
@@ -57,7 +62,8 @@ def load_reward_model(folder, *, attention="blockwise", remat=True, mesh=None, c
     """
     config = read_config(folder, classifier=True)
     # No head is stored, and a Decoder that is tied has none of its own.
-    body = Decoder(dataclasses.replace(config, tie_embeddings=True), attention=attention, remat=remat)
+    config = dataclasses.replace(config, tie_embeddings=True)
+    body = Decoder(config, attention=attention, remat=remat, numerics=numerics)
     model = Critic(body, bias=False)
     return model, _load_params(Path(folder), model, mesh, compute_dtype)
 

@@ -11,7 +11,7 @@ from flax import linen as nn
 import jax.numpy as jnp
 
 from jaxrl_fp16.masking import segment_positions
-from jaxrl_fp16.models.decoder import Block, angles_of, embed, unstack_layers
+from jaxrl_fp16.models.decoder import angles_of, block_of, embed, unstack_layers
 from jaxrl_fp16.models.layers import RMSNorm
 
 IN_A_LAYER = ("attention_norm", "attention", "mlp_norm", "mlp")
@@ -42,7 +42,8 @@ def tapped_forward(model, params, tokens, replace=None, add=None, segments=None)
       hidden, the decoder's own result; and taps, a dict name -> [B,T,D] of every
       name in `tap_names`, each as the module gives it and the rest of the program
       goes on with it. Attention, MLP and the norms inside a layer give float32, which
-      is rounded after the tap; the others are in the compute dtype.
+      is rounded after the tap; the others are in the dtype of the residual stream, and
+      the last norm in that of the hidden state.
 
     Raises:
       ValueError: a name that is no tap.
@@ -97,18 +98,18 @@ class _Taps:
 
 
 def _run(see, model, params, layers, tokens, angles_at, caches, positions, segments):
-    """Embedding, one `Block` after the other, last norm: hidden and the written caches."""
+    """Embedding, one block after the other, last norm: hidden and the written caches."""
     c = model.config
-    x = see("embedding", embed(params["embedding"], tokens, model.dtype))
+    x = see("embedding", embed(params["embedding"], tokens, model.residual_dtype))
     angles = angles_of(c, angles_at)
-    block, written = Block(c, model.attention, keep=positions is not None), []
+    block, written = block_of(model, keep=positions is not None), []
     for index, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
         with nn.intercept_methods(see.inside(f"layers.{index}")):
             x, cache = block.apply({"params": layer}, x, angles, cache, positions, segments)
         x = see(f"layers.{index}", x)
         written.append(cache)
     normed = RMSNorm(c.norm_eps).apply({"params": params["final_norm"]}, x)
-    return see("final_norm", normed.astype(model.dtype)), written
+    return see("final_norm", normed.astype(model.hidden_dtype)), written
 
 
 __all__ = ["tap_names", "tapped_forward", "tapped_decode_step"]

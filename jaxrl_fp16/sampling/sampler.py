@@ -20,6 +20,7 @@ from jaxrl_fp16.forward import cast_to_compute, in_compute_dtype, logits_of
 from jaxrl_fp16.masking import align, left_align
 from jaxrl_fp16.models.attention import BLOCK
 from jaxrl_fp16.models.decoder import Cache, decode_step, unstack_layers
+from jaxrl_fp16.models.numerics import jit
 from jaxrl_fp16.sampling.stopping import stop_table
 from jaxrl_fp16.sampling.support import draw, support_size
 from jaxrl_fp16.tokenizer import token_bytes
@@ -81,11 +82,10 @@ def make_sampler(model, policy, config, *, eos_id, pad_id, tokenizer=None):
     eos_ids = jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32))
     stops = _stop_automaton(config, tokenizer, model.config.vocab_size)
 
-    @jax.jit
     def sample(params, prompt_tokens, prompt_mask, key):
         prompts, group = prompt_tokens.shape[0], config.group_size
         keys = jax.random.split(key, (prompts, group))
-        compute = cast_to_compute(params, policy)
+        compute = cast_to_compute(params, policy, model.numerics)
 
         def decode(part):
             return _decode(in_compute_dtype(model, policy), compute, config, eos_ids, pad_id, stops, *part)
@@ -94,7 +94,7 @@ def make_sampler(model, policy, config, *, eos_id, pad_id, tokenizer=None):
         columns, finished = jax.tree.map(lambda x: x[: prompts * group], (columns, finished))
         return _rollout(prompt_tokens, prompt_mask, group, columns, finished)
 
-    return sample
+    return jit(sample, model.numerics)
 
 
 def _stop_automaton(config, tokenizer, vocab_size):
@@ -136,7 +136,8 @@ def _decode(model, params, config, eos_ids, pad_id, stops, prompt_tokens, prompt
     keys = keys.reshape(-1, *keys.shape[2:])
     hidden, caches, lengths = _prefill(model, params, config, prompt_tokens, prompt_mask)
     hidden, lengths = jnp.repeat(hidden, group, axis=0), jnp.repeat(lengths, group)
-    layers = unstack_layers(params["layers"], model.config.num_layers)
+    layers, rows = unstack_layers(params["layers"], model.config.num_layers), len(keys)
+    keys, hidden, caches, lengths = _at_least(model.numerics.decode_rows, (keys, hidden, caches, lengths))
 
     def draw_column(state, hidden):
         step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
@@ -153,11 +154,20 @@ def _decode(model, params, config, eos_ids, pad_id, stops, prompt_tokens, prompt
     empty = _empty_columns(config, pad_id, len(keys), params["head"].shape[0])
     no_token = jnp.zeros(len(keys), jnp.int32)
     start = Decoding(
-        step=jnp.zeros((), jnp.int32), caches=caches, token=no_token, done=jnp.zeros(len(keys), bool),
+        step=jnp.zeros((), jnp.int32), caches=caches, token=no_token, done=jnp.arange(len(keys)) >= rows,
         stop_state=no_token, columns=empty,
     )
     end = lax.while_loop(goes_on, advance, draw_column(start, hidden))
-    return end.columns, end.done
+    return jax.tree.map(lambda x: x[:rows], (end.columns, end.done))
+
+
+def _at_least(count, arrays):
+    """Arrays [B,...] with their last row again, up to `count` rows."""
+    rows = jax.tree.leaves(arrays)[0].shape[0]
+    if rows >= count:
+        return arrays
+    at = jnp.minimum(jnp.arange(count), rows - 1)
+    return jax.tree.map(lambda x: x[at], arrays)
 
 
 def _prefill(model, params, config, prompt_tokens, prompt_mask):

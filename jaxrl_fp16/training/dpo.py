@@ -9,6 +9,7 @@ from flax import struct
 import jax
 
 from jaxrl_fp16.forward import score
+from jaxrl_fp16.models.numerics import jit
 from jaxrl_fp16.rl import dpo_loss, merge_metrics, pair_normalizer
 from jaxrl_fp16.training.scorer import make_scorer
 from jaxrl_fp16.training.step import guarded_step, jit_update
@@ -46,7 +47,7 @@ def make_dpo_update(model, policy, config, optimizer, *, microbatch_size=8, stat
         state, metrics, shares = guarded_step(loss_fn, optimizer, state, pairs, microbatch_size, empty=empty)
         return state, {**merge_metrics(shares), **metrics}
 
-    return jit_update(update, state_shardings)
+    return jit_update(update, model, state_shardings)
 
 
 def make_pair_scorer(model, policy, *, microbatch_size=8):
@@ -57,7 +58,7 @@ def make_pair_scorer(model, policy, *, microbatch_size=8):
         logprobs, _ = score_rows(params, _joined(pairs.tokens), _joined(pairs.mask))
         return logprobs.reshape(pairs.tokens.shape)
 
-    return jax.jit(scorer)
+    return jit(scorer, model.numerics)
 
 
 def pair_loss(config, pairs, logprobs, normalizer=None):

@@ -42,7 +42,7 @@ def critic_model(config, model):
         return Critic(model)
     with naming("critic"):
         shape = read_config(config.critic.path)
-    return Critic(Decoder(shape, attention=model.attention, remat=model.remat))
+    return Critic(Decoder(shape, attention=model.attention, remat=model.remat, numerics=model.numerics))
 
 
 def check_critic(setup):

@@ -46,7 +46,9 @@ def open_reward_model(setup, task):
     with naming("task.reward_model"):
         _check_rows(section, setup.mesh)
         precision = _precision(setup, section)
-        options = dict(attention=setup.config.model.attention, mesh=setup.mesh)
+        options = dict(
+            attention=setup.config.model.attention, mesh=setup.mesh, numerics=setup.config.numerics
+        )
         model, params = load_reward_model(
             section.path, compute_dtype=precision.policy.compute_dtype.name, remat=False, **options
         )

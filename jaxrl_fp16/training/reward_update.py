@@ -44,7 +44,7 @@ def make_reward_update(model, policy, optimizer, *, microbatch_size=8, state_sha
         state, metrics, shares = guarded_step(loss_fn, optimizer, state, pairs, microbatch_size)
         return state, {**merge_metrics(shares), **metrics}
 
-    return jit_update(update, state_shardings)
+    return jit_update(update, model, state_shardings)
 
 
 __all__ = ["RewardPairs", "make_reward_update"]

@@ -11,6 +11,7 @@ from jaxrl_fp16.config import Doc
 from jaxrl_fp16.logs import LoggingConfig
 from jaxrl_fp16.models.attention import PACKABLE, AttentionKind
 from jaxrl_fp16.models.decoder import DecoderConfig
+from jaxrl_fp16.models.numerics import NumericsConfig
 from jaxrl_fp16.parallel import MeshConfig, row_shards
 from jaxrl_fp16.precision import LossScaleConfig, get_policy
 from jaxrl_fp16.rl import (
@@ -240,6 +241,7 @@ class Config:
     run: RunConfig = RunConfig()
     loss_scale: LossScaleConfig = LossScaleConfig()
     model: ModelConfig = ModelConfig()
+    numerics: NumericsConfig = NumericsConfig()
     task: TaskConfig = TaskConfig()
     sampling: SamplingConfig = SamplingConfig()
     algorithm: AlgorithmSection = AlgorithmSection()
@@ -302,6 +304,12 @@ class Config:
             raise ValueError(
                 f"sft.until_accuracy is {self.sft.until_accuracy} and evaluation.sets is empty; allowed: null, or one "
                 "set or more"
+            )
+        n = self.numerics
+        if self.model.attention not in PACKABLE and (n.float32_weights or n.float32_cache):
+            raise ValueError(
+                f"numerics.{'float32_weights' if n.float32_weights else 'float32_cache'} is true with model.attention "
+                f"{self.model.attention}; allowed: {', '.join(PACKABLE)}"
             )
         if self.sft.packing and self.model.attention not in PACKABLE:
             raise ValueError(

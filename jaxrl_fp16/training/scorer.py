@@ -8,7 +8,8 @@ from __future__ import annotations
 import jax
 from jax import lax
 
-from jaxrl_fp16.forward import score, token_values
+from jaxrl_fp16.forward import numerics_of, score, token_values
+from jaxrl_fp16.models.numerics import jit
 from jaxrl_fp16.training.step import join_rows, split_rows
 
 
@@ -26,7 +27,7 @@ def make_scorer(model, policy, *, microbatch_size, temperature=1.0, with_entropy
         results = lax.map(rows, split_rows((tokens, mask, support), microbatch_size))
         return jax.tree.map(join_rows, results)
 
-    return jax.jit(scorer)
+    return jit(scorer, numerics_of(model))
 
 
 def make_valuer(critic, policy, *, microbatch_size):
@@ -38,7 +39,7 @@ def make_valuer(critic, policy, *, microbatch_size):
 
         return join_rows(lax.map(rows, split_rows((tokens, mask), microbatch_size)))
 
-    return jax.jit(valuer)
+    return jit(valuer, numerics_of(critic))
 
 
 __all__ = ["make_scorer", "make_valuer"]

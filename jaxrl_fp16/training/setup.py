@@ -137,7 +137,7 @@ def load_model(setup, key, any_weights=False):
     any_weights: also such as are no finite numbers of the compute dtype.
     """
     section, compute = setup.config.model, None if any_weights else setup.precision.policy.compute_dtype.name
-    options = dict(attention=section.attention, remat=section.remat)
+    options = dict(attention=section.attention, remat=section.remat, numerics=setup.config.numerics)
     try:
         if section.path is not None:
             _check_shape(section)

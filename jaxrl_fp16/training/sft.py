@@ -43,7 +43,7 @@ def make_sft_update(model, policy, optimizer, *, microbatch_size=8, state_shardi
         state, metrics, _ = guarded_step(loss_fn, optimizer, state, pairs, microbatch_size, empty=empty)
         return state, metrics
 
-    return jit_update(update, state_shardings)
+    return jit_update(update, model, state_shardings)
 
 
 def loss_of_pairs(logprobs, rows, tokens):

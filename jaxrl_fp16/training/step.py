@@ -12,6 +12,9 @@ from jax import lax
 import jax.numpy as jnp
 import optax
 
+from jaxrl_fp16.forward import numerics_of
+from jaxrl_fp16.models.numerics import jit
+
 
 def guarded_step(loss_fn, optimizer, state, batch, microbatch_size, *, empty=False, frozen=False):
     """One optimizer step on `batch`, or none where a gradient is not finite or the batch is `empty` (bool []).
@@ -62,14 +65,14 @@ def _accumulate(loss_fn, state, microbatches):
     return loss, grads, aux
 
 
-def jit_update(update, state_shardings=None):
-    """`update(state, batch) -> (state, metrics)` jitted, the state donated.
+def jit_update(update, model, state_shardings=None):
+    """`update(state, batch) -> (state, metrics)` jitted as `model` asks for, the state donated.
 
     On a mesh `state_shardings`, a tree like the state, keeps it where it lies:
     XLA would choose anew, and the next call compile again.
     """
     shardings = None if state_shardings is None else (state_shardings, None)
-    return jax.jit(update, donate_argnums=0, out_shardings=shardings)
+    return jit(update, numerics_of(model), donate_argnums=0, out_shardings=shardings)
 
 
 def split_rows(batch, size):

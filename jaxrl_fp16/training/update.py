@@ -48,7 +48,7 @@ def make_update(
             metrics["logprobs"] = join_rows(logprobs)
         return state, metrics
 
-    return jit_update(update, state_shardings)
+    return jit_update(update, model, state_shardings)
 
 
 def loss_of_rows(algorithm, logprobs, entropy, rows, max_new_tokens, normalizer):

@@ -40,7 +40,7 @@ def make_value_update(critic, policy, algorithm, optimizer, *, microbatch_size=8
         )
         return state, {**merge_metrics(shares), **metrics}
 
-    return jit_update(update, state_shardings)
+    return jit_update(update, critic, state_shardings)
 
 
 __all__ = ["make_value_update"]

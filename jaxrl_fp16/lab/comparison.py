@@ -23,7 +23,7 @@ from jaxrl_fp16.logs import METRICS, read_metrics
 from jaxrl_fp16.training.run_config import Config
 
 CONFIGS, OUTCOMES = "configs", "outcomes.json"
-GUARD, NOT_STARTED = 3, "not started"
+GUARD = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +47,7 @@ class Run:
     precision: str
     rollout: str | None
     seed: int
-    code: int | None                 # None: not started
+    code: int | None                 # None: not started, or not ended
     error: str                       # of a run that did not end with 0
     outcome: Mapping[str, Any]       # seconds, cpu_seconds, peak_bytes, cores, attempts; empty: not started
     records: Sequence[Mapping]       # metrics.jsonl
@@ -61,7 +61,7 @@ class Run:
     def ending(self):
         """How it ended, in words."""
         if self.code is None:
-            return NOT_STARTED
+            return "not at its end" if self.records else "not started"
         words = {0: "done", GUARD: "stopped itself", 2: "refused", 130: "interrupted", 143: "terminated"}
         return words.get(self.code, f"killed (signal {self.code - 128})" if self.code > 128 else "crashed")
 

@@ -39,6 +39,17 @@ GRADIENT = (
     ("mismatch_grad/logprob_abs_diff_max", "largest |log-prob difference|", "log"),
     ("mismatch_grad/exact_fraction", "share without difference", "linear"),
 )
+TERMS = (
+    ("terms/numerics_update", "numerics, scorer | gradient", "log"),
+    ("terms/staleness", "staleness, later minibatches", "linear"),
+    ("terms/truncation", "truncation of the distribution", "linear"),
+    ("terms/tokenisation", "tokenisation, share of responses", "linear"),
+)
+RANGES = (
+    ("telemetry/activation_max", "largest activation", "log"),
+    ("telemetry/gradient_max", "largest gradient", "log"),
+    ("telemetry/gradient_underflow", "share of gradients that underflow", "linear"),
+)
 TRAINING = (
     REWARD,
     ("loss_scale", "loss scale", "log2"),
@@ -170,5 +181,6 @@ def _log_axis(axes, seen):
 
 
 __all__ = [
-    "GRADIENT", "MAIN", "OTHER_MISMATCH", "TRAINING", "draw_main", "draw_panels", "evaluation_panels", "look_of",
+    "GRADIENT", "MAIN", "OTHER_MISMATCH", "RANGES", "TERMS", "TRAINING", "draw_main", "draw_panels",
+    "evaluation_panels", "look_of",
 ]

@@ -8,7 +8,7 @@ import math
 
 from jaxrl_fp16.lab.comparison import logged_keys, series, window_of
 from jaxrl_fp16.lab.comparison_figures import (
-    GRADIENT, MAIN, OTHER_MISMATCH, TRAINING, draw_main, draw_panels, evaluation_panels,
+    GRADIENT, MAIN, OTHER_MISMATCH, RANGES, TERMS, TRAINING, draw_main, draw_panels, evaluation_panels,
 )
 from jaxrl_fp16.lab.comparison_tables import (
     RUN_COLUMNS, VALUE_COLUMNS, VERDICT_COLUMNS, collapse_sentences, run_rows, value_rows, verdict_rows,
@@ -44,12 +44,12 @@ def write_comparison(comparison):
     main = draw_main(comparison, title)
     save_png(main, comparison.folder / PICTURE)
     sections = _sections(comparison, found, draw_main(comparison, None))
-    write_page(comparison.folder / REPORT, title, _lead(comparison), sections)
+    write_page(comparison.folder / REPORT, title, _lead(comparison, found), sections)
     text = json.dumps(_strict(_data(comparison, found)), indent=1, allow_nan=False)
     (comparison.folder / DATA).write_text(text + "\n", encoding="utf-8")
 
 
-def _lead(comparison):
+def _lead(comparison, found):
     seeds = dict.fromkeys(run.seed for run in comparison.runs)
     failed = [run for run in comparison.runs if run.code != 0]
     lead = (
@@ -58,6 +58,10 @@ def _lead(comparison):
     )
     if failed:
         lead += f" Not to the end: {', '.join(f'{run.name} ({run.ending})' for run in failed)}."
+    # The answers themselves, where they are few: the reward and the mismatch of each pair.
+    for (first, second), rows in list(found.items())[:3]:
+        said = [f"{row.quantity.name}: {row.text}" for row in rows if row.quantity.key in ("reward", MAIN[0][0])]
+        lead += f" {first} against {second}: {'; '.join(said)}."
     return lead
 
 
@@ -76,9 +80,10 @@ def _sections(comparison, found, main):
         figure = draw_panels(comparison, panels, columns, height)
         if figure is not None:
             yield Section(heading, text, figures=[Figure(svg_of(figure))])
-    keys = [key for *_, panels, _, _ in _plots(comparison) for key, _, _ in panels]
-    rows = list(value_rows(comparison, keys))
-    yield Section("First and last values", "Mean over seeds ± standard deviation.", tables=[Table(VALUE_COLUMNS, rows)])
+    drawn = [key for *_, panels, _, _ in _plots(comparison) for key, _, _ in panels]
+    rows = list(value_rows(comparison, dict.fromkeys([*drawn, *logged_keys(comparison)])))
+    text = "Mean over seeds ± standard deviation, of everything that was logged."
+    yield Section("First and last values", text, tables=[Table(VALUE_COLUMNS, rows)])
     yield Section("The runs", _about(comparison), tables=[Table(RUN_COLUMNS, list(run_rows(comparison)))])
 
 
@@ -89,7 +94,9 @@ def _plots(comparison):
     yield "Sampler against scorer", same, MAIN, 2, 3.0
     yield "Sampler against scorer, the rest", "", OTHER_MISMATCH, 3, 2.3
     yield "Scorer against gradient program", first, GRADIENT, 3, 2.3
+    yield "Other terms", "What makes sampler and trainer differ beside the numerics, in nats a token.", TERMS, 3, 2.3
     yield "Training", "", TRAINING, 3, 2.3
+    yield "Ranges", "As telemetry saw them every few steps.", RANGES, 3, 2.3
     yield "Evaluation", "", evaluation_panels(comparison), 3, 2.3
 
 

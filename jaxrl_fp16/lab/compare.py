@@ -180,7 +180,7 @@ class _Stages:
         temporary = self.folder / f"{OUTCOMES}.tmp"
         temporary.write_text(json.dumps(outcomes, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, self.folder / OUTCOMES)
-        how = "done" if ended.code == 0 else f"exit code {ended.code}: {ended.error}"
+        how = "done" if ended.code == 0 else f"exit code {ended.code}{': ' if ended.error else ''}{ended.error}"
         self.console.say(f"{job.name}: {how}  ({ended.seconds:.0f} s, {ended.peak_bytes / 2**20:,.0f} MiB)")
 
     def _look(self, names, steps):

@@ -31,13 +31,14 @@ class ArithmeticConfig:
     """Which problems are drawn; kinds are mixed in equal parts."""
 
     kinds: Annotated[
-        tuple[Literal["add", "subtract", "chain", "multiply", "modular"], ...],
+        tuple[Literal["add", "subtract", "chain", "multiply", "modular", "repeat"], ...],
         annotated_types.MinLen(1),
         Doc("add: two numbers; subtract: two, result not negative; chain: `terms` numbers added and subtracted, with "
-            "the running totals; multiply: partial products, then their sum; modular: a sum, then its remainder"),
+            "the running totals; multiply: partial products, then their sum; modular: a sum, then its remainder; "
+            "repeat: one number added up to `terms` times, with the count of what is left before each total"),
     ] = ("chain",)
     digits: Annotated[int, annotated_types.Interval(ge=1, le=6), Doc("of the largest number")] = 2
-    terms: Annotated[int, annotated_types.Interval(ge=2, le=8), Doc("of a chain")] = 3
+    terms: Annotated[int, annotated_types.Interval(ge=2, le=512), Doc("of a chain, or additions of a repeat")] = 3
     max_total: Annotated[
         int | None, annotated_types.Ge(1), Doc("a chain subtracts, where it can, what would lead beyond it; null: none")
     ] = None
@@ -46,7 +47,8 @@ class ArithmeticConfig:
     def max_prompt_chars(self) -> int:
         """Length of the longest problem."""
         terms = max({"chain": self.terms}.get(kind, 2) for kind in self.kinds)
-        return terms * (self.digits + 1) + (4 if "modular" in self.kinds else 0)
+        more = {"modular": 4, "repeat": len(str(self.terms)) + 1}
+        return terms * (self.digits + 1) + max(more.get(kind, 0) for kind in self.kinds)
 
 
 def add(draw: random.Random, config: ArithmeticConfig) -> tuple[str, list[int]]:
@@ -83,12 +85,19 @@ def modular(draw: random.Random, config: ArithmeticConfig) -> tuple[str, list[in
     return f"({a}+{b})%{modulus}=", [a + b, (a + b) % modulus]
 
 
+def repeat(draw: random.Random, config: ArithmeticConfig) -> tuple[str, list[int]]:
+    """Answers as long as one likes, each step of which needs the one before and the problem's short text alone."""
+    a, b, count = _number(draw, config), _number(draw, config), draw.randint(-(-config.terms // 2), config.terms)
+    steps = [number for done in range(1, count + 1) for number in (count - done, a + b * done)]
+    return f"{a}+{b}*{count}=", steps
+
+
 def _number(draw: random.Random, config: ArithmeticConfig) -> int:
     return draw.randrange(10**config.digits)
 
 
 KINDS: dict[str, Callable[[random.Random, ArithmeticConfig], tuple[str, list[int]]]] = {
-    kind.__name__: kind for kind in (add, subtract, chain, multiply, modular)
+    kind.__name__: kind for kind in (add, subtract, chain, multiply, modular, repeat)
 }
 
 

@@ -39,6 +39,10 @@ def test_answers_and_steps_are_right():
             assert [int(step) for step in steps] == totals
         if example.fields["kind"] == "multiply" and len(steps) > 1:
             assert sum(map(int, steps[:-1])) == int(steps[-1])
+        if example.fields["kind"] == "repeat":
+            first, added, count = map(int, re.split(r"[+*]", text))
+            assert list(map(int, steps[::2])) == list(reversed(range(count))) and ALL.terms / 2 <= count <= ALL.terms
+            assert list(map(int, steps[1::2])) == [first + added * done for done in range(1, count + 1)]
     assert kinds == set(KINDS)
 
 
@@ -74,7 +78,14 @@ def test_texts_are_short(kind):
     config = ArithmeticConfig(kinds=(kind,))
     problems = train_problems(config, seed=0, size=500)
     assert max(len(example.problem) for example in problems) <= config.max_prompt_chars <= 12
-    assert max(len(example.solution) for example in problems) <= 14
+    assert max(len(example.solution) for example in problems) <= (17 if kind == "repeat" else 14)
+
+
+def test_answers_are_as_long_as_one_likes():
+    config = ArithmeticConfig(kinds=("repeat",), digits=3, terms=160)
+    lengths = [len(example.solution) for example in train_problems(config, seed=0, size=40)]
+    assert min(lengths) > 500 and 1200 < max(lengths) < 2000
+    assert all(len(example.problem) <= config.max_prompt_chars == 12 for example in train_problems(config, 0, 40))
 
 
 def test_reward_needs_the_result_and_the_format():

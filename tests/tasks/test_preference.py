@@ -148,4 +148,4 @@ def test_generated_preferences_have_one_wrong_step():
         assert len(set(off[first:])) == 1  # carried on to the result
         assert reward([""] * 2, [example.solution, example.rejected], [example.for_reward()] * 2) == [1, 0]
         places.add(first)
-    assert places == {0, 1, 2}
+    assert places >= {0, 1, 2} and max(places) == 7  # of a repeat: a count and a total for each of 4 additions

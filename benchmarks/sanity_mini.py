@@ -1,7 +1,7 @@
 """The sanity test in miniature: does RL in BF16 end otherwise than in FP16, with one numerics and with two?
 
     JAX_PLATFORMS=cpu python benchmarks/sanity_mini.py [--presets dr_grpo ...] [--arms fp16 bf16 bf16/fp32 ...] \
-        [--seeds 0 1 2] [--steps 100]
+        [--seeds 0 1 2] [--steps 60]
 
 An arm is the precision of a run, and after a slash the sampler's where it is another: `bf16/fp32` trains in BF16 on
 what FP32 samples. All runs start from one warm start, made once in FP32. Each is a process of its own; a run that
@@ -133,7 +133,7 @@ def main():
     parser.add_argument("--presets", nargs="+", choices=list(PRESETS), default=["dr_grpo"])
     parser.add_argument("--arms", nargs="+", default=["fp16", "bf16", "fp16/fp32", "bf16/fp32", "fp32"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--work", type=Path, default=ROOT / "runs" / "sanity_mini", help="warm start, run folders, logs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of sanity_mini.json")
     parser.add_argument("--again", action="store_true", help="repeat finished runs too")

@@ -214,7 +214,18 @@ def module_names(num_layers):
     return names
 
 
+def dtype_of(model, policy, name):
+    """What the activation `name` is rounded to: the compute dtype, or float32 where the model's numerics keep it so."""
+    model, inside = in_compute_dtype(model, policy), name.rpartition(".")[2]
+    if name == "final_norm":
+        return model.hidden_dtype
+    if inside in ("q", "k", "v") and model.numerics.float32_cache:
+        return jnp.float32
+    rounded = inside in ("attention_norm", "mlp_norm", "q", "k", "v", "product")
+    return policy.compute_dtype if rounded else model.residual_dtype
+
+
 __all__ = [
-    "LARGEST", "LOST", "NORMAL", "GradientRange", "Peaks", "Ranges", "WeightRange", "make_peaks", "make_ranges",
-    "module_names", "weight_ranges",
+    "LARGEST", "LOST", "NORMAL", "GradientRange", "Peaks", "Ranges", "WeightRange", "dtype_of", "make_peaks",
+    "make_ranges", "module_names", "weight_ranges",
 ]

@@ -18,7 +18,7 @@ from jaxrl_fp16.config import Doc
 from jaxrl_fp16.models.init import at, tensor_table
 from jaxrl_fp16.models.taps import tap_names
 from jaxrl_fp16.parallel import to_host
-from jaxrl_fp16.ranges import module_names
+from jaxrl_fp16.ranges import dtype_of, module_names
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ def summarize(model, policy, ranges, weights):
         "telemetry/activation_max": float(peak),
         "telemetry/activation_module": name,
         "telemetry/activation_layer": _layer_of(name, model.config.num_layers),
-        "telemetry/margin": margin(peak, policy.compute_dtype),
+        "telemetry/margin": min(margin(p, dtype_of(model, policy, name)) for name, p in ranges.activations.items()),
         "telemetry/gradient_underflow": underflow_share(gradients),
         "telemetry/gradient_max": float(slope),
         "telemetry/gradient_tensor": tensor,
@@ -109,7 +109,7 @@ def name_not_finite(model, policy, peaks, params, scale, rows, total):
     """
     dtype = policy.compute_dtype
     found = jax.tree.map(to_host, peaks(params, scale, rows, total))
-    name = first_beyond(found.activations, module_names(model.config.num_layers), dtype)
+    name = first_overflow(model, policy, found.activations)
     if name is not None:
         return f"the activation of {name}, {_beyond(found.activations[name], dtype)}{_by_weights(model, found, dtype)}"
     if not math.isfinite(found.loss):
@@ -123,6 +123,12 @@ def name_not_finite(model, policy, peaks, params, scale, rows, total):
     if _first_gradient(model, alone, dtype) is None:
         return f"the gradient of {name} at loss scale {float(scale):g}; at scale 1 all is finite"
     return f"the gradient of {name}, at scale 1 too"
+
+
+def first_overflow(model, policy, activations):
+    """The first module, in the order of the forward, whose activation is no finite number of its dtype, or None."""
+    names = module_names(model.config.num_layers)
+    return next((name for name in names if first_beyond(activations, [name], dtype_of(model, policy, name))), None)
 
 
 def first_beyond(peaks, names, dtype):
@@ -153,6 +159,6 @@ def _first_gradient(model, found, dtype):
 
 
 __all__ = [
-    "TelemetryConfig", "by_tensor", "first_beyond", "largest", "margin", "name_not_finite", "summarize",
-    "underflow_share", "weight_shares",
+    "TelemetryConfig", "by_tensor", "first_beyond", "first_overflow", "largest", "margin", "name_not_finite",
+    "summarize", "underflow_share", "weight_shares",
 ]

@@ -8,9 +8,10 @@ import pytest
 from jaxrl_fp16.forward import hidden_states, score
 from jaxrl_fp16.masking import masked_sum
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params
+from jaxrl_fp16.models.numerics import NumericsConfig
 from jaxrl_fp16.precision import get_precision
-from jaxrl_fp16.ranges import LARGEST, make_peaks, make_ranges, module_names, weight_ranges
-from jaxrl_fp16.telemetry import by_tensor, margin, name_not_finite, summarize, underflow_share
+from jaxrl_fp16.ranges import LARGEST, dtype_of, make_peaks, make_ranges, module_names, weight_ranges
+from jaxrl_fp16.telemetry import by_tensor, first_overflow, margin, name_not_finite, summarize, underflow_share
 from jaxrl_fp16.training.sft import Pairs
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
@@ -171,6 +172,19 @@ def test_the_first_activation_is_named(peaks, params, rows, first, second, layer
 def test_weights_that_are_too_large_are_named_beside(peaks, params, rows, path, module, tensor):
     text = name(peaks, changed(params, path, 1e6), 1.0, rows, 1.0)
     assert text.startswith(f"the activation of {module}, ") and f"; the weights {tensor} hold " in text
+
+
+def test_what_stays_in_float32_may_be_larger():
+    of = lambda model: {name for name in module_names(2) if dtype_of(model, FP16, name) == jnp.float32}
+    assert of(MODEL) == set()
+    kept = of(MODEL.clone(numerics=NumericsConfig(float32_residual=True)))
+    assert kept >= {"embedding", "layers.0", "layers.1.mlp", "layers.0.attention"}
+    assert not kept & {"layers.0.attention.q", "layers.1.mlp.product", "layers.0.mlp_norm", "layers.1.attention_norm"}
+    small = dict.fromkeys(module_names(2), 1.0)
+    assert first_overflow(MODEL, FP16, small | {"layers.0": 1e5}) == "layers.0"
+    wide = MODEL.clone(numerics=NumericsConfig(float32_residual=True))
+    assert first_overflow(wide, FP16, small | {"layers.0": 1e5}) is None
+    assert first_overflow(wide, FP16, small | {"layers.0": 1e5, "layers.1.mlp.product": 1e5}) == "layers.1.mlp.product"
 
 
 def name(peaks, params, scale, rows, steepness):

@@ -18,12 +18,12 @@ import numpy as np
 from jaxrl_fp16.config import ConfigError
 from jaxrl_fp16.console import Console
 from jaxrl_fp16.parallel import row_shards, shard_batch, to_host
-from jaxrl_fp16.precision import get_precision
-from jaxrl_fp16.ranges import LARGEST, make_ranges, module_names, weight_ranges
+from jaxrl_fp16.precision import get_policy
+from jaxrl_fp16.ranges import LARGEST, dtype_of, make_ranges, module_names, weight_ranges
 from jaxrl_fp16.rl import needs_reference, normalizer_of
 from jaxrl_fp16.sampling import make_sampler
 from jaxrl_fp16.tasks import open_task, render
-from jaxrl_fp16.telemetry import by_tensor, first_beyond, largest, margin, underflow_share, weight_shares
+from jaxrl_fp16.telemetry import by_tensor, first_overflow, largest, margin, underflow_share, weight_shares
 from jaxrl_fp16.tokenizer import encode_pairs, encode_prompts
 from jaxrl_fp16.training.run import naming_at_entry
 from jaxrl_fp16.training.run_config import resolve_algorithm
@@ -31,6 +31,7 @@ from jaxrl_fp16.training.setup import load_model, set_up
 from jaxrl_fp16.training.update import loss_of_rows
 from jaxrl_fp16.types import Batch
 
+FP16 = get_policy("fp16")
 SHOWN = 8  # tensors in a table; the file holds them all
 MODULES = {"attention_norm": "norm", "mlp_norm": "norm"}  # heads of columns; the others are the last part of the name
 
@@ -116,7 +117,7 @@ def _look(setup, model, params, rows):
     """`(Ranges on the host, loss scale)` in float16, at the first finite scale from `loss_scale.initial` down."""
     config, algorithm = setup.config, resolve_algorithm(setup.config)
     program = make_ranges(
-        model, get_precision("fp16").policy, partial(_loss_of, algorithm, config.sampling.max_new_tokens),
+        model, FP16, partial(_loss_of, algorithm, config.sampling.max_new_tokens),
         temperature=config.sampling.temperature, with_entropy=algorithm.entropy_coef != 0,
     )
     # As small as in a whole minibatch, or the gradients would underflow less than in training.
@@ -126,8 +127,7 @@ def _look(setup, model, params, rows):
     while True:
         found = jax.tree.map(to_host, program(params, jnp.float32(scale), placed, total))
         finite = all(math.isfinite(each.peak) for _, each in by_tensor(model, found.gradients))
-        overflow = first_beyond(found.activations, module_names(model.config.num_layers), jnp.float16) is not None
-        if finite or overflow or scale <= config.loss_scale.minimum:
+        if finite or first_overflow(model, FP16, found.activations) or scale <= config.loss_scale.minimum:
             return found, scale
         scale = max(scale * config.loss_scale.backoff, config.loss_scale.minimum)
 
@@ -157,10 +157,10 @@ def _of_weights(weights):
 
 def _of_activations(model, found):
     names = module_names(model.config.num_layers)
-    name, peak = largest((name, found.exact[name]) for name in names)
+    rounded = [name for name in names if dtype_of(model, FP16, name) == jnp.float16]
+    name, peak = largest((name, found.exact[name]) for name in rounded)
     return {"max": float(peak), "module": name, "margin": margin(peak, jnp.float16),
-            "first_beyond": first_beyond(found.activations, names, jnp.float16)
-            or first_beyond(found.exact, names, jnp.float16),
+            "first_beyond": first_overflow(model, FP16, found.activations) or first_overflow(model, FP16, found.exact),
             "float32": {name: float(found.exact[name]) for name in names},
             "float16": {name: float(found.activations[name]) for name in names}}
 

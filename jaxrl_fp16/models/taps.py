@@ -28,7 +28,7 @@ def tap_names(num_layers):
     return ["embedding", *sum(layers, []), "final_norm"]
 
 
-def tapped_forward(model, params, tokens, replace=None, add=None, segments=None):
+def tapped_forward(model, params, tokens, replace=None, add=None, segments=None, keep_cache=False):
     """The decoder on left-aligned `tokens` int32 [B,T] -> (hidden [B,T,D], taps).
 
     Args:
@@ -43,7 +43,8 @@ def tapped_forward(model, params, tokens, replace=None, add=None, segments=None)
       name in `tap_names`, each as the module gives it and the rest of the program
       goes on with it. Attention, MLP and the norms inside a layer give float32, which
       is rounded after the tap; the others are in the dtype of the residual stream, and
-      the last norm in that of the hidden state.
+      the last norm in that of the hidden state. With `keep_cache` also the caches, a
+      list of one `Cache` [B,K,T,E] a layer.
 
     Raises:
       ValueError: a name that is no tap.
@@ -52,14 +53,14 @@ def tapped_forward(model, params, tokens, replace=None, add=None, segments=None)
     positions = jnp.arange(tokens.shape[1])[None] if segments is None else segment_positions(segments)
     layers = unstack_layers(params["layers"], model.config.num_layers)
     nothing = [None] * len(layers)
-    hidden, _ = _run(see, model, params, layers, tokens, positions, nothing, None, segments)
-    return hidden, see.taps
+    hidden, caches = _run(see, model, params, layers, tokens, positions, nothing, None, segments, keep_cache)
+    return (hidden, see.taps, caches) if keep_cache else (hidden, see.taps)
 
 
 def tapped_decode_step(model, params, layers, token, caches, positions, replace=None, add=None):
     """`decode_step` with taps, arrays [B,1,D] -> (hidden [B,1,D], caches, taps). See `tapped_forward`."""
     see = _Taps(model, replace, add)
-    hidden, written = _run(see, model, params, layers, token[:, None], positions[:, None], caches, positions, None)
+    hidden, written = _run(see, model, params, layers, token[:, None], positions[:, None], caches, positions, None, True)
     return hidden, written, see.taps
 
 
@@ -97,12 +98,12 @@ class _Taps:
         return intercept
 
 
-def _run(see, model, params, layers, tokens, angles_at, caches, positions, segments):
+def _run(see, model, params, layers, tokens, angles_at, caches, positions, segments, keep):
     """Embedding, one block after the other, last norm: hidden and the written caches."""
     c = model.config
     x = see("embedding", embed(params["embedding"], tokens, model.residual_dtype))
     angles = angles_of(c, angles_at)
-    block, written = block_of(model, keep=positions is not None), []
+    block, written = block_of(model, keep), []
     for index, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
         with nn.intercept_methods(see.inside(f"layers.{index}")):
             x, cache = block.apply({"params": layer}, x, angles, cache, positions, segments)

@@ -33,12 +33,11 @@ from jaxrl_fp16.forward import (
     align_rows, cast_to_compute, in_compute_dtype, logits_of, logprob_of, score_hidden, token_logprobs,
 )
 from jaxrl_fp16.masking import align
-from jaxrl_fp16.models import NumericsConfig
 from jaxrl_fp16.models.attention import BLOCK
 from jaxrl_fp16.models.decoder import Attention, angles_of, unstack_layers
 from jaxrl_fp16.models.layers import GatedMLP, RMSNorm
 from jaxrl_fp16.models.numerics import jit
-from jaxrl_fp16.models.taps import tap_names, tapped_decode_step, tapped_forward
+from jaxrl_fp16.models.taps import IN_A_LAYER, tap_names, tapped_decode_step, tapped_forward
 from jaxrl_fp16.precision import get_precision
 from jaxrl_fp16.rl import mismatch_metrics
 
@@ -55,9 +54,9 @@ def attribute(model, params, rollout, policy, *, temperature=1.0, literal=False)
       literal: also the shares carried on in the compute dtype, for comparison.
 
     Returns a dict of plain numbers:
-      modules: a list of dicts, in the forward's order: name, kind (embedding, norm,
-        attention, mlp, head), layer (None outside of layers), `decode_full`,
-        `decode_float32` and `full_float32`, the norms of the differences over the norm of
+      modules: a list of dicts, in the forward's order: name, kind (embedding, norm, attention,
+        mlp, head; residual: the stream after a layer, which has no share), layer (None outside
+        of layers), `decode_full`, `decode_float32` and `full_float32`, the norms of the differences over the norm of
         the second, where the module predicts a response token; and `share`, root mean
         square over response tokens, in nats. The head's differences are of log-probs.
       end_to_end: root mean square difference of the two tapped programs' log-probs.
@@ -75,13 +74,12 @@ def attribute(model, params, rollout, policy, *, temperature=1.0, literal=False)
     half = in_compute_dtype(model, policy)
     exact = model.clone(dtype=jnp.float32)
     upcast = jax.tree.map(lambda x: x.astype(jnp.float32), cast)
-    forward = partial(_full, half, temperature=temperature)
-    reference, full = _full(exact, cast_to_compute(params, get_precision("fp32").policy), batch, {}, temperature), (
-        jit(forward, model.numerics)(cast, batch, {}))
-    decode = jit(partial(_decode, half, temperature=temperature), model.numerics, static_argnames="columns")(
-        cast, batch, columns=_prompt_columns(rollout))
-    errors = jax.jit(partial(_own_errors, exact, temperature=temperature))
-    own = jax.tree.map(jnp.subtract, errors(upcast, batch, *decode), errors(upcast, batch, *full))
+    run = lambda function, *given: jit(partial(function, temperature=temperature), model.numerics)(*given, batch)
+    reference = run(partial(_full, exact), cast_to_compute(params, get_precision("fp32").policy))
+    full = run(partial(_full, half), cast)
+    decode = run(partial(_decode, half, columns=_prompt_columns(rollout)), cast)
+    errors = jax.jit(partial(_own_errors, exact, upcast, half.dtype, batch, temperature=temperature))
+    own = jax.tree.map(jnp.subtract, errors(*decode), errors(*full))
     names = tap_names(model.config.num_layers)
     shares = _carried(exact, upcast, batch, own, temperature) | {"head": own["head"]}
     seen = np.asarray(batch["response"])
@@ -129,7 +127,7 @@ def _scored(hidden, head, batch, temperature):
                         temperature)[0]
 
 
-def _full(model, params, batch, add, temperature):
+def _full(model, params, batch, temperature, add=None):
     """(log-probs [B,T], taps) of the full-sequence program; 0 where there is no earlier token."""
     hidden, taps = tapped_forward(model, params, batch["tokens"], add=add)
     return _scored(hidden, params["head"], batch, temperature), taps
@@ -166,37 +164,52 @@ def _decode(model, params, batch, columns, temperature):
     return jnp.where(batch["response"], logprobs, 0.0), taps
 
 
-def _own_errors(model, params, batch, logprobs, taps, temperature):
+def _own_errors(model, params, dtype, batch, logprobs, taps, temperature):
     """A program's output less the float32 module's on the same input, by name of the tap that it is added to.
 
-    model, params: in float32, the weights as cast. The head's is of the log-probs.
+    model, params: in float32, the weights as cast; dtype: the program's compute dtype. The head's is of the log-probs.
     """
-    c, layers = model.config, unstack_layers(params["layers"], model.config.num_layers)
-    norm = lambda weights, x: RMSNorm(c.norm_eps).apply({"params": weights}, x.astype(jnp.float32))
-    angles, stream = angles_of(c, jnp.arange(batch["tokens"].shape[1])[None]), taps["embedding"]
-    wide, narrow = (lambda x: x.astype(jnp.float32)), taps["final_norm"].dtype
-    table = jnp.take(params["embedding"], batch["tokens"], axis=0)
-    errors = {"embedding": jnp.where(batch["mask"][..., None], wide(stream) - table, 0.0)}
+    layers = unstack_layers(params["layers"], model.config.num_layers)
+    stream, table = taps["embedding"], jnp.take(params["embedding"], batch["tokens"], axis=0)
+    errors = {"embedding": jnp.where(batch["mask"][..., None], _wide(stream) - table, 0.0)}
     for index, layer in enumerate(layers):
-        tap = lambda module: taps[f"layers.{index}.{module}"]
-        normed = wide(tap("attention_norm").astype(narrow))
-        errors[f"layers.{index}.attention_norm"] = normed - norm(layer["attention_norm"], stream)
-        middle = (stream + tap("attention")).astype(stream.dtype)
-        mixed, _ = Attention(c, model.attention).apply({"params": layer["attention"]}, normed, angles, None, None, None)
-        errors[f"layers.{index}.attention"] = wide(middle) - wide(stream) - mixed
-        normed = wide(tap("mlp_norm").astype(narrow))
-        errors[f"layers.{index}.mlp_norm"] = normed - norm(layer["mlp_norm"], middle)
-        made = GatedMLP(c.intermediate_size, c.mlp_bias).apply({"params": layer["mlp"]}, normed)
-        stream = taps[f"layers.{index}"]
-        errors[f"layers.{index}.mlp"] = wide(stream) - wide(middle) - made
-    errors["final_norm"] = wide(taps["final_norm"]) - norm(params["final_norm"], stream)
-    exact = _scored(wide(taps["final_norm"]), params["head"], batch, temperature)
+        inside = {module: taps[f"layers.{index}.{module}"] for module in IN_A_LAYER}
+        after = taps[f"layers.{index}"]
+        found = _errors_of_layer(model, layer, dtype, stream, inside, after)
+        errors.update({f"layers.{index}.{module}": error for module, error in found.items()})
+        stream = after
+    errors["final_norm"] = _wide(taps["final_norm"]) - _norm(model, params["final_norm"], stream)
+    exact = _scored(_wide(taps["final_norm"]), params["head"], batch, temperature)
     return {**errors, "head": jnp.where(batch["response"], logprobs - exact, 0.0)}
+
+
+def _errors_of_layer(model, layer, dtype, before, taps, after):
+    """The same of one layer, from the residual stream before and after it."""
+    c = model.config
+    angles = angles_of(c, jnp.arange(before.shape[1])[None])
+    seen, looked = (_wide(taps[norm].astype(dtype)) for norm in ("attention_norm", "mlp_norm"))
+    middle = (before + taps["attention"]).astype(before.dtype)
+    mixed, _ = Attention(c, model.attention).apply({"params": layer["attention"]}, seen, angles, None, None, None)
+    made = GatedMLP(c.intermediate_size, c.mlp_bias).apply({"params": layer["mlp"]}, looked)
+    return {
+        "attention_norm": seen - _norm(model, layer["attention_norm"], before),
+        "attention": _wide(middle) - _wide(before) - mixed,
+        "mlp_norm": looked - _norm(model, layer["mlp_norm"], middle),
+        "mlp": _wide(after) - _wide(middle) - made,
+    }
+
+
+def _wide(x):
+    return x.astype(jnp.float32)
+
+
+def _norm(model, weights, x):
+    return RMSNorm(model.config.norm_eps).apply({"params": weights}, _wide(x))
 
 
 def _carried(model, params, batch, own, temperature):
     """By name, the change of the log-probs [B,T] when that error alone is added to the module's output."""
-    run = jax.jit(lambda add: _full(model, params, batch, add, temperature)[0])
+    run = jax.jit(lambda add: _full(model, params, batch, temperature, add)[0])
     nothing = {name: jnp.zeros_like(x) for name, x in own.items() if name != "head"}
     base = run(nothing)
     return {name: run({**nothing, name: own[name]}) - base for name in nothing}
@@ -213,7 +226,7 @@ def _rows(names, decode, full, reference, batch, shares):
         else:
             parts = [wide(x[1][name])[seen] for x in (decode, full, reference)]
         module = name.rpartition(".")[2]
-        kind = KINDS.get(module, "residual" if module.isdigit() else module)
+        kind = "residual" if module.isdigit() else KINDS.get(module, module)
         layer = int(name.split(".")[1]) if name.startswith("layers.") else None
         rows.append({
             "name": name, "kind": kind, "layer": layer, "decode_full": apart(parts[0], parts[1]),

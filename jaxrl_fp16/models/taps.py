@@ -60,7 +60,8 @@ def tapped_forward(model, params, tokens, replace=None, add=None, segments=None,
 def tapped_decode_step(model, params, layers, token, caches, positions, replace=None, add=None):
     """`decode_step` with taps, arrays [B,1,D] -> (hidden [B,1,D], caches, taps). See `tapped_forward`."""
     see = _Taps(model, replace, add)
-    hidden, written = _run(see, model, params, layers, token[:, None], positions[:, None], caches, positions, None, True)
+    tokens, at = token[:, None], positions[:, None]
+    hidden, written = _run(see, model, params, layers, tokens, at, caches, positions, None, True)
     return hidden, written, see.taps
 
 

@@ -76,7 +76,7 @@ def test_sampler_scorer_and_gradient_take_the_same_matmuls_in_float32(name, kind
     assert (counts[2] > counts[0]) is (counts[0] > 0)  # the backward pass keeps to it
 
 
-@pytest.mark.parametrize("name", FIELDS)
+@pytest.mark.parametrize("name", ["float32_cache", "float32_residual", "decode_rows", "excess_precision"])
 def test_sampler_and_scorer_agree_and_stay_near_float32(name):
     plain = MODEL.clone(attention="plain")
     model, params = with_remedy(name, plain), init_params(MODEL, jax.random.key(0))

@@ -71,6 +71,13 @@ def open_model(setup):
     return model, create_train_state(params, optimizer, setup.precision.loss_scale, keys[2], shardings)
 
 
+def model_for(model, precision):
+    """`model`, but with blockwise attention where it wants cuDNN's and `precision` computes in float32, which that
+    kernel does not."""
+    half = precision.policy.compute_dtype.itemsize == 2
+    return model if half or model.attention != "cudnn" else model.clone(attention="blockwise")
+
+
 def read_prompts(setup):
     """(tokens int32 [n,P], mask bool [n,P]) of the task's first `mismatch.prompts` prompts, in training's order."""
     config = setup.config
@@ -86,7 +93,7 @@ def sample_rollout(laboratory, precision, params, prompts):
     """A ScoredRollout, not yet scored, of `prompts` as `read_prompts` gives them."""
     setup, sampling = laboratory.setup, laboratory.setup.config.sampling
     sample = make_sampler(
-        laboratory.model, precision.policy, sampling, eos_id=setup.eos_ids, pad_id=setup.pad_id,
+        model_for(laboratory.model, precision), precision.policy, sampling, eos_id=setup.eos_ids, pad_id=setup.pad_id,
         tokenizer=setup.tokenizer,
     )
     parts = row_shards(setup.mesh)
@@ -110,7 +117,8 @@ def score_rollouts(laboratory, precision, state, rollouts, gradient=True):
     comes back has the same parameters.
     """
     scorer = make_scorer(
-        laboratory.model, precision.policy, microbatch_size=laboratory.setup.config.training.microbatch_size,
+        model_for(laboratory.model, precision), precision.policy,
+        microbatch_size=laboratory.setup.config.training.microbatch_size,
         temperature=laboratory.setup.config.sampling.temperature, with_entropy=True,
     )
     done = []
@@ -142,7 +150,7 @@ def _score_by_gradient(laboratory, precision, state, rollouts):
     scale = jax.device_put(jax.tree.map(jnp.copy, precision.loss_scale), replicated(mesh))
     state = state.replace(loss_scale=scale)
     update = make_update(
-        laboratory.model, precision.policy, algorithm, make_optimizer(config.optimizer),
+        model_for(laboratory.model, precision), precision.policy, algorithm, make_optimizer(config.optimizer),
         microbatch_size=config.training.microbatch_size, temperature=config.sampling.temperature,
         max_new_tokens=config.sampling.max_new_tokens, keep_logprobs=True, state_shardings=shardings_of(state),
     )

@@ -12,6 +12,8 @@ from jaxrl_fp16 import cli
 from jaxrl_fp16.lab import mismatch, scoring
 from jaxrl_fp16.lab.offline_stats import by_length, distances, probabilities, verdict
 from jaxrl_fp16.lab.rollout_files import load_rollout, save_rollout
+from jaxrl_fp16.models import Decoder, DecoderConfig
+from jaxrl_fp16.precision import get_precision
 
 PAIRS = ("sampler|scorer", "scorer|gradient", "sampler|reference", "scorer|reference")
 FLAGS = ("--sampling.max_new_tokens", "24", "--mismatch.prompts", "10", "--mismatch.bins", "5")
@@ -246,6 +248,15 @@ def test_odd_rollouts_are_drawn(start, whole, tmp_path, capsys):
     assert code == 0 and report["not_finite"]["fp16"] == {"sampler": 1, "scorer": 0, "gradient": 1, "reference": 0}
     assert "fp16: 1 tokens by the sampler" in page and "both equal the reference" in page
     assert report["metrics"]["fp16"]["scorer|gradient"]["kl_k3"] == "NaN"
+
+
+def test_the_reference_does_without_a_kernel_for_half_precision():
+    model = Decoder(DecoderConfig(family="qwen2", vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1,
+                                  num_heads=1, num_kv_heads=1, head_dim=8), attention="cudnn")
+    chosen = {name: scoring.model_for(model, get_precision(name)).attention for name in ("fp16", "bf16", "fp32")}
+    assert chosen == {"fp16": "cudnn", "bf16": "cudnn", "fp32": "blockwise"}
+    plain = model.clone(attention="plain")
+    assert scoring.model_for(plain, get_precision("fp32")) is plain
 
 
 # -- what is refused -----------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from jaxrl_fp16.forward import (
     align_rows, cast_to_compute, in_compute_dtype, logits_of, logprob_of, score_hidden, token_logprobs,
 )
 from jaxrl_fp16.masking import align
-from jaxrl_fp16.models.attention import BLOCK
+from jaxrl_fp16.models.attention import BLOCK, PACKABLE
 from jaxrl_fp16.models.decoder import Attention, angles_of, unstack_layers
 from jaxrl_fp16.models.layers import GatedMLP, RMSNorm
 from jaxrl_fp16.models.numerics import jit
@@ -72,7 +72,8 @@ def attribute(model, params, rollout, policy, *, temperature=1.0, literal=False)
     batch = _aligned(rollout)
     cast = cast_to_compute(params, policy, model.numerics)
     half = in_compute_dtype(model, policy)
-    exact = model.clone(dtype=jnp.float32)
+    # A vendor's kernel computes in half precision alone.
+    exact = model.clone(dtype=jnp.float32, attention=model.attention if model.attention in PACKABLE else "blockwise")
     upcast = jax.tree.map(lambda x: x.astype(jnp.float32), cast)
     run = lambda function, *given: jit(partial(function, temperature=temperature), model.numerics)(*given, batch)
     reference = run(partial(_full, exact), cast_to_compute(params, get_precision("fp32").policy))

@@ -18,6 +18,7 @@ import jax
 
 from jaxrl_fp16.config import ConfigError, to_dict
 from jaxrl_fp16.console import Console
+from jaxrl_fp16.lab.attribution import attribute
 from jaxrl_fp16.lab.offline_report import console_tables, measure, write_report
 from jaxrl_fp16.lab.rollout_files import load_rollouts, save_rollout
 from jaxrl_fp16.lab.scoring import (
@@ -30,6 +31,7 @@ from jaxrl_fp16.training.run import caught_signals
 from jaxrl_fp16.training.setup import naming, new_folder, set_up, write_record
 
 REPORT = "report.json"
+ATTRIBUTED = 16  # responses of each precision, whose every activation is in memory at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,21 +60,25 @@ def run_mismatch(config):
     with contextlib.ExitStack() as stack:
         console = Console(quiet=jax.process_index() != 0)
         signals = stack.enter_context(caught_signals())
-        if not scored:
+        programs = None
+        if not scored or section.attribution:
             programs = _open_programs(setup, console, signals, rollouts)
         folder = new_folder(config)
         write_record(setup, folder)
         try:
-            if not scored:
-                rollouts = _fill(*programs, precisions, reference, rollouts, folder)
+            if scored:
+                console.say(f"{folder}: all figures from {section.rollouts}, where every score is"
+                            + ("" if programs else "; no model is loaded"))
             else:
-                console.say(f"{folder}: all figures from {section.rollouts}, where every score is; no model is loaded")
+                rollouts, state = _fill(*programs, precisions, reference, rollouts, folder)
+                programs = (programs[0], state, None)
             facts = _facts(setup, folder, rollouts, programs[0].model if not scored else None)
+            shares = _attribute(*programs[:2], precisions, rollouts) if section.attribution else {}
         except Stopped:
             console.say(f"stopped by {signal.Signals(signals.received).name}; what was sampled is in {folder}/rollouts "
                         "and goes on with --mismatch.rollouts")
             return Outcome(folder, 128 + signals.received)
-        _report(console, folder, facts, rollouts, reference.name, section.bins)
+        _report(console, folder, facts, rollouts, reference.name, section.bins, shares)
     return Outcome(folder, 0)
 
 
@@ -82,6 +88,9 @@ def _refuse_unused(config):
     if config.rollout_precision is not None:
         raise ConfigError(f"rollout_precision is {config.rollout_precision}; allowed with mismatch: null, as it "
                           "samples and scores in each of mismatch.precisions")
+    if config.mismatch.attribution and (config.sampling.top_k or config.sampling.top_p < 1):
+        raise ConfigError(f"mismatch.attribution is true with sampling.top_k {config.sampling.top_k} and top_p "
+                          f"{config.sampling.top_p}; allowed: 0 and 1, or attribution false")
 
 
 def _open_precision(setup, field, name):
@@ -108,7 +117,10 @@ def _open_programs(setup, console, signals, rollouts):
 
 
 def _fill(laboratory, state, prompts, precisions, reference, rollouts, folder):
-    """Samples, unless there are rollouts, and scores them all; what is there is kept as it comes."""
+    """Samples, unless there are rollouts, and scores them all; what is there is kept as it comes.
+
+    Returns the rollouts and a state with the same parameters: the one that came is donated.
+    """
     say, config = laboratory.console.say, laboratory.setup.config
     keep = partial(save_rollout, folder / "rollouts") if jax.process_index() == 0 else lambda rollout: None
     say(f"{folder}: {laboratory.model.config.family}, {parameter_count(laboratory.model) / 1e6:,.2f}M parameters, "
@@ -127,7 +139,21 @@ def _fill(laboratory, state, prompts, precisions, reference, rollouts, folder):
         state, rollouts = score_rollouts(laboratory, precision, state, rollouts, gradient=precision in precisions)
     for rollout in rollouts:
         keep(rollout)
-    return rollouts
+    return rollouts, state
+
+
+def _attribute(laboratory, state, precisions, rollouts):
+    """By precision, what `attribute` finds in its first responses."""
+    found = {}
+    for precision, rollout in zip(precisions, rollouts, strict=True):
+        laboratory.check_signals()
+        first = {name: getattr(rollout, name)[:ATTRIBUTED] for name in ("tokens", "mask", "response_mask", "logprobs")}
+        with laboratory.console.announce(f"attribution in {precision.name}"), naming("mismatch.attribution"):
+            found[precision.name] = attribute(
+                laboratory.model, state.params, dataclasses.replace(rollout, **first), precision.policy,
+                temperature=rollout.temperature,
+            )
+    return found
 
 
 def _facts(setup, folder, rollouts, model):
@@ -146,11 +172,11 @@ def _facts(setup, folder, rollouts, model):
     }
 
 
-def _report(console, folder, facts, rollouts, reference, bins):
+def _report(console, folder, facts, rollouts, reference, bins, shares):
     """report.json, report.html and the tables on the console."""
     if jax.process_index() != 0:
         return
-    found = measure(rollouts, reference, bins)
+    found = measure(rollouts, reference, bins) | ({"attribution": shares} if shares else {})
     write_json(folder / REPORT, {**facts, "reference": reference, **found})
     page = write_report(folder, facts, rollouts, reference, found)
     for title, columns, rows in console_tables(found, reference):

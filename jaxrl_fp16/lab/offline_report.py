@@ -6,6 +6,7 @@ import jax
 import numpy as np
 
 from jaxrl_fp16.lab import offline_figures as draw
+from jaxrl_fp16.lab.attribution_page import attribution_section
 from jaxrl_fp16.lab.figures import svg_of
 from jaxrl_fp16.lab.offline_stats import (
     DRAWN, PAIRS, binned_kl, by_length, distances, not_finite, pair_logprobs, verdict,
@@ -131,6 +132,7 @@ def write_report(folder, facts, rollouts, reference, found):
     drawn = {name: svg_of(figure) for name, figure in figures.items()}
     sections = [
         *_warning(found), *_distance_sections(found, reference, drawn), *_length_sections(found, reference, drawn),
+        *([attribution_section(found["attribution"])] if "attribution" in found else []),
         *_number_sections(facts, found, reference),
     ]
     title = f"Sampler against scorer: {', '.join(found['metrics'])}"

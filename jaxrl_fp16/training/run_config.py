@@ -228,6 +228,7 @@ class MismatchConfig:
     rollouts: Annotated[str | None, Doc("a folder of stored rollouts to read; null: sample")] = None
     prompts: Annotated[int | None, Ge(1), Doc("of the task's; null: training.prompts_per_step")] = None
     bins: Annotated[int, Ge(1), Doc("of a figure's axis at most")] = 12
+    attribution: Annotated[bool, Doc("also by module, of the first responses; takes every activation's memory")] = False
 
 
 @dataclasses.dataclass(frozen=True)

@@ -340,3 +340,21 @@ def test_rollouts_of_another_model_are_not_scored(start, whole, tmp_path, capsys
     code, folder = start("--mismatch.rollouts", str(tmp_path))
     error = capsys.readouterr().err
     assert (code, folder) == (2, None) and message in error and error.count("\n") == 1
+
+
+def test_attribution_is_a_section_of_the_page(whole, start):
+    """From stored rollouts, whose model is then loaded all the same."""
+    code, folder = start("--mismatch.rollouts", str(whole / "rollouts"), "--mismatch.attribution", "true",
+                         "--mismatch.precisions", "[bf16]")
+    assert code == 0
+    found = report_of(folder)["attribution"]
+    assert list(found) == ["bf16"] and found["bf16"]["modules"][0]["name"] == "embedding"
+    page = (folder / "report.html").read_text()
+    assert "Where the difference arises" in page and "layers.1.mlp" in page
+    assert "Where the difference arises" not in (whole / "report.html").read_text()
+
+
+def test_attribution_of_a_truncated_distribution_is_refused(start, capsys):
+    code, folder = start("--mismatch.attribution", "true", "--sampling.top_p", "0.9")
+    assert code == 2 and folder is None
+    assert "mismatch.attribution is true with sampling.top_k 0 and top_p 0.9; allowed: " in capsys.readouterr().err

@@ -15,8 +15,8 @@ def attribution_section(found):
         "Where the difference arises",
         "The stored tokens once more, through the sampler's cache token by token and through the scorer's program, "
         "with every module's output taken out of both. A module's share is the change of the log-probs when the "
-        "difference of its own rounding in the two programs is put into its output alone; what its input brought along is its "
-        "predecessors'. If roundings are independent the squares of the shares add up to the square of the whole: the "
+        "difference of its own rounding in the two programs is put into its output alone; what its input "
+        "brought along is its predecessors'. If roundings are independent the squares of the shares add up to the square of the whole: the "
         "table's ratio is then 1. Taps change what is fused, so the difference without them stands beside.",
         tables=[_whole(found), _modules(found)],
         figures=[Figure(svg_of(draw_attribution(found)), "Left: the residual stream after each layer, where it "

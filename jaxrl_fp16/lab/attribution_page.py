@@ -13,11 +13,12 @@ def attribution_section(found):
     """`found`: by precision, what `attribute` gives."""
     return Section(
         "Where the difference arises",
-        "The stored tokens once more, through the sampler's cache token by token and through the scorer's program, "
-        "with every module's output taken out of both. A module's share is the change of the log-probs when the "
-        "difference of its own rounding in the two programs is put into its output alone; what its input "
-        "brought along is its predecessors'. If roundings are independent the squares of the shares add up to the square of the whole: the "
-        "table's ratio is then 1. Taps change what is fused, so the difference without them stands beside.",
+        "The stored tokens once more, through the sampler's cache token by token and through the scorer's "
+        "program, with every module's output taken out of both. A module's share is the change of the log-probs "
+        "when the difference of its own rounding in the two programs is put into its output alone; what its input "
+        "brought along is its predecessors'. If roundings are independent the squares of the shares add up to the "
+        "square of the whole: the table's ratio is then 1. Taps change what is fused, so the difference without "
+        "them stands beside.",
         tables=[_whole(found), _modules(found)],
         figures=[Figure(svg_of(draw_attribution(found)), "Left: the residual stream after each layer, where it "
                         "predicts a response token; the norm of the difference over the stream's. Right: parts of the "
@@ -58,6 +59,7 @@ def draw_attribution(found):
         right.bar([at + place * width for at in range(len(PARTS))], [parts[part] for part in PARTS], width,
                   color=colour, label=name)
     left.set_yscale("log")
+    left.xaxis.get_major_locator().set_params(integer=True)
     right.set_xticks([at + 0.4 - 0.4 / len(found) for at in range(len(PARTS))], PARTS)
     name_axes(left, "Residual stream", "layer", "relative difference")
     name_axes(right, "Whose rounding", "", "part of the squared shares")

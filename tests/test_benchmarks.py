@@ -81,3 +81,50 @@ def test_an_interrupt_ends_it_with_what_is_there_kept(presets, monkeypatch, tmp_
     assert presets.ran == ["grpo", "rloo"]
     assert len(json.loads((tmp_path / "presets.json").read_text())["rows"]) == 1
     capsys.readouterr()
+
+
+@pytest.fixture
+def sanity_mini(monkeypatch, tmp_path):
+    """The script with its runs replaced: BF16 with another sampler falls from 0.5 to 0, and a guard stops it."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    script = importlib.import_module("sanity_mini")
+    script.ran = []
+
+    def command(name, path, log, **flags):
+        collapses = flags.get("rollout_precision") == "fp32" and flags["precision"] == "bf16"
+        script.ran.append((flags["run.name"], flags.get("rollout_precision")))
+        folder = tmp_path / f"{flags['run.name']}-{len(script.ran)}"
+        folder.mkdir()
+        steps = [
+            {"step": step, "seconds/sample": 1.0, "seconds/learn": 1.0, "skipped": int(collapses), "entropy": 0.1,
+             "grad_norm": "NaN" if collapses else 1.0, "reward": 0.5 if step <= script.WINDOW or not collapses else 0.0,
+             "mismatch/prob_abs_diff_mean": step * 1e-3, "mismatch/kl_k3": 0.0, "mismatch/seq_log_ratio_std": 0.0}
+            for step in range(1, 2 * script.WINDOW + 1)
+        ]
+        records = [{"step": 0, "eval/sampled/accuracy": 0.25}, *steps]
+        (folder / "metrics.jsonl").write_text("\n".join(map(json.dumps, records)) + "\n")
+        return (3, "gradients are not finite") if collapses else (0, "")
+
+    monkeypatch.setattr(script, "command", command)
+    monkeypatch.setattr(script, "warm_start", lambda work: work / "model")
+    yield script
+    for name in ("sanity_mini", "presets", "record"):
+        sys.modules.pop(name, None)
+
+
+def test_a_sanity_run_that_collapses_is_a_row_beside_the_others(sanity_mini, monkeypatch, tmp_path):
+    flags = "--work", str(tmp_path), "--out", str(tmp_path), "--arms", "bf16", "bf16/fp32", "--seeds", "0"
+    monkeypatch.setattr(sys, "argv", ["sanity_mini.py", *flags])
+    sanity_mini.main()
+    sanity_mini.main()  # nothing is repeated: one row has ended, the other was stopped by its guard
+    assert sanity_mini.ran == [("dr_grpo-bf16-0", None), ("dr_grpo-bf16-fp32-0", "fp32")]
+    rows = json.loads((tmp_path / "sanity_mini.json").read_text())["rows"]
+    same, other = rows
+    assert same["reward"] == [0.5, 0.5] and same["exit_code"] == 0 and same["skipped"] == 0
+    assert other["reward"] == [0.5, 0.0] and other["exit_code"] == 3 and other["failure"] == "gradients are not finite"
+    assert other["grad_norm"] == [None, None] and other["skipped"] == 2 * sanity_mini.WINDOW
+    assert same["heldout"] == {"0": 0.25}
+    first, second = sanity_mini.summary(rows)
+    assert (first["arm"], first["last"], first["ended"]) == ("bf16", 0.5, "done")
+    assert second["best"] == 0.5 and second["last"] == 0 and "seed 0: gradients" in second["ended"]
+    assert second["prob diff, first"] == pytest.approx(5.5e-3) and second["prob diff, last"] == pytest.approx(15.5e-3)

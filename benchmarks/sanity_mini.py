@@ -134,7 +134,7 @@ def main():
     parser.add_argument("--arms", nargs="+", default=["fp16", "bf16", "fp16/fp32", "bf16/fp32", "fp32"])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "sanity_mini", help="warm start, run folders, logs")
+    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "sanity_mini", help="warm start, runs, logs")
     parser.add_argument("--out", type=Path, default=RESULTS, help="folder of sanity_mini.json")
     parser.add_argument("--again", action="store_true", help="repeat finished runs too")
     given = parser.parse_args()

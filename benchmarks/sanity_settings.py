@@ -11,6 +11,7 @@ otherwise, so that the whole of the scorer's rounding shows).
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -49,7 +50,7 @@ def trained(text, work):
 
 
 def measure(folder, config, attention, prompts):
-    """One row a precision and sampler, of the model in `folder` on the first `prompts` problems; two samples of each."""
+    """One row a precision and sampler, of the model in `folder`: two samples of each of the first problems."""
     model, params = rl.load_pretrained(folder, attention=attention, remat=False)
     tokenizer = load_tokenizer(folder)
     sampling = rl.SamplingConfig(max_new_tokens=config.sampling.max_new_tokens, group_size=2)
@@ -63,7 +64,7 @@ def measure(folder, config, attention, prompts):
         for precision in ("fp32", "bf16", "fp16"):
             policy = rl.get_precision(precision).policy
             drawn[precision] = rl.make_sampler(model, policy, sampling, **ends)(params, tokens, mask, jax.random.key(0))
-            score = jax.jit(lambda *arrays: rl.token_logprobs(model, *arrays, policy=policy))
+            score = jax.jit(partial(rl.token_logprobs, model, policy=policy))
             for sampler in dict.fromkeys((precision, "fp32")):
                 rollout = drawn[sampler]
                 scored = score(params, rollout.tokens, rollout.mask)

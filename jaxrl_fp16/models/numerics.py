@@ -21,22 +21,22 @@ class NumericsConfig:
     """Remedies, one program for all."""
 
     excess_precision: Annotated[
-        bool, Doc("XLA may leave roundings out inside a fusion, so that two programs round differently")
+        bool, Doc("XLA may leave roundings out inside a fusion; on: without it no bit changed on CPU")
     ] = True
     float32_head: Annotated[
-        bool, Doc("last hidden state and head enter the logits' matmul unrounded; slow where half precision is fast")
+        bool, Doc("last hidden state and head unrounded; off: bought little, and is slow where half precision is fast")
     ] = False
     float32_weights: Annotated[
-        bool, Doc("attention's weights enter the matmul with the values unrounded")
+        bool, Doc("attention's weights meet the values unrounded; off: bought FP16 nothing, and made BF16 worse on CPU")
     ] = False
     float32_residual: Annotated[
-        bool, Doc("the sums after attention and MLP are not rounded; twice the memory between layers")
+        bool, Doc("sums after attention and MLP unrounded; lowered the mismatch most; off: twice what remat keeps")
     ] = False
     float32_cache: Annotated[
-        bool, Doc("queries, keys and values are not rounded, in every program; twice the cache's memory")
+        bool, Doc("queries, keys and values unrounded; off: twice the cache for little in FP16, and worse in BF16, on CPU")
     ] = False
     decode_rows: Annotated[
-        int, Ge(0), Doc("fewer rows are decoded as this many, for the matmul kernels of the full sequence; 0: as is")
+        int, Ge(0), Doc("fewer rows are decoded as this many, for its matmul kernels; 0: costs more than it buys")
     ] = 0
 
     @property

@@ -33,7 +33,7 @@ class NumericsConfig:
         bool, Doc("sums after attention and MLP unrounded; lowered the mismatch most; off: twice what remat keeps")
     ] = False
     float32_cache: Annotated[
-        bool, Doc("queries, keys and values unrounded; off: twice the cache for little in FP16, and worse in BF16, on CPU")
+        bool, Doc("queries, keys and values unrounded; off: twice the cache; little in FP16, worse in BF16, on CPU")
     ] = False
     decode_rows: Annotated[
         int, Ge(0), Doc("fewer rows are decoded as this many, for its matmul kernels; 0: costs more than it buys")

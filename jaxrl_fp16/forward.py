@@ -72,8 +72,8 @@ def align_rows(tokens, mask, segments=None):
 
 
 def numerics_of(model):
-    """The `NumericsConfig` of a Decoder or Critic."""
-    return decoder_of(model).numerics
+    """The `NumericsConfig` of a Decoder or Critic; the default of a module that has none, of somebody's own."""
+    return getattr(decoder_of(model), "numerics", DEFAULT)
 
 
 def _aligned_segments(segments, mask, order):

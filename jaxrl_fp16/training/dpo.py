@@ -8,7 +8,7 @@ from __future__ import annotations
 from flax import struct
 import jax
 
-from jaxrl_fp16.forward import score
+from jaxrl_fp16.forward import numerics_of, score
 from jaxrl_fp16.models.numerics import jit
 from jaxrl_fp16.rl import dpo_loss, merge_metrics, pair_normalizer
 from jaxrl_fp16.training.scorer import make_scorer
@@ -58,7 +58,7 @@ def make_pair_scorer(model, policy, *, microbatch_size=8):
         logprobs, _ = score_rows(params, _joined(pairs.tokens), _joined(pairs.mask))
         return logprobs.reshape(pairs.tokens.shape)
 
-    return jit(scorer, model.numerics)
+    return jit(scorer, numerics_of(model))
 
 
 def pair_loss(config, pairs, logprobs, normalizer=None):

@@ -64,7 +64,7 @@ def _slope(rollout, pair, reference):
 
 
 def _number(value):
-    return f"{value:.3g}"
+    return f"{value + 0.0:.3g}"  # the sum takes the sign off a zero
 
 
 def _pair_title(pair, reference):

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 
 from jaxrl_fp16.lab.comparison import logged_keys, series, window_of
 from jaxrl_fp16.lab.comparison_figures import (
@@ -16,6 +14,7 @@ from jaxrl_fp16.lab.comparison_tables import (
 )
 from jaxrl_fp16.lab.figures import save_png, svg_of
 from jaxrl_fp16.lab.page import Figure, Section, Table, write_page
+from jaxrl_fp16.logs import write_json
 
 REPORT, DATA, PICTURE = "report.html", "report.json", "figure.png"
 READING = """A line is the mean over seeds at the steps that every run of its side reached, a band spans the smallest to
@@ -45,8 +44,7 @@ def write_comparison(comparison):
     save_png(main, comparison.folder / PICTURE)
     sections = _sections(comparison, found, draw_main(comparison, None))
     write_page(comparison.folder / REPORT, title, _lead(comparison, found), sections)
-    text = json.dumps(_strict(_data(comparison, found)), indent=1, allow_nan=False)
-    (comparison.folder / DATA).write_text(text + "\n", encoding="utf-8")
+    write_json(comparison.folder / DATA, _data(comparison, found))
 
 
 def _lead(comparison, found):
@@ -152,15 +150,6 @@ def _verdict_data(row):
 def _line(run, key, width):
     steps, values = series(run, key, width)
     return {"steps": steps.tolist(), "values": values.tolist()}
-
-
-def _strict(value):
-    """JSON has no NaN: null stands for it."""
-    if isinstance(value, dict):
-        return {str(name): _strict(item) for name, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 # -- the console -----------------------------------------------------------------------------------------

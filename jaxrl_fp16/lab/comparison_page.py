@@ -56,8 +56,8 @@ def _lead(comparison, found):
     )
     if failed:
         lead += f" Not to the end: {', '.join(f'{run.name} ({run.ending})' for run in failed)}."
-    # The answers themselves, where they are few: the reward and the mismatch of each pair.
-    for (first, second), rows in list(found.items())[:3]:
+    # The answers themselves, of a single pair: more would bury the picture that comes next.
+    for (first, second), rows in found.items() if len(found) == 1 else ():
         said = [f"{row.quantity.name}: {row.text}" for row in rows if row.quantity.key in ("reward", MAIN[0][0])]
         lead += f" {first} against {second}: {'; '.join(said)}."
     return lead

@@ -19,6 +19,10 @@ TINY = {
 }
 
 
+def pytest_configure(config):
+    config.addinivalue_line("markers", "fault(row): the row of docs/reliability.md's table that the test injects")
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") is None:
         return

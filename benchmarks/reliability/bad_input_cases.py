@@ -1,0 +1,285 @@
+"""Bad input as data: which files and flags, and what the one line of the refusal must say.
+
+The rows are those of the table in docs/reliability.md. A case's `build` spoils a folder that `lay_out` of
+`sound_input.py` filled with sound input, and its command is run there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+import dataclasses
+from pathlib import Path
+
+from sound_input import TENSOR, cut, edit_json, edit_tensor, fill, large_vocabulary, lose, ones, place_shard, write
+
+DATA = ("--task.name", "math", "--task.path", "data.jsonl", "--task.template", "{problem}")
+POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+# A pickle that makes the file `ran` if anything opens it as one.
+PICKLE = b"cposix\nsystem\n(S'touch ran'\ntR."
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """One bad input: its row, a name, what the line on stderr holds, the flags after `COMMAND CONFIG`."""
+
+    row: int
+    name: str
+    says: str
+    flags: tuple[str, ...] = ()
+    build: Callable[[Path], None] | None = None     # spoils a folder that `lay_out` filled
+    command: str = "train"
+    config: str | None = "random.yaml"              # None: no config file is named
+    backend: str | None = None                      # what JAX is made to say that it runs on
+    environment: Mapping[str, str] = dataclasses.field(default_factory=dict)  # only a process of its own has it
+    held: str | None = None                         # a folder that another writer holds meanwhile
+
+    @property
+    def argv(self):
+        return [self.command, *([self.config] if self.config else []), *self.flags]
+
+
+def config_file(row, name, says, content):
+    """A case whose config file holds `content`."""
+    return Case(row, name, says, config="bad.yaml", build=write("bad.yaml", content))
+
+
+def model_folder(row, name, says, build, *flags):
+    return Case(row, name, says, flags, build, config="folder.yaml")
+
+
+def data_file(name, says, content):
+    return Case(12, name, says, DATA, lose("data.jsonl") if content is None else write("data.jsonl", content))
+
+
+def keys_and_values():
+    return [
+        Case(1, "unknown command", "command 'trian' is unknown; allowed: train, sft, ", command="trian"),
+        Case(1, "no config file", "train needs a config file: jaxrl-fp16 train CONFIG", config=None),
+        Case(1, "flag in the file's place", "eval needs a config file", ("--run.steps", "3"), None, "eval", None),
+        Case(1, "absent config file", "absent.yaml: no such config file", config="absent.yaml"),
+        Case(1, "word without a key", '"more" is not allowed; allowed: --key VALUE (command line)', ("more",)),
+        Case(1, "unknown flag", "unknown key sampling.temprature; did you mean sampling.temperature? (command line)",
+             ("--sampling.temprature", "1")),
+        config_file(1, "unknown key of a file", "unknown key run.step; did you mean run.steps? (bad.yaml)",
+                    "run: {step: 1}"),
+        config_file(1, "unknown section", "unknown key optimiser; did you mean optimizer? (bad.yaml)", "optimiser: {}"),
+        config_file(1, "key of another section", "unknown key group_size; did you mean sampling.group_size?",
+                    "group_size: 8"),
+        Case(2, "wrong type", 'run.steps: "many" is not allowed; allowed: integer >= 0 (command line)',
+             ("--run.steps", "many")),
+        config_file(2, "text for a number", 'sampling.temperature: "1" is not allowed; allowed: number >= 0',
+                    "sampling: {temperature: '1'}"),
+        config_file(2, "true for a number", "run.steps: true is not allowed; allowed: integer >= 0",
+                    "run: {steps: true}"),
+        config_file(2, "null", "run.steps: null is not allowed; allowed: integer >= 0 (bad.yaml)",
+                    "run: {steps: null}"),
+        config_file(2, "null section", "optimizer: null is not allowed; allowed: a section of", "optimizer: null"),
+        config_file(2, "not finite", 'optimizer.learning_rate: ".nan" is not allowed; allowed: number',
+                    "optimizer: {learning_rate: .nan}"),
+        Case(2, "flag without a value", "--run.steps has no value; allowed: --run.steps VALUE", ("--run.steps",)),
+        Case(2, "out of range", "run.steps: -1 is not allowed; allowed: integer >= 0", ("--run.steps=-1",)),
+        Case(2, "penalty beyond the length", "overlong_penalty is 5.0; allowed: above 0, up to max_new_tokens 4",
+             ("--algorithm.preset", "dapo", "--algorithm.overlong_penalty", "5")),
+        Case(2, "schedule without an end", "schedule 'linear' with decay_steps 0; allowed: more than warmup",
+             ("--critic.optimizer.schedule", "linear")),
+        Case(2, "unknown field of a template", "template names the field 'question'; known: kind, problem, q",
+             ("--task.template", "{question}")),
+        Case(2, "absent reward file", "task.reward_file: absent.py is no file", ("--task.reward_file", "absent.py")),
+        Case(2, "model without a width",
+             "model: hidden_size missing; allowed: model.path, or all of family, vocab_size",
+             ("--model.hidden_size", "null")),
+        Case(2, "heads that do not divide", "model: num_kv_heads is 3; allowed: a divisor of num_heads, 2",
+             ("--model.num_kv_heads", "3")),
+        Case(2, "shape that is not the folder's",
+             "model: hidden_size is 16 and path model has 8; allowed: the folder's",
+             ("--model.hidden_size", "16"), config="folder.yaml"),
+        Case(2, "run folder that cannot be made", "run.dir: data.jsonl", ("--run.dir", "data.jsonl"),
+             config="folder.yaml"),
+    ]
+
+
+def yaml_texts():
+    bomb = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
+    return [
+        config_file(3, "duplicate key", "bad.yaml, line 2: the key 'run' stands twice",
+                    "run: {steps: 1}\nrun: {steps: 2}"),
+        config_file(3, "alias bomb", "bad.yaml, line 1: anchors and aliases are not allowed", bomb),
+        config_file(3, "python tag", "bad.yaml, line 1: the tag 'tag:yaml.org,2002:python/object/apply:os.system'",
+                    "run: !!python/object/apply:os.system [touch ran]"),
+        config_file(3, "empty", "bad.yaml: holds nothing; a mapping of keys to values is wanted", ""),
+        config_file(3, "not YAML", "bad.yaml, line 2: ", "run: {steps: [1\n"),
+        config_file(3, "not UTF-8", "bad.yaml: not UTF-8 text (byte 15)", b"run: {name: 'ab\xff'}"),
+        config_file(3, "a list", "bad.yaml: holds [1]; a mapping of keys to values is wanted", "[1]"),
+        config_file(3, "nested too deeply", "bad.yaml: nested too deeply", "[" * 100_000),
+        config_file(3, "too large", "bytes; a config file has at most 1,048,576", "#" * (1 << 20) + "\n"),
+        config_file(3, "extends an absent file", 'extends: "absent.yaml" is no file beside', "extends: absent.yaml"),
+        config_file(3, "extends itself", "extends itself", "extends: bad.yaml"),
+        Case(3, "in a flag", "command line, --sampling.stop, line 1: ", ("--sampling.stop", "[a")),
+    ]
+
+
+def names():
+    return [
+        Case(4, "precision", "precision 'fp17' is unknown; allowed: fp16, bf16, fp32", ("--precision", "fp17")),
+        Case(4, "rollout precision", "rollout_precision: precision 'int8' is unknown; allowed: fp16, bf16, fp32",
+             ("--rollout_precision", "int8")),
+        Case(4, "critic's precision", "critic.precision: precision 'fp8' is unknown; allowed: fp16, bf16, fp32",
+             ("--critic.precision", "fp8")),
+        Case(4, "dtype of parameters", "params is 'float16'; allowed: float32",
+             ("--precision", "params=float16,compute=float16,output=float32")),
+        Case(4, "dtype of computation", "compute is 'int8'; allowed: float16, bfloat16, float32",
+             ("--precision", "params=float32,compute=int8,output=float32")),
+        Case(4, "preset", 'algorithm.preset: "grop" is not allowed; allowed: grpo | dr_grpo',
+             ("--algorithm.preset", "grop")),
+        Case(4, "task", "task.name is 'maths'; allowed: arithmetic, math, preference", ("--task.name", "maths")),
+        Case(4, "family", "model: model family 'gpt2' is unknown; allowed: qwen2, qwen3, llama",
+             ("--model.family", "gpt2")),
+        model_folder(4, "family of a folder", "model_type is 'gpt2'; allowed: qwen2, qwen3, llama",
+                     edit_json("model/config.json", model_type="gpt2")),
+        Case(4, "attention", 'model.attention: "flash" is not allowed; allowed: blockwise | plain',
+             ("--model.attention", "flash")),
+        Case(4, "template", "template 'nonsense' is neither a text with a field name", ("--task.template", "nonsense")),
+        Case(5, "FP16 on a TPU",
+             "precision 'fp16' computes in float16, which a TPU's matrix units do not; allowed on TPU: "
+             "bf16, fp32", ("--precision", "fp16"), backend="tpu"),
+        Case(5, "GPU that is absent", "run.platform: JAX finds no gpu here", ("--platform", "gpu"),
+             environment={"JAX_PLATFORMS": ""}),
+        Case(5, "TPU that is absent", "run.platform: JAX finds no tpu here", ("--platform", "tpu"),
+             environment={"JAX_PLATFORMS": "cpu"}),
+    ]
+
+
+def arithmetic():
+    return [
+        Case(6, "mesh", "mesh of data what is left x fsdp 7 x tensor 1 does not fit 1 devices; allowed: fsdp x tensor, "
+             "here 7, divides 1", ("--mesh.fsdp", "7")),
+        Case(6, "mesh of a given size",
+             "mesh of data 2 x fsdp 1 x tensor 1 does not fit 1 devices; allowed: a product of "
+             "1, here it is 2", ("--mesh.data", "2")),
+        Case(6, "rows over the devices",
+             "training.microbatch_size is 8; allowed: multiples of mesh data x fsdp = 3 x 1 = 3",
+             environment={"XLA_FLAGS": "--xla_force_host_platform_device_count=3"}),
+        Case(6, "minibatch", "training.minibatch_size is 12; allowed: a divisor of prompts_per_step x group_size = "
+             "8 x 4 = 32", ("--training.minibatch_size", "12")),
+        Case(6, "microbatch", "training.microbatch_size is 5; allowed: a divisor of minibatch_size, 16",
+             ("--training.microbatch_size", "5")),
+        Case(6, "supervised microbatch", "sft.microbatch_size is 3; allowed: a divisor of batch_size, 64",
+             ("--sft.microbatch_size", "3")),
+        Case(6, "group of one", "group_size is 1; advantage 'group_std' allows 2 or more, gae 1",
+             ("--sampling.group_size", "1")),
+    ]
+
+
+def models():
+    header = (2**60).to_bytes(8, "little") + b"{}"
+    shards = [
+        ("shard above the folder", "../model/model.safetensors"), ("shard of an absolute path", "/etc/x.safetensors"),
+        ("shard in a folder", "sub/x.safetensors"), ("shard by a backslash", "..\\x.safetensors"),
+    ]
+    return [
+        Case(7, "absent folder", "model.path: absent: no tokenizer.json; a folder with a fast tokenizer is needed",
+             ("--model.path", "absent"), config="folder.yaml"),
+        Case(7, "absent folder, tokenizer elsewhere", "absent does not exist; allowed: a local folder, nothing is "
+             "downloaded", ("--model.path", "absent", "--model.tokenizer", "model"), config="folder.yaml"),
+        Case(7, "name on a hub", "Qwen/Qwen2.5-0.5B does not exist; allowed: a local folder, nothing is downloaded",
+             ("--model.path", "Qwen/Qwen2.5-0.5B", "--model.tokenizer", "model"), config="folder.yaml"),
+        Case(7, "critic's folder absent", "critic: model folder absent does not exist",
+             ("--algorithm.preset", "ppo", "--critic.path", "absent")),
+        model_folder(7, "without config.json", "model/config.json is missing; allowed: a model folder as Transformers",
+                     lose("model/config.json")),
+        model_folder(7, "config.json is no JSON", "model/config.json is not a JSON file",
+                     write("model/config.json", "{")),
+        model_folder(7, "without weights", "model holds no weights; allowed: model.safetensors, or",
+                     lose("model/model.safetensors")),
+        model_folder(7, "pickle alone", "model holds pickled weights only (pytorch_model.bin), which are never opened",
+                     lambda folder: [lose("model/model.safetensors")(folder),
+                                     write("model/pytorch_model.bin", PICKLE)(folder)]),
+        model_folder(8, "truncated header", "model/model.safetensors is damaged or not a safetensors file",
+                     cut("model/model.safetensors", 100)),
+        model_folder(8, "truncated tensors", "model/model.safetensors is damaged or not a safetensors file",
+                     cut("model/model.safetensors", -9)),
+        model_folder(8, "header of 2^60 bytes", "model/model.safetensors is damaged or not a safetensors file",
+                     write("model/model.safetensors", header)),
+        model_folder(8, "Git LFS pointer", "model/model.safetensors is a Git LFS pointer",
+                     write("model/model.safetensors", POINTER)),
+        model_folder(8, "tensor missing", f"tensor {TENSOR} is missing", edit_tensor(lambda tensor: None)),
+        model_folder(8, "tensor too many",
+                     "tensor score.weight in model.safetensors is unknown; allowed: the 27 tensors",
+                     edit_tensor(lambda tensor: ones(1, 8), "score.weight")),
+        model_folder(8, "tensor misshapen", f"tensor {TENSOR} has shape [8, 7]; allowed: [8, 8]",
+                     edit_tensor(lambda tensor: ones(8, 7))),
+        model_folder(8, "tensor of integers", f"tensor {TENSOR} is stored as I64; allowed: F32, F16, BF16",
+                     edit_tensor(lambda tensor: ones(8, 8).astype("int64"))),
+        model_folder(8, "config of more layers", "tensor model.layers.2.",
+                     edit_json("model/config.json", num_hidden_layers=3)),
+        model_folder(8, "config of another width", "has shape [21, 8]; allowed: [21, 16], as config.json",
+                     edit_json("model/config.json", hidden_size=16)),
+        *(Case(9, name, f"tensor {TENSOR} is said to lie in {shard!r}; allowed: the name of a .safetensors file in "
+               "that folder", (), place_shard(shard), config="shards.yaml") for name, shard in shards),
+        Case(8, "shard missing", "shards/model-00004-of-00004.safetensors is missing; allowed: every shard that", (),
+             lose("shards/model-00004-of-00004.safetensors"), config="shards.yaml"),
+        model_folder(10, "NaN", f"model: model: tensor {TENSOR} holds nan; allowed: finite values", fill(float("nan"))),
+        model_folder(10, "infinite", f"tensor {TENSOR} holds inf; allowed: finite values", fill(float("inf"))),
+        model_folder(10, "infinite in BF16", f"tensor {TENSOR} holds inf; allowed: finite values", fill(float("-inf")),
+                     "--precision", "bf16"),
+        model_folder(10, "beyond FP16",
+                     f"tensor {TENSOR} holds 65505; allowed: finite values up to 65504, the range of "
+                     "float16", fill(-65505.0)),
+        model_folder(11, "no tokenizer",
+                     "model.path: model: no tokenizer.json; a folder with a fast tokenizer is needed",
+                     lose("model/tokenizer.json")),
+        model_folder(11, "no end-of-text", "the tokenizer has no end-of-text token",
+                     edit_json("model/tokenizer_config.json", eos_token=None)),
+        model_folder(11, "vocabulary too large",
+                     "model: the tokenizer has ids up to 59 and the model's embedding 21 rows",
+                     large_vocabulary),
+        Case(11, "embedding too small", "model: the tokenizer has ids up to 20 and the model's embedding 20 rows",
+             ("--model.vocab_size", "20")),
+        model_folder(11, "damaged generation_config.json", "generation_config.json is not a JSON file",
+                     write("model/generation_config.json", "{")),
+    ]
+
+
+def data():
+    good = b'{"problem": "1", "answer": "1"}\n'
+    return [
+        data_file("absent", "task: data.jsonl: no such data file", None),
+        data_file("empty", "task: data.jsonl: no rows; at least one JSON object is needed", b""),
+        data_file("not JSON", "task: data.jsonl, line 3: not JSON", good + b'\n{"problem": "2", answer: "2"}\n'),
+        data_file("no such field", "task: data.jsonl, line 2: no field 'answer'; the row has 'problem'",
+                  good + b'{"problem": "2"}\n'),
+        data_file("null for text", "task: data.jsonl, line 2: field 'answer' is a NoneType",
+                  good + b'{"problem": "2", "answer": null}\n'),
+        data_file("a list", "task: data.jsonl, line 1: a JSON list; a JSON object is needed", b'["1", "2"]\n'),
+        data_file("not UTF-8", "task: data.jsonl, line 1: not UTF-8", b'{"problem": "\xff", "answer": "1"}\n'),
+        data_file("nested too deeply", "task: data.jsonl, line 1: not JSON", b"[" * 100_000),
+        Case(12, "evaluation set", "evaluation: absent.jsonl: no such data file",
+             ("--evaluation.sets", "[{name: a, path: absent.jsonl}]"), config="folder.yaml"),
+        Case(13, "all prompts too long", "none of the 64 prompts fits into training.max_prompt_tokens = 3",
+             ("--training.max_prompt_tokens", "3")),
+        Case(13, "all prompts of a file too long", "none of the 2 prompts fits into training.max_prompt_tokens = 3",
+             (*DATA, "--training.max_prompt_tokens", "3")),
+    ]
+
+
+def run_folders():
+    def resumed(row, name, says, *flags, **more):
+        return Case(row, name, says, ("--resume", "run", *flags), **{"config": "folder.yaml", **more})
+
+    return [
+        resumed(27, "changed value", "resume: run was started otherwise: optimizer.learning_rate was 1e-06, is 0.1; "
+                "allowed to differ: run.steps", "--optimizer.learning_rate", "0.1"),
+        resumed(27, "changed precision", "resume: run was started otherwise: precision was 'fp16', is 'bf16'",
+                "--precision", "bf16"),
+        resumed(27, "changed seed", "run.seed was 0, is 1; allowed to differ:", "--run.seed", "1"),
+        Case(28, "no run", "resume: model has no config.yaml; allowed: the folder of an earlier run",
+             ("--resume", "model"), config="folder.yaml"),
+        resumed(28, "another run", "resume: run was started otherwise: run.name was 'folder', is 'shards'",
+                config="shards.yaml"),
+        resumed(28, "another writer", "resume: run is being written by process", held="run"),
+    ]
+
+
+CASES = [*keys_and_values(), *yaml_texts(), *names(), *arithmetic(), *models(), *data(), *run_folders()]
+
+__all__ = ["CASES", "Case"]

@@ -134,6 +134,7 @@ def test_tensorboard_events_are_written(tmp_path, caplog):
     assert b"loss" in events.read_bytes() and b"bad" not in events.read_bytes() and not caplog.records
 
 
+@pytest.mark.fault(31)
 def test_a_failing_sink_is_dropped_with_one_line(tmp_path, monkeypatch):
     written = []
 
@@ -231,6 +232,7 @@ def test_announce_speaks_only_of_what_takes_long():
         raise RuntimeError("boom")
 
 
+@pytest.mark.fault(31)
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs POSIX pipes")
 def test_a_reader_that_goes_away_does_not_end_the_run(tmp_path):
     code = """if True:

@@ -380,6 +380,7 @@ class Interrupted:
         raise KeyboardInterrupt
 
 
+@pytest.mark.fault(32)
 @pytest.mark.parametrize("before", [True, False])
 def test_an_interrupted_export_leaves_no_partial_folder(tmp_path, before):
     model, params = small()

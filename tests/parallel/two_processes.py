@@ -4,10 +4,12 @@ from pathlib import Path
 import sys
 
 from jaxrl_fp16.parallel import MeshConfig, initialize_distributed, make_mesh, shard_batch, to_host
+from jaxrl_fp16.parallel.agreement import check_same_config
 
 
 def main(folder):
     assert initialize_distributed(timeout=60)
+    check_same_config({"run": {"seed": 0, "stop": ("a",)}}, timeout=60)
     # Only now: anything that asks for a device would have started JAX alone.
     import jax
     import numpy as np

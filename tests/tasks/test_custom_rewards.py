@@ -77,6 +77,7 @@ def test_values(task):
     assert (rewards.timeouts, rewards.failures, rewards.first_error) == (0, 0, None)
 
 
+@pytest.mark.fault(14)
 def test_a_value_that_is_no_number_costs_its_entry(task):
     rewards = grade(task, "odd", "none", "text", "infinite")
     np.testing.assert_array_equal(rewards.valid, [[0, 1], [0, 1], [1, 0], [0, 0]])
@@ -84,6 +85,7 @@ def test_a_value_that_is_no_number_costs_its_entry(task):
     assert rewards.failures == 5 and rewards.timeouts == 0 and "'nan'" in rewards.first_error
 
 
+@pytest.mark.fault(15)
 def test_what_goes_wrong_costs_its_group_within_its_deadline(task):
     start = time.perf_counter()
     rewards = grade(task, "length", "hang", "raise", "eat", "crash", "length")

@@ -67,6 +67,7 @@ def test_algebra_decides_where_text_does_not(task):
     np.testing.assert_array_equal(grade(task, *right, *wrong).values[:, 0], [1, 1, 1, 0, 0, 0, 0])
 
 
+@pytest.mark.fault(17)
 def test_hostile_answers_score_0_in_time_and_run_nothing(task, tmp_path):
     mark = tmp_path / "mark"
     code = f"__import__('os').mkdir('{mark}')"
@@ -82,6 +83,7 @@ def test_hostile_answers_score_0_in_time_and_run_nothing(task, tmp_path):
     assert grade(task, ("5", "5"), ("\\sqrt{4}", "2")).values.sum() == 2
 
 
+@pytest.mark.fault(17)
 def test_one_hostile_answer_is_cut_off_at_the_deadline(task):
     grade(task, ("\\sqrt{4}", "2"))  # a worker is ready
     start = time.perf_counter()

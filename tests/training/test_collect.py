@@ -62,6 +62,7 @@ def test_batches_go_through_the_data_in_that_order():
 # -- prompts that do not fit ---------------------------------------------------------------------------
 
 
+@pytest.mark.fault(13)
 def test_long_prompts_are_set_aside_and_counted():
     short, long = [f"{n}=" for n in range(9)], ["1+1+1=", "22+22="]
     batches = walk(task_of(*short, *long), count=3, steps=3)

@@ -18,6 +18,7 @@ with only_writer(sys.argv[1]):
 """
 
 
+@pytest.mark.fault(28)
 def test_a_second_writer_is_refused_until_the_first_ends(tmp_path):
     with only_writer(tmp_path):
         with pytest.raises(ConfigError, match=f"is being written by process {os.getpid()}; allowed"):
@@ -27,6 +28,7 @@ def test_a_second_writer_is_refused_until_the_first_ends(tmp_path):
         pass
 
 
+@pytest.mark.fault(28)
 def test_a_killed_writer_holds_nothing(tmp_path):
     holder = subprocess.Popen([sys.executable, "-c", HOLD, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     try:

@@ -95,6 +95,7 @@ def test_a_scale_that_probes_is_told_from_a_layer_that_overflows(command):
     assert f"{skipped}; not finite: {record['nonfinite']}" in run.said
 
 
+@pytest.mark.fault(20)
 @pytest.mark.parametrize("name, flags", [
     ("train", ()),
     ("sft", ("--sft.steps", "3", "--sft.microbatch_size", "8")),

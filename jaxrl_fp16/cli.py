@@ -23,10 +23,12 @@ commands:
 
 
 def _train(config):
+    import jax
+
     from jaxrl_fp16.training.loop import train
 
     outcome = train(config)
-    if outcome.code == 0:
+    if outcome.code == 0 and jax.process_index() == 0:
         (_show_probe if outcome.probe else _show)(outcome.folder, outcome.precision)
     return outcome.code
 
@@ -140,21 +142,21 @@ def _guarded(run, config):
     """The errors that end a run in order, each as one line."""
     import jax
 
-    from jaxrl_fp16.tasks import RewardShapeError, WorkerStartError
+    from jaxrl_fp16.tasks import BatchDeadline, RewardShapeError, WorkerStartError
     from jaxrl_fp16.training.checkpoint import CheckpointError
-    from jaxrl_fp16.training.run import Guard
-    from jaxrl_fp16.training.memory import LOWERS_MEMORY
+    from jaxrl_fp16.training.guards import Guard
+    from jaxrl_fp16.training.memory import LOWERS_MEMORY, is_out_of_memory
 
     try:
         return run(config)
-    except (Guard, CheckpointError, RewardShapeError, WorkerStartError) as error:
+    except (Guard, CheckpointError, BatchDeadline, RewardShapeError, WorkerStartError) as error:
         return _end(3, error)
     except OSError as error:
         return _end(3, f"{error}; the last finished checkpoint is intact")
     except KeyboardInterrupt:
         return _end(130, "interrupted")
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error) and "Out of memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         return _end(3, f"out of device memory; what lowers it: {LOWERS_MEMORY}")
 
@@ -212,7 +214,21 @@ def _show_filtered(outcome, bounds):
 def entry():
     """The console script."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
-    sys.exit(main(sys.argv[1:]))
+    code = main(sys.argv[1:])
+    if code and _is_one_of_several():
+        # At a usual end JAX waits for the other processes, which wait for this one.
+        sys.stdout.flush()
+        os._exit(code)
+    sys.exit(code)
+
+
+def _is_one_of_several():
+    """Whether this process belongs to a run of several; asks no device."""
+    if "jax" not in sys.modules:
+        return False
+    import jax
+
+    return jax.distributed.is_initialized()
 
 
 if __name__ == "__main__":

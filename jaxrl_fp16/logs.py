@@ -48,14 +48,14 @@ class RunLog(Console):
     Args:
       folder: of the run, made if absent; None for a console alone.
       config: what to write.
-      resumed: the step that a resumed run starts from; TensorBoard hides what an earlier
-        process wrote after it.
+      resumed: the step that a resumed run starts from, None for a new one; TensorBoard hides
+        what an earlier process wrote after it.
       primary: whether this process writes at all; one of a multi-process run does.
       facts: plain values that W&B keeps beside the metrics, such as the resolved config.
       console: `steps`, `line` and what else `Console` takes.
     """
 
-    def __init__(self, folder: str | os.PathLike | None, config: LoggingConfig, *, resumed: int = 0,
+    def __init__(self, folder: str | os.PathLike | None, config: LoggingConfig, *, resumed: int | None = None,
                  primary: bool = True, facts: Mapping[str, Any] | None = None, **console):
         super().__init__(every=config.every, quiet=not primary, **console)
         self.folder = Path(folder) if folder is not None and primary else None
@@ -128,9 +128,9 @@ class RunLog(Console):
             self.say(f"warning: {name} failed and is dropped, {METRICS} goes on ({reason})")
 
 
-def _open_tensorboard(folder: Path, resumed: int):
+def _open_tensorboard(folder: Path, resumed: int | None):
     import tensorboardX
-    purge = resumed + 1 if resumed else None
+    purge = None if resumed is None else resumed + 1
     writer = tensorboardX.SummaryWriter(str(folder), purge_step=purge, flush_secs=10)
 
     def write(step, numbers):

@@ -49,6 +49,8 @@ training/terms
 training/learn
 training/evaluate
 training/memory
+training/watchdog
+training/guards
 training/run_config
 training/setup
 training/reward_model

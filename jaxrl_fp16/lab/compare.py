@@ -34,9 +34,9 @@ from jaxrl_fp16.lab.processes import Job, core_count, run_jobs, shares_of_cores
 from jaxrl_fp16.logs import METRICS
 from jaxrl_fp16.training.folder_lock import only_writer
 from jaxrl_fp16.training.loop import open_training
-from jaxrl_fp16.training.run import caught_signals
 from jaxrl_fp16.training.run_config import Config
 from jaxrl_fp16.training.setup import check_resumed, new_folder
+from jaxrl_fp16.training.watchdog import caught_signals
 
 LOOK_SECONDS = 2.0      # between looks at the steps of the runs
 

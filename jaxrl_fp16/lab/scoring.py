@@ -27,12 +27,13 @@ from jaxrl_fp16.tasks import open_task
 from jaxrl_fp16.training.collect import next_prompts
 from jaxrl_fp16.training.memory import check_fits, device_bytes, estimate
 from jaxrl_fp16.training.optimizer import make_optimizer
-from jaxrl_fp16.training.run import Signals, naming_at_entry
+from jaxrl_fp16.training.run import naming_at_entry
 from jaxrl_fp16.training.run_config import resolve_algorithm
 from jaxrl_fp16.training.scorer import make_scorer
 from jaxrl_fp16.training.setup import Setup, load_model, naming
 from jaxrl_fp16.training.state import create_train_state, shardings_of
 from jaxrl_fp16.training.update import make_update
+from jaxrl_fp16.training.watchdog import Signals
 from jaxrl_fp16.types import Batch
 
 

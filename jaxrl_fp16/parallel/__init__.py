@@ -1,6 +1,8 @@
 """The mesh of devices, how arrays lie on it, and the start of a run in several processes."""
 
-from jaxrl_fp16.parallel.distributed import initialize_distributed
+from jaxrl_fp16.parallel.distributed import (
+    LOST_PROCESS, from_first_process, initialize_distributed, is_lost_process,
+)
 from jaxrl_fp16.parallel.mesh import MESH_AXES, MeshConfig, make_mesh
 from jaxrl_fp16.parallel.sharding import (
     RULES,
@@ -17,7 +19,10 @@ from jaxrl_fp16.parallel.sharding import (
 )
 
 __all__ = [
+    "LOST_PROCESS",
+    "from_first_process",
     "initialize_distributed",
+    "is_lost_process",
     "MESH_AXES",
     "MeshConfig",
     "make_mesh",

@@ -6,12 +6,23 @@ import ipaddress
 import os
 
 import jax
+from jax.experimental import multihost_utils
+import numpy as np
 
 ENVIRONMENT = {
     "coordinator": "JAXRL_COORDINATOR",
     "num_processes": "JAXRL_NUM_PROCESSES",
     "process_id": "JAXRL_PROCESS_ID",
 }
+
+LOST_PROCESS = (
+    "another process of the run ended or does not answer; look at its output, then start all of them again with "
+    "--resume"
+)
+# What the libraries below say of it, each in its own words.
+LOSS_WORDS = (
+    "gloo", "nccl", "heartbeat", "coordination service", "connection reset", "connection closed", "unavailable",
+)
 
 
 def initialize_distributed(coordinator=None, num_processes=None, process_id=None, timeout=300, heartbeat=60):
@@ -53,6 +64,38 @@ def initialize_distributed(coordinator=None, num_processes=None, process_id=None
     return count > 1
 
 
+def from_first_process(make, size=4096):
+    """`make() -> str` of process 0, in every process; it is called in no other one. Up to `size` bytes of UTF-8.
+
+    Raises what `make` raises in process 0, and a ValueError with its text in the others.
+    """
+    if jax.process_count() == 1:
+        return make()
+    text, failure = "", None
+    if jax.process_index() == 0:
+        try:
+            text = "=" + make()
+        except Exception as error:
+            text, failure = f"!{error}", error
+    data = np.zeros(size, np.uint8)
+    encoded = np.frombuffer(text.encode()[:size], np.uint8)
+    data[: len(encoded)] = encoded
+    sent = multihost_utils.broadcast_one_to_all(data).tobytes().rstrip(b"\0").decode(errors="replace")
+    if failure is not None:
+        raise failure
+    if sent.startswith("!"):
+        raise ValueError(sent[1:])
+    return sent[1:]
+
+
+def is_lost_process(error):
+    """Whether an exception says that another process of this run is gone. Collectives of a CPU raise a ValueError."""
+    if not jax.distributed.is_initialized() or jax.process_count() == 1:
+        return False
+    text = str(error).lower()
+    return any(word in text for word in LOSS_WORDS)
+
+
 def _checked(given):
     missing = [name for name, value in given.items() if value is None]
     if missing:
@@ -84,4 +127,4 @@ def _is_loopback(address):
         return False
 
 
-__all__ = ["ENVIRONMENT", "initialize_distributed"]
+__all__ = ["ENVIRONMENT", "LOST_PROCESS", "from_first_process", "initialize_distributed", "is_lost_process"]

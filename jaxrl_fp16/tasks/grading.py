@@ -13,6 +13,7 @@ import collections
 import contextlib
 import dataclasses
 import json
+import math
 from multiprocessing import connection
 import os
 from pathlib import Path
@@ -32,6 +33,7 @@ class PoolConfig:
     arguments: tuple = ()           # of `setup`; JSON
     workers: int = 4                # started as jobs need them
     deadline_seconds: float = 10.0  # for one job
+    batch_seconds: float = 1800.0   # for all jobs of one `run`
     memory_mb: int = 2048           # address space of a worker
     start_seconds: float = 120.0    # until a worker has run `setup`
 
@@ -47,6 +49,10 @@ class Outcome:
 
 class WorkerStartError(RuntimeError):
     """A worker could not run its `setup`."""
+
+
+class BatchDeadline(RuntimeError):
+    """The jobs of one `run` took too long together."""
 
 
 Run = Callable[[Sequence[Sequence[Any]]], list[Outcome]]
@@ -124,13 +130,17 @@ def _retire(worker: _Worker, workers: list[_Worker]) -> None:
 def _run(jobs: Sequence[Sequence[Any]], workers: list[_Worker], config: PoolConfig) -> list[Outcome]:
     outcomes: dict[int, Outcome] = {}
     waiting = collections.deque(range(len(jobs)))
-    failed_starts = 0
+    failed_starts, until = 0, time.monotonic() + config.batch_seconds
     try:
         while len(outcomes) < len(jobs):
+            if time.monotonic() >= until:
+                raise BatchDeadline(f"grading took longer than task.batch_seconds = {config.batch_seconds:g} s: "
+                                    f"{len(outcomes)} of {len(jobs)} are graded; try more task.workers or a shorter "
+                                    "task.deadline_seconds")
             while len(workers) < min(config.workers, len(jobs) - len(outcomes)):
                 workers.append(_start(config))
             _hand_out(waiting, jobs, workers, config)
-            for worker, message in _events(workers):
+            for worker, message in _events(workers, until):
                 if worker.ready:
                     outcomes[worker.job], worker.job = _outcome(message), None
                     fit = message["status"] in ("done", "failed")
@@ -164,12 +174,12 @@ def _hand_out(waiting: collections.deque, jobs: Sequence[Sequence[Any]], workers
             worker.limit, worker.since = config.deadline_seconds, time.monotonic()
 
 
-def _events(workers: list[_Worker]) -> Iterator[tuple[_Worker, dict]]:
-    """Waits for the workers that start or work: what arrived, or that one is dead or overdue."""
+def _events(workers: list[_Worker], until: float = math.inf) -> Iterator[tuple[_Worker, dict]]:
+    """Waits for the workers that start or work, `until` then: what arrived, or that one is dead or overdue."""
     active = {worker.channel: worker for worker in workers if not worker.ready or worker.job is not None}
     now = time.monotonic()
     soonest = min((worker.since + worker.limit for worker in active.values()), default=now)
-    readable = connection.wait(list(active), max(0.0, soonest - now))
+    readable = connection.wait(list(active), max(0.0, min(soonest, until) - now))
     now = time.monotonic()
     for channel, worker in active.items():
         message = _receive(worker) if channel in readable else None
@@ -199,4 +209,4 @@ def _outcome(message: dict) -> Outcome:
     return Outcome(status, message.get("value"), message.get("error", ""))
 
 
-__all__ = ["PoolConfig", "Outcome", "WorkerStartError", "Run", "open_pool"]
+__all__ = ["BatchDeadline", "PoolConfig", "Outcome", "WorkerStartError", "Run", "open_pool"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from typing import Iterator, Sequence
+from typing import Any, Iterator, Mapping, Sequence
 
 from jaxrl_fp16.tasks.answers import gold_answers, settle
 from jaxrl_fp16.tasks.examples import Example
@@ -13,14 +13,13 @@ from jaxrl_fp16.tasks.templates import Template, read_answer
 
 
 @contextlib.contextmanager
-def open_math_grader(workers: int, deadline_seconds: float, memory_mb: int,
-                     max_response_chars: int) -> Iterator[Grade]:
+def open_math_grader(limits: Mapping[str, Any], max_response_chars: int) -> Iterator[Grade]:
     """A grader that gives 1 for each response whose answer, read as its template says, equals a gold answer.
 
     An answer whose grading hangs, crashes or needs too much memory scores 0 and is counted in `timeouts`; so
-    every entry is valid. A response of more than `max_response_chars` scores 0.
+    every entry is valid. A response of more than `max_response_chars` scores 0. `limits` are fields of `PoolConfig`.
     """
-    config = PoolConfig("jaxrl_fp16.tasks.answers:open_verifier", (), workers, deadline_seconds, memory_mb)
+    config = PoolConfig("jaxrl_fp16.tasks.answers:open_verifier", **limits)
     with open_pool(config) as run:
 
         def grade(template, prompts, responses, examples) -> Rewards:

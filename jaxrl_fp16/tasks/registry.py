@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from typing import Annotated, Callable, ContextManager, Iterator, Literal, Sequence
+from typing import Annotated, Any, Callable, ContextManager, Iterator, Literal, Sequence
 
 from annotated_types import Ge, Gt
 
@@ -46,6 +46,7 @@ class TaskConfig:
     train_size: Annotated[int | None, Ge(1), Doc("null: all rows; 100,000 generated problems")] = None
     heldout_size: Annotated[int | None, Ge(0), Doc("null: no row; 256 generated problems")] = None
     deadline_seconds: Annotated[float, Gt(0), Doc("for grading one answer, or one group (reward_file)")] = 10.0
+    batch_seconds: Annotated[float, Gt(0), Doc("for grading all answers of a batch; beyond it the run stops")] = 1800.0
     workers: Annotated[int, Ge(1), Doc("grading processes at most")] = 4
     memory_mb: Annotated[int, Ge(256), Doc("address space of each")] = 2048
     max_response_chars: Annotated[int, Ge(1), Doc("longer responses score 0 (math)")] = 200_000
@@ -106,8 +107,12 @@ def _preference_problems(config: TaskConfig):
 
 
 def _math_grader(config: TaskConfig):
-    return math.open_math_grader(config.workers, config.deadline_seconds, config.memory_mb,
-                                 config.max_response_chars)
+    return math.open_math_grader(_limits(config), config.max_response_chars)
+
+
+def _limits(config: TaskConfig) -> dict[str, Any]:
+    """The fields of a `PoolConfig` that the user sets."""
+    return {name: getattr(config, name) for name in ("workers", "deadline_seconds", "batch_seconds", "memory_mb")}
 
 
 TASKS: dict[str, TaskKind] = {
@@ -140,8 +145,7 @@ def open_task(config: TaskConfig) -> Iterator[Task]:
 def _open_grader(config: TaskConfig, kind: TaskKind) -> ContextManager[Grade]:
     if config.reward_file is None:
         return kind.grader(config)
-    return open_custom_grader(config.reward_file, config.reward_function, config.workers,
-                              config.deadline_seconds, config.memory_mb)
+    return open_custom_grader(config.reward_file, config.reward_function, _limits(config))
 
 
 __all__ = ["Task", "TaskConfig", "TaskKind", "TASKS", "open_task"]

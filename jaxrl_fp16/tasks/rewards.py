@@ -14,7 +14,7 @@ import dataclasses
 import importlib.util
 import os
 import sys
-from typing import Any, Callable, Iterator, Sequence
+from typing import Any, Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 
@@ -72,17 +72,17 @@ def group_arguments(prompt: str, responses: Sequence[str], example: Example) -> 
 
 
 @contextlib.contextmanager
-def open_custom_grader(file: str, function: str, workers: int, deadline_seconds: float,
-                       memory_mb: int) -> Iterator[Grade]:
+def open_custom_grader(file: str, function: str, limits: Mapping[str, Any]) -> Iterator[Grade]:
     """A grader that calls `function` of a local Python file, in worker processes; a job is one group.
+
+    limits: fields of `PoolConfig`.
 
     What raises, hangs, eats memory or crashes costs its own group alone. A `ValueError` says why a file
     cannot be loaded; `grade` raises `RewardShapeError` on a wrong number of rewards.
     """
     if not os.path.isfile(file):
         raise ValueError(f"task.reward_file: {file} is no file")
-    config = PoolConfig("jaxrl_fp16.tasks.rewards:load_reward", (os.path.abspath(file), function),
-                        workers, deadline_seconds, memory_mb)
+    config = PoolConfig("jaxrl_fp16.tasks.rewards:load_reward", (os.path.abspath(file), function), **limits)
     with contextlib.ExitStack() as stack:
         try:
             run = stack.enter_context(open_pool(config))

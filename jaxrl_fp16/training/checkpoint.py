@@ -19,14 +19,16 @@ from collections.abc import Callable, Mapping
 import concurrent.futures
 import dataclasses
 import json
+import math
 import os
 from pathlib import Path
 import shutil
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 import jax
 import jax.numpy as jnp
+import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxrl_fp16.config import Doc
@@ -43,6 +45,14 @@ class CheckpointError(RuntimeError):
 class CheckpointConfig:
     every: Annotated[int, Ge(0), Doc("steps from one checkpoint to the next; 0: the last step only")] = 50
     keep: Annotated[int, Ge(1), Doc("how many of the newest checkpoints stay")] = 2
+    best: Annotated[
+        str | None, Doc("a metric, such as eval/NAME/accuracy: where it was highest stays too; null: none")
+    ] = None
+    export: Annotated[Literal["latest", "best"], Doc("the checkpoint that the command export takes")] = "latest"
+
+    def __post_init__(self):
+        if self.export == "best" and self.best is None:
+            raise ValueError("export is 'best' and best is null; allowed: latest, or a metric as best")
 
 
 class Checkpoints:
@@ -92,6 +102,20 @@ class Checkpoints:
         found = {int(path.name) for path in self.folder.glob("[0-9]*") if _is_finished(path)}
         return sorted(found - self._damaged)
 
+    def is_empty(self) -> bool:
+        """Whether no checkpoint was ever finished here: there is none, not even one that lost its manifest."""
+        return not any(path.name.isdecimal() or path.suffix == ".damaged" for path in self.folder.glob("[0-9]*"))
+
+    def best(self) -> int | None:
+        """The step whose `config.best` is highest, the later of equals; None where none has one."""
+        scores = {step: score for step in self.steps() if (score := self._score(step)) is not None}
+        return max(scores, key=lambda step: (scores[step], step), default=None)
+
+    def describe(self) -> str:
+        """The newest checkpoint, for the line that a run ends with."""
+        newest = max(self.steps(), default=None)
+        return "there is no checkpoint yet" if newest is None else f"the last checkpoint is {self.folder / str(newest)}"
+
     def latest(self) -> int | None:
         """The newest of `steps()`, its content not yet verified; None without any."""
         self.wait()
@@ -109,7 +133,8 @@ class Checkpoints:
             raise self._failed(step, error) from error
         self._current.add(step)
 
-    def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None) -> bool:
+    def save(self, step: int, state: Any, extra: Mapping[str, Any] | None = None,
+             metrics: Mapping[str, Any] | None = None) -> bool:
         """Starts writing a checkpoint, once the one before is finished.
 
         Args:
@@ -117,6 +142,7 @@ class Checkpoints:
           state: a pytree of arrays, sharded or not; typed PRNG keys are arrays too. It may be
             donated as soon as this returns.
           extra: values that JSON holds, such as the position in the data.
+          metrics: of that step; `config.best` is looked up in them.
 
         Returns:
           True; False, with a line that says so, if this object wrote or restored that step before.
@@ -134,6 +160,8 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder / str(step)}: exists already; allowed: a new step or folder")
         leaves = _leaves(state)
         about = {"step": step, "leaves": _table(leaves), "extra": extra or {}}
+        if (score := _finite((metrics or {}).get(self._config.best))) is not None:
+            about["score"] = {self._config.best: score}
         try:
             about = json.dumps(about, allow_nan=False)
         except (TypeError, ValueError) as error:
@@ -178,6 +206,18 @@ class Checkpoints:
         others = ", ".join(map(str, self.steps())) or "none"
         raise CheckpointError(f"{self.folder}: no sound checkpoint{wanted}; steps that have one: {others}")
 
+    def arrays(self, step: int) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+        """`(every array of a sound checkpoint by its dotted path, extra)`; keys as their data.
+
+        Raises CheckpointError where there is none of that step.
+        """
+        self.wait()
+        path = self.folder / str(step)
+        table = json.loads((path / ABOUT).read_text(encoding="utf-8"))["leaves"] if step in self.steps() else {}
+        state, extra, _ = self.restore({name: _abstract(*entry) for name, entry in table.items()}, step)
+        data = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in state.items()}
+        return {name: np.asarray(leaf) for name, leaf in data.items()}, extra
+
     def holds(self, name: str) -> bool:
         """Whether the state of the newest sound checkpoint has arrays below `name`."""
         paths = (self.folder / str(step) for step in reversed(self.steps()))
@@ -211,10 +251,22 @@ class Checkpoints:
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
+        best = self.best()
         for old in self.steps()[:-self._config.keep]:
+            if old == best:
+                continue
             doomed = self.folder / f"{old}.partial"         # what is half removed must not look finished
             os.replace(self.folder / str(old), doomed)
             shutil.rmtree(doomed)
+
+    def _score(self, step: int) -> float | None:
+        if self._config.best is None:
+            return None
+        try:
+            about = json.loads((self.folder / str(step) / ABOUT).read_text(encoding="utf-8"))
+            return _finite(about.get("score", {}).get(self._config.best))
+        except (OSError, ValueError, AttributeError):   # damaged, which whoever reads it will be told
+            return None
 
     def _tell_unfinished(self) -> None:
         for path in sorted(self.folder.glob("[0-9]*")):
@@ -233,9 +285,12 @@ class Checkpoints:
 
     def _failed(self, step: int, error: Exception) -> CheckpointError:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        good = max(self.steps(), default=None)
-        kept = "there is no other" if good is None else f"the last good one is {self.folder / str(good)}"
-        return CheckpointError(f"checkpoint of step {step} could not be written ({reason}); {kept}")
+        return CheckpointError(f"checkpoint of step {step} could not be written ({reason}); {self.describe()}")
+
+
+def _finite(value: Any) -> float | None:
+    """A metric as a number that can be compared; None for NaN and for what is missing."""
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
 def _is_finished(path: Path) -> bool:
@@ -273,6 +328,14 @@ def _check_table(path: Path, saved: Mapping[str, list], wanted: Mapping[str, lis
 
 def _is_key(leaf: Any) -> bool:
     return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _abstract(dtype: str, shape: list[int]) -> jax.ShapeDtypeStruct:
+    """A leaf of the table that `_table` makes."""
+    if not dtype.startswith("key<"):
+        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
+    kinds = (jax.random.key(0, impl=name).dtype for name in ("threefry2x32", "rbg", "unsafe_rbg"))
+    return jax.ShapeDtypeStruct(shape, next(kind for kind in kinds if str(kind) == dtype))
 
 
 def _target(leaf: Any) -> jax.ShapeDtypeStruct:

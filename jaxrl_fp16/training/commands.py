@@ -15,12 +15,13 @@ from jaxrl_fp16.tasks import Example, open_task, render
 from jaxrl_fp16.tokenizer import encode_prompts
 from jaxrl_fp16.training.collect import PromptBatch, sample_and_grade
 from jaxrl_fp16.training.evaluate import evaluate, make_evaluators
+from jaxrl_fp16.training.guards import SkipGuard, check_bounds
 from jaxrl_fp16.training.learn import Learner
 from jaxrl_fp16.training.learner import critic_model, make_learner
-from jaxrl_fp16.training.loop import warm_start
+from jaxrl_fp16.training.loop import drop_warm_start, keep_warm_start, warm_start
 from jaxrl_fp16.training.optimizer import make_schedule
 from jaxrl_fp16.training.pairs import check_preferences, make_held_out, optimize, preference_learner
-from jaxrl_fp16.training.run import SkipGuard, naming_at_entry, open_run
+from jaxrl_fp16.training.run import naming_at_entry, open_run
 from jaxrl_fp16.training.run_config import resolve_algorithm
 from jaxrl_fp16.training.setup import load_model, naming, set_up
 from jaxrl_fp16.training.supervised import check_pairs, fresh_state, supervise
@@ -39,7 +40,7 @@ def run_sft(config):
         raise ConfigError("sft.steps is 0; allowed: 1 or more")
     with open_run(config, check=check_pairs) as (run, params):
         learner, place, start = Learner(fresh_state(run, params)), 0, 0
-        if config.resume is not None:
+        if not run.starts_anew():
             learner, place, start = run.restore(learner)
         run.start_log(start, steps, line=SFT_LINE)
         run.log.say(f"supervised: {steps} steps of {config.sft.batch_size} rows")
@@ -49,15 +50,16 @@ def run_sft(config):
 
 def run_warmup(config):
     """The warm start of `train` alone, as the model folder that runs of any precision may begin from."""
-    if not config.sft.steps or config.resume is not None:
-        raise ConfigError("warmup starts anew, with sft.steps of 1 or more; allowed: no --resume, and --sft.steps N")
+    if not config.sft.steps:
+        raise ConfigError("sft.steps is 0; allowed: 1 or more")
     with open_run(config, check=check_pairs) as (run, params):
-        params, metrics = warm_start(run, params)
-        if run.stops():
-            return run.end_by_signal(0)
+        params, metrics, code = warm_start(run, params)
+        if code:
+            return code
         run.start_log(0, config.sft.steps, line=(("loss", "sft/loss", ".4f"),))
         run.log.metrics(metrics["sft/steps"], metrics)
         run.export(params)
+        drop_warm_start(run)
     return 0
 
 
@@ -65,14 +67,14 @@ def run_dpo(config):
     """Preference optimization, after a warm start where `sft.steps` asks for one; all else as in `run_sft`."""
     steps = config.dpo.steps
     with open_run(config, check=check_preferences, reference=True) as (run, params):
-        metrics = {}
-        if config.sft.steps and config.resume is None:
-            params, metrics = warm_start(run, params)
-            if run.stops():
-                return run.end_by_signal(0)
+        anew, metrics, code = run.starts_anew(), {}, 0
+        if config.sft.steps and anew:
+            params, metrics, code = warm_start(run, params)
+        if code:
+            return code
         # A checkpoint holds the reference: a warm start leads to it, and a folder may change.
         learner, place, start = preference_learner(run, params), 0, 0
-        if config.resume is not None:
+        if not anew:
             learner, place, start = run.restore(learner)
         run.start_log(start, steps, line=DPO_LINE)
         section = config.dpo
@@ -82,8 +84,10 @@ def run_dpo(config):
         def evaluate(params):
             return run.evaluate(params) | held_out(params)
 
-        if start == 0:
+        if anew:
             run.log.metrics(0, metrics | evaluate(learner.policy.params))
+        if config.sft.steps and anew:
+            keep_warm_start(run, learner)
         taken = optimize(run, learner, place, start)
         return _follow(run, learner, taken, steps, config.dpo.optimizer, evaluate)
 
@@ -92,7 +96,9 @@ def _follow(run, learner, taken, steps, optimizer, evaluate):
     """Goes through the steps that `taken` yields as `(step, state, metrics, position)`: logs, evaluates, saves,
     exports. Gives the exit code."""
     guard, schedule = SkipGuard(run), make_schedule(optimizer)
+    run.stage("the first step")
     for step, state, metrics, position in taken:
+        run.stage(f"what follows step {step}")
         learner = learner.replace(policy=state)
         metrics = {name: float(value) for name, value in metrics.items()}
         metrics["learning_rate"] = float(schedule(state.step))
@@ -101,9 +107,10 @@ def _follow(run, learner, taken, steps, optimizer, evaluate):
             metrics |= evaluate(state.params)
         run.log.metrics(step, metrics)
         guard.check(metrics)
+        check_bounds(run, step, metrics)
         stops = run.stops()
         if last or stops or run.checkpoints.due(step):
-            run.checkpoints.save(step, learner, {"position": position})
+            run.checkpoints.save(step, learner, {"position": position}, metrics)
         if stops:
             return run.end_by_signal(step)
     if run.config.run.export:
@@ -184,9 +191,23 @@ def run_export(config):
         # What was saved hangs on the command too: `sft` keeps the policy alone, and `dpo` always a reference.
         reference = template.policy.params if run.checkpoints.holds("reference") else None
         critic = template.critic if run.checkpoints.holds("critic") else None
-        learner, _, _ = run.checkpoints.restore(template.replace(reference=reference, critic=critic))
+        chosen = _chosen(run)
+        learner, _, step = run.checkpoints.restore(template.replace(reference=reference, critic=critic), chosen)
+        run.log.say(f"the checkpoint of step {step}")
         run.export(learner.policy.params)
     return 0
+
+
+def _chosen(run):
+    """The step that `checkpoint.export` asks for; None: the newest sound one."""
+    section = run.config.checkpoint
+    if section.export == "latest":
+        return None
+    best = run.checkpoints.best()
+    if best is None:
+        raise ConfigError(f"checkpoint.export is 'best' and no checkpoint of {run.folder} has a {section.best!r}; "
+                          "allowed: latest")
+    return best
 
 
 __all__ = ["run_sft", "run_warmup", "run_dpo", "run_eval", "run_generate", "run_export"]

@@ -20,8 +20,9 @@ from jaxrl_fp16.console import Console
 from jaxrl_fp16.tasks import open_task
 from jaxrl_fp16.training.collect import truncation_rule
 from jaxrl_fp16.training.evaluate import grade_chunks, make_evaluator
-from jaxrl_fp16.training.run import caught_signals, naming_at_entry, open_folder
+from jaxrl_fp16.training.run import naming_at_entry, open_folder
 from jaxrl_fp16.training.setup import load_model, naming, set_up, write_record
+from jaxrl_fp16.training.watchdog import caught_signals
 
 ACCURACY, FILTERED = "accuracy.jsonl", "filtered.jsonl"
 LINE = (("accuracy", "accuracy", ".3f"), ("between the bounds", "between", ".3f"))

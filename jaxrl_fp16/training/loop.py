@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from functools import partial
 from pathlib import Path
+import shutil
 import time
 
 import jax
@@ -14,16 +15,20 @@ from jaxrl_fp16.rl import needs_critic, needs_reference
 from jaxrl_fp16.sampling import make_sampler
 from jaxrl_fp16.training.collect import next_prompts, sample_and_grade, truncation_rule
 from jaxrl_fp16.training.dynamic import sample_unequal
-from jaxrl_fp16.training.learn import learn, make_programs
+from jaxrl_fp16.training.guards import Guard, SkipGuard, check_bounds
+from jaxrl_fp16.training.learn import Learner, learn, make_programs
 from jaxrl_fp16.training.learner import check_critic, critic_model, make_learner
 from jaxrl_fp16.training.memory import peak_bytes
 from jaxrl_fp16.training.optimizer import make_schedule
-from jaxrl_fp16.training.run import Guard, SkipGuard, announced, open_run
+from jaxrl_fp16.training.run import announced, open_run
 from jaxrl_fp16.training.run_config import resolve_algorithm
 from jaxrl_fp16.training.setup import naming
 from jaxrl_fp16.training.supervised import check_pairs, fresh_state, supervise
 from jaxrl_fp16.training.terms import tokenisation_terms
 from jaxrl_fp16.training.watch import Watch
+
+
+WARM_START = "warm_start"  # folder of its checkpoints
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,19 +57,21 @@ def train(config):
             f"{config.sampling.group_size} = {rows} rows, in minibatches of {t.minibatch_size}"
         )
         # The policy: warm-started if asked for, or as a checkpoint left it.
-        metrics = {}
-        if config.sft.steps and config.resume is None:
-            params, metrics = warm_start(run, params)
-            if run.stops():
-                return Outcome(run.folder, config.precision, run.end_by_signal(0))
+        anew, metrics, code = run.starts_anew(), {}, 0
+        if config.sft.steps and anew:
+            params, metrics, code = warm_start(run, params)
+        if code:
+            return Outcome(run.folder, config.precision, code)
         learner, start, position = make_learner(run, algorithm, params), 0, 0
-        if config.resume is not None:
+        if not anew:
             learner, position, start = run.restore(learner)
         run.start_log(start, config.run.steps)
         if t.probe:
             run.log.say("probe: learning rate 0; no weight moves from here on, nothing is saved and nothing exported")
-        if start == 0:
+        if anew:
             run.log.metrics(0, metrics | run.evaluate(learner.policy.params))
+        if config.sft.steps and anew and not t.probe:
+            keep_warm_start(run, learner)
 
         # The programs: each compiles once.
         critic = make_critic(config, run.model) if make_critic else None
@@ -82,6 +89,7 @@ def train(config):
             learner = learner.replace(policy=learner.policy.replace(key=key))
 
             # Prompts, a group of responses to each, and what they earn.
+            run.stage(f"step {step}: sampling and grading")
             draw = partial(draw_batch, run, sample, learner.policy.params, sample_key)
             with announced(run.log, first, "compiling the sampler"):
                 prompts, graded, draws = sample_unequal(draw, position, rounds, t.truncated, setup.mesh)
@@ -89,6 +97,7 @@ def train(config):
             sampled = time.perf_counter()
 
             # Log-probs, advantages, optimizer steps.
+            run.stage(f"step {step}: learning")
             with announced(run.log, first, "compiling scorer and update"):
                 learner, metrics, taken = learn(
                     config, algorithm, programs, learner, graded, order_key, setup.mesh,
@@ -104,19 +113,21 @@ def train(config):
                 "seconds/sample": sampled - began, "seconds/learn": done - sampled,
                 "tokens_per_second": draws.tokens / (done - began),
             }
-            peak = peak_bytes(setup.mesh.devices.flatten()[0])
+            peak = peak_bytes(setup.mesh.local_devices[0])
             metrics |= {} if peak is None else {"memory/device_peak_bytes": peak}
             metrics |= watch.look(step, learner.policy, taken)
             last = step == config.run.steps
             if (last or run.evaluation_due(step)) and not t.probe:  # its weights were evaluated at the start
                 metrics |= run.evaluate(learner.policy.params)
+            run.stage(f"step {step}: writing")
             run.log.metrics(step, metrics)
             run.log.samples(step, sample_records(prompts, graded))
             for step_metrics in taken:
                 guard.check(step_metrics)
+            check_bounds(run, step, metrics)
             stops = run.stops()
             if (last or stops or run.checkpoints.due(step)) and not t.probe:
-                run.checkpoints.save(step, learner, {"position": position})
+                run.checkpoints.save(step, learner, {"position": position}, metrics)
             if stops:
                 code = run.end_by_signal(step, "a probe saves nothing" if t.probe else None)
                 return Outcome(run.folder, config.precision, code)
@@ -147,30 +158,57 @@ def check_data(setup, task):
     check_critic(setup)
     with naming("training"):
         next_prompts(task, setup.tokenizer, 0, t.prompts_per_step, t.max_prompt_tokens, config.run.seed)
-    if config.sft.steps and config.resume is None:
+    if config.sft.steps:
         check_pairs(setup, task)
 
 
 def warm_start(run, params):
-    """Supervised steps before the first iteration: `(params, metrics of the last step)`.
+    """Supervised steps before the first iteration: `(params, metrics of the last step, exit code after a signal or 0)`.
 
     They end early with `sft.until_accuracy`, so that runs whose roundings or seeds differ
-    begin RL at about one accuracy, and after a signal.
+    begin RL at about one accuracy. Checkpoints of their own, `warm_start/`, let a run go on that was cut off within.
     """
     section, guard = run.config.sft, SkipGuard(run)
-    shown = max(1, section.steps // 5)
-    for step, state, metrics, _ in supervise(run, fresh_state(run, params)):
-        guard.check(jax.device_get(metrics))
-        accuracy = _accuracy_when_due(run, step, state.params)
-        reached = accuracy is not None and accuracy >= section.until_accuracy
-        done = reached or step == section.steps
-        if step % shown == 0 or done:
-            shown_accuracy = "" if accuracy is None else f"  {run.evaluators[0].name} {accuracy:.3f}"
-            loss = float(metrics["loss"])
-            run.log.say(f"warm start {step}/{section.steps}  loss {loss:.3f} nats a token{shown_accuracy}")
-        if done or run.stops():
-            break
-    return state.params, {"sft/loss": float(metrics["loss"]), "sft/steps": step}
+    shown, learner, known, start = max(1, section.steps // 5), Learner(fresh_state(run, params)), {}, 0
+    with run.open_checkpoints(WARM_START, keep=1, best=None, export="latest") as checkpoints:
+        if run.config.resume is not None and not checkpoints.is_empty():
+            learner, known, start = checkpoints.restore(learner)
+            run.log.say(f"warm start: resumed after step {start}")
+            if known["done"] or start >= section.steps:
+                return learner.policy.params, known["metrics"], 0
+        run.stage("warm start")
+        for step, state, metrics, position in supervise(run, learner.policy, known.get("position", 0), start):
+            run.stage(f"warm start, after step {step}")
+            guard.check(jax.device_get(metrics))
+            accuracy = _accuracy_when_due(run, step, state.params)
+            done = step == section.steps or (accuracy is not None and accuracy >= section.until_accuracy)
+            metrics = {"sft/loss": float(metrics["loss"]), "sft/steps": step}
+            if step % shown == 0 or done:
+                shown_accuracy = "" if accuracy is None else f"  {run.evaluators[0].name} {accuracy:.3f}"
+                run.log.say(
+                    f"warm start {step}/{section.steps}  loss {metrics['sft/loss']:.3f} nats a token{shown_accuracy}"
+                )
+            stops = run.stops()
+            if done or stops or checkpoints.due(step):
+                extra = {"position": position, "done": done, "metrics": metrics}
+                checkpoints.save(step, Learner(state), extra)
+            if done or stops:
+                break
+    code = run.end_by_signal(0, f"saved in the warm start, after step {step}") if stops else 0
+    return state.params, metrics, code
+
+
+def keep_warm_start(run, learner):
+    """A checkpoint of step 0 takes the place of those within the warm start."""
+    run.checkpoints.save(0, learner, {"position": 0})
+    run.checkpoints.wait()
+    drop_warm_start(run)
+
+
+def drop_warm_start(run):
+    """What it led to is saved elsewhere."""
+    if jax.process_index() == 0:
+        shutil.rmtree(run.folder / WARM_START)
 
 
 def _accuracy_when_due(run, step, params):
@@ -246,4 +284,4 @@ def sample_records(prompts, graded):
             }
 
 
-__all__ = ["Outcome", "open_training", "train", "warm_start"]
+__all__ = ["Outcome", "drop_warm_start", "keep_warm_start", "open_training", "train", "warm_start"]

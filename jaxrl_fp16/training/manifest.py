@@ -5,14 +5,24 @@ from __future__ import annotations
 import concurrent.futures
 import hashlib
 import json
+import os
 from pathlib import Path
 
 NAME = "manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Writes the BLAKE2 of every file in the folder, by its path inside it, to its `manifest.json`."""
+    """Writes the BLAKE2 of every file in the folder, by its path inside it, to its `manifest.json`.
+
+    All of them are on the disk when it returns: what is named after that outlives a loss of power.
+    """
     (folder / NAME).write_text(json.dumps(_digests(folder), indent=1), encoding="utf-8")
+    for path in [folder, *folder.rglob("*")]:
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
 
 
 def find_damage(folder: Path) -> str:

@@ -19,6 +19,11 @@ MIB = 2**20
 LOWERS_MEMORY = "sampling.max_rows, training.microbatch_size, model.remat, mesh.fsdp"
 
 
+def is_out_of_memory(error):
+    """Whether this exception of JAX says that a device's memory did not suffice."""
+    return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
+
+
 def estimate(config, model, mesh, compute_dtype, *, reference=False, critic=None, reward_model=None):
     """`{what: bytes}` on one device, by what takes room. critic: its module, or None; reward_model: likewise."""
     c = model.config

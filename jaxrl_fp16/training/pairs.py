@@ -65,7 +65,7 @@ def check_preferences(setup, task):
     config = setup.config
     with naming("dpo"):
         next_preferences(task, setup.tokenizer, 0, config.dpo.batch_size, config.dpo.max_length, config.run.seed)
-    if config.sft.steps and config.resume is None:
+    if config.sft.steps:
         check_pairs(setup, task)
 
 

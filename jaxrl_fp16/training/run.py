@@ -13,33 +13,23 @@ import signal
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
+import numpy as np
 
 from jaxrl_fp16.config import to_dict, to_yaml
 from jaxrl_fp16.console import Console
 from jaxrl_fp16.logs import RunLog, truncate
 from jaxrl_fp16.models import save_pretrained
+from jaxrl_fp16.parallel import LOST_PROCESS, from_first_process
 from jaxrl_fp16.tasks import Task, open_task
-from jaxrl_fp16.training.checkpoint import Checkpoints
+from jaxrl_fp16.training.checkpoint import CheckpointError, Checkpoints
 from jaxrl_fp16.training.evaluate import evaluate, make_evaluators
 from jaxrl_fp16.training.folder_lock import only_writer
+from jaxrl_fp16.training.guards import Guard, ending_in_order
 from jaxrl_fp16.training.memory import MIB, check_fits, device_bytes, estimate, parameter_count
 from jaxrl_fp16.training.reward_model import make_grader, open_reward_model
 from jaxrl_fp16.training.setup import Setup, check_resumed, load_model, naming, new_folder, set_up, write_record
-
-
-class Guard(RuntimeError):
-    """A run stopped itself; one line with the cause and what to try."""
-
-
-class Signals:
-    """SIGTERM and SIGINT, remembered until the step ends; a second one stops at once."""
-
-    received: int | None = None
-
-    def __call__(self, number, frame):
-        if self.received is not None:
-            raise SystemExit(128 + number)
-        self.received = number
+from jaxrl_fp16.training.watchdog import Signals, Watchdog, caught_signals, leaving_on_abort
 
 
 @dataclasses.dataclass
@@ -54,36 +44,72 @@ class Run:
     keys: jax.Array         # of: weights, supervised steps, learning, evaluation
     folder: Path
     signals: Signals
+    watchdog: Watchdog
     checkpoints: Checkpoints
     stack: contextlib.ExitStack
     log: Console = dataclasses.field(default_factory=Console)
     # What was not finite in the latest optimizer step that was skipped, as text; None where nobody can tell.
     cause: Callable[[], str | None] = lambda: None
 
+    def starts_anew(self):
+        """Whether there is nothing to restore: a new run, or one that was killed before its first checkpoint,
+        whose logs are then emptied."""
+        if self.config.resume is None:
+            return True
+        if not self.checkpoints.is_empty():
+            return False
+        self.log.say("no iteration is in a checkpoint yet; the run begins again")
+        if jax.process_index() == 0:
+            truncate(self.folder, -1)
+        return True
+
     def restore(self, state):
         """`(state, position in the data, step)` of the newest sound checkpoint; `state` is the template."""
         state, extra, step = self.checkpoints.restore(state)
-        truncate(self.folder, step)
+        if jax.process_index() == 0:
+            truncate(self.folder, step)
         self.log.say(f"resumed after step {step}")
         return state, extra["position"], step
+
+    def stage(self, name):
+        """A stage begins; the one before has ended. One that takes too long ends the run."""
+        self.watchdog.start(name, self.checkpoints.describe())
 
     def start_log(self, start, steps, **console):
         """Opens the run's files; those of a resumed run have been cut back to step `start`."""
         primary = jax.process_index() == 0
         log = RunLog(
-            self.folder, self.config.logging, steps=steps, resumed=start, primary=primary,
+            self.folder, self.config.logging, steps=steps, primary=primary,
+            resumed=None if self.config.resume is None else start,
             facts=to_dict(self.config), **console,
         )
         self.log = self.stack.enter_context(log)
+
+    def open_checkpoints(self, name, **changes):
+        """The `Checkpoints` in a folder of the run, by section `checkpoint` with these changes."""
+        config = dataclasses.replace(self.config.checkpoint, **changes)
+        return Checkpoints(
+            self.folder / name, config, resolved=to_yaml(self.config), say=lambda text: self.log.say(text)
+        )
+
+    def saved(self):
+        """The last checkpoint, once the save under way is finished, for the line that the run ends with."""
+        try:
+            self.checkpoints.wait()
+        except CheckpointError as error:
+            return str(error)
+        return self.checkpoints.describe()
 
     def evaluate(self, params, evaluators=None):
         """Metrics of every evaluation set, or of `evaluators`, with the same sampling keys each time."""
         metrics = {}
         for evaluator in self.evaluators if evaluators is None else evaluators:
+            self.stage(f"evaluating {evaluator.name}")
             with self.log.announce(f"evaluating {evaluator.name}"):
                 metrics |= evaluate(
                     evaluator, params, self.setup, self.config.training.max_prompt_tokens, self.keys[3]
                 )
+            self.stage(f"what follows evaluating {evaluator.name}")
         return metrics
 
     def evaluation_due(self, step):
@@ -92,7 +118,13 @@ class Run:
         return every > 0 and step % every == 0
 
     def stops(self):
-        """Whether a signal asks the run to end after this step. Ask once a step: another may come at any time."""
+        """Whether a signal asks the run to end after this step. Ask once a step: another may come at any time.
+
+        A run of several processes ends in all of them, whichever got the signal.
+        """
+        if jax.process_count() > 1:
+            received = multihost_utils.process_allgather(np.array(self.signals.received or 0))
+            self.signals.received = int(received.max()) or None
         return self.signals.received is not None
 
     def end_by_signal(self, step, saved=None):
@@ -105,6 +137,7 @@ class Run:
 
     def export(self, params):
         """The weights as a Hugging Face folder, with the settings that they were trained to be sampled with."""
+        self.stage("exporting")
         s, folder = self.config.sampling, self.folder / "model"
         generation = {"eos_token_id": list(self.setup.eos_ids), "pad_token_id": self.setup.pad_id}
         if s.temperature:
@@ -149,11 +182,15 @@ def open_run(config, *, check=None, reference=False, critic=None, rewarded=False
         )
         folder = stack.enter_context(open_folder(config, alone))
         signals = stack.enter_context(caught_signals())
-        run = Run(setup, config, task, model, evaluators, keys, folder, signals, None, stack)
-        run.checkpoints = stack.enter_context(Checkpoints(
-            folder / "checkpoints", config.checkpoint, resolved=to_yaml(config), say=lambda text: run.log.say(text)
-        ))
-        write_record(setup, folder, judge.precision.policy if judge else None)
+        watchdog = stack.enter_context(Watchdog(config.training.stage_seconds, "training.stage_seconds"))
+        if jax.process_count() > 1:
+            stack.enter_context(leaving_on_abort(lambda: f"{LOST_PROCESS}; {watchdog.saved}"))
+        console = Console(quiet=jax.process_index() != 0)
+        run = Run(setup, config, task, model, evaluators, keys, folder, signals, watchdog, None, stack, console)
+        run.checkpoints = stack.enter_context(run.open_checkpoints("checkpoints"))
+        stack.enter_context(ending_in_order(run))
+        if jax.process_index() == 0:
+            write_record(setup, folder, judge.precision.policy if judge else None)
         _introduce(run, needs, judge)
         yield run, params
 
@@ -171,7 +208,7 @@ def _check_memory(setup, model, **others):
     """The estimate, `{what: bytes}` on a device; refuses a run that cannot fit. others: the models beside `model`."""
     needs = estimate(setup.config, model, setup.mesh, setup.precision.policy.compute_dtype, **others)
     with naming("memory"):
-        check_fits(needs, device_bytes(setup.mesh.devices.flatten()[0]))
+        check_fits(needs, device_bytes(setup.mesh.local_devices[0]))
     return needs
 
 
@@ -182,7 +219,7 @@ def open_folder(config, alone=True):
     Raises ConfigError.
     """
     if config.resume is None:
-        folder = new_folder(config)
+        folder = Path(from_first_process(lambda: str(new_folder(config))))
     else:
         check_resumed(config, config.resume)
         folder = Path(config.resume)
@@ -209,52 +246,9 @@ def _introduce(run, needs, judge):
     run.log.say("memory, about: " + ", ".join(f"{name} {value / MIB:,.1f} MiB" for name, value in needs.items()))
 
 
-@contextlib.contextmanager
-def caught_signals():
-    """Gives a `Signals` that SIGTERM and SIGINT set, and puts the handlers back."""
-    signals = Signals()
-    before = {number: signal.signal(number, signals) for number in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield signals
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
 def announced(log, first, text):
     """Says what compiles, where this is the first time."""
     return log.announce(text) if first else contextlib.nullcontext()
 
 
-class SkipGuard:
-    """Counts optimizer steps skipped in a row; stops a run whose gradients stay non-finite."""
-
-    def __init__(self, run):
-        self.run, self.limit = run, run.config.training.max_skipped_steps
-        self.checkpoints = run.checkpoints
-        self.scales = {"": run.setup.precision.loss_scale, "critic/": run.setup.critic_precision.loss_scale}
-        self.in_a_row = dict.fromkeys(self.scales, 0)
-
-    def check(self, metrics):
-        """After each optimizer step: its metrics, with those of the critic's step under `critic/`."""
-        for model in self.in_a_row:
-            if f"{model}skipped" in metrics:
-                self._check(model, bool(metrics[f"{model}skipped"]), metrics[f"{model}loss_scale"])
-
-    def _check(self, model, skipped, scale):
-        self.in_a_row[model] = self.in_a_row[model] + 1 if skipped else 0
-        floored = skipped and bool(self.scales[model].replace(loss_scale=scale).at_minimum)
-        if self.in_a_row[model] < self.limit and not floored:
-            return
-        latest = self.checkpoints.latest()
-        saved = "there is no checkpoint yet" if latest is None else f"the last checkpoint is of step {latest}"
-        when = f"with the loss scale at its minimum, {scale:g}" if floored else "in a row"
-        cause = None if model else self.run.cause()
-        first = f", first {cause}" if cause else ""
-        raise Guard(
-            f"{self.in_a_row[model]} optimizer steps of the {'critic' if model else 'policy'} skipped {when}: "
-            f"gradients are not finite{first}; try precision bf16 or a lower learning rate; {saved}"
-        )
-
-
-__all__ = ["Guard", "Run", "SkipGuard", "announced", "caught_signals", "naming_at_entry", "open_folder", "open_run"]
+__all__ = ["Run", "announced", "naming_at_entry", "open_folder", "open_run"]

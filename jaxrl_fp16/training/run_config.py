@@ -27,7 +27,8 @@ from jaxrl_fp16.training.optimizer import OptimizerConfig
 MAY_CHANGE = ("run.steps", "sft.steps", "dpo.steps", "run.dir", "run.compile_cache", "run.export", "logging",
               "checkpoint", "evaluation", "mesh", "resume", "training.reference", "training.tokenisation_rows",
               "generate", "telemetry", "info", "filter.low", "filter.high", "filter.output", "compare.jobs",
-              "mismatch", "task.workers", "task.deadline_seconds", "task.memory_mb")
+              "mismatch", "task.workers", "task.deadline_seconds", "task.batch_seconds", "task.memory_mb",
+              "training.stage_seconds", "training.stop_above", "run.heartbeat_seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +41,9 @@ class RunConfig:
     platform: Annotated[Literal["auto", "cpu", "gpu", "tpu"], Doc("auto: the best that JAX finds")] = "auto"
     compile_cache: Annotated[str | None, Doc("folder of compiled programs; null: none")] = "~/.cache/jaxrl_fp16"
     export: Annotated[bool, Doc("write the final weights as a Hugging Face folder, model/")] = True
+    heartbeat_seconds: Annotated[
+        int, Ge(1), Doc("of several processes: silence after which one counts as gone, and the others stop")
+    ] = 60
 
 
 def _optional_fields(cls):
@@ -94,6 +98,13 @@ class TrainingConfig:
         int, Ge(1), Doc("with dynamic_sampling: batches sampled at most to fill a step with unequal groups")
     ] = 4
     max_skipped_steps: Annotated[int, Ge(1), Doc("optimizer steps skipped in a row before the run stops")] = 20
+    stop_above: Annotated[
+        dict[str, float], Doc("metrics that end the run when above, e.g. {mismatch/kl_k3: 0.1, kl: 5}; none: {}")
+    ] = dataclasses.field(default_factory=dict)
+    stage_seconds: Annotated[
+        float | None, Gt(0),
+        Doc("longer sampling with grading, learning, evaluating of a set or saving ends the run; null: no limit"),
+    ] = 3600.0
     max_failed_rewards: Annotated[float, Ge(0), Le(1), Doc("share of rewards that may fail in a step")] = 0.05
     probe: Annotated[bool, Doc("`train` at learning rate 0: no weight moves, the mismatch is the set-up's own")] = False
     tokenisation_rows: Annotated[
@@ -269,6 +280,7 @@ class Config:
             overlong_zone(algorithm.overlong_penalty, self.sampling.max_new_tokens)
         self._check_reward()
         self._check_rows()
+        self._check_best()
         if self.training.probe and self.resume is not None:
             raise ValueError(
                 f"training.probe is true with resume {self.resume}; allowed: a run from its start, with what `export` "
@@ -280,6 +292,22 @@ class Config:
             raise ValueError(
                 "training.truncated is 'zero' with task.reward_model: a reward model's scores have no zero, and 0 may "
                 "be above all others; allowed: keep, mask"
+            )
+
+    def _check_best(self):
+        best, every = self.checkpoint.best, self.evaluation.every
+        if best is None or not best.startswith("eval/"):
+            return
+        names = [section.name for section in self.evaluation.sets]
+        if best.split("/")[1] not in names:
+            raise ValueError(
+                f"checkpoint.best is {best!r}; allowed: a metric of evaluation.sets, eval/NAME/accuracy with NAME of "
+                f"{', '.join(names) or 'none'}; or one of every step, such as reward"
+            )
+        if not every or self.checkpoint.every % every:
+            raise ValueError(
+                f"checkpoint.best is {best!r} and checkpoint.every {self.checkpoint.every}; allowed: a multiple of "
+                f"evaluation.every, {every}, as only evaluated checkpoints can be compared"
             )
 
     def _check_rows(self):

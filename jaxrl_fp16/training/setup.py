@@ -70,7 +70,7 @@ def set_up(config):
     if wanted != "auto":
         jax.config.update("jax_platforms", PLATFORMS[wanted])
     with naming("several processes"):
-        initialize_distributed()
+        initialize_distributed(heartbeat=config.run.heartbeat_seconds)
     found = _platform(wanted)
     if config.run.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.run.compile_cache))

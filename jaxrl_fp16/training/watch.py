@@ -16,6 +16,7 @@ from jaxrl_fp16.parallel import row_shards, to_host
 from jaxrl_fp16.ranges import make_peaks, make_ranges, weight_ranges
 from jaxrl_fp16.rl import normalizer_of
 from jaxrl_fp16.telemetry import name_not_finite, summarize
+from jaxrl_fp16.training.memory import is_out_of_memory
 from jaxrl_fp16.training.update import loss_of_rows
 
 OUT_OF_MEMORY = "not named: the program that looks inside needs more memory than is there"
@@ -96,7 +97,7 @@ def name_in_parts(run, peaks, params, scale, microbatches, total):
             )
             return next((text for text in found if text is not None), None)
     except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
+        if not is_out_of_memory(error):
             raise
         return OUT_OF_MEMORY
 

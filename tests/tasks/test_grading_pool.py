@@ -3,13 +3,14 @@
 import contextlib
 import os
 from pathlib import Path
+import signal
 import subprocess
 import sys
 import time
 
 import pytest
 
-from jaxrl_fp16.tasks import PoolConfig, WorkerStartError, open_pool
+from jaxrl_fp16.tasks import BatchDeadline, PoolConfig, WorkerStartError, open_pool
 
 SETUP = '''
 import ctypes, os, subprocess, sys, time
@@ -141,6 +142,19 @@ def test_a_killed_parent_takes_hanging_workers_along(setups):
         assert alive(pid)
         parent.kill()
     assert gone([pid])
+
+
+@pytest.mark.fault(15)
+def test_a_batch_has_a_deadline(setups):
+    """Whatever becomes of the workers, here stopped by a signal: each job's own deadline is far away."""
+    config = PoolConfig("pool_setups:open_jobs", ("a",), workers=1, deadline_seconds=60, batch_seconds=1.0)
+    with open_pool(config) as run:
+        (outcome,) = run([["print"]])
+        os.kill(outcome.value, signal.SIGSTOP)
+        start = time.perf_counter()
+        with pytest.raises(BatchDeadline, match="longer than task.batch_seconds = 1 s: 0 of 3 are graded; try more task"):
+            run([["echo"]] * 3)
+        assert time.perf_counter() - start < 5 and gone([outcome.value])
 
 
 def test_a_setup_that_fails_is_said(setups):

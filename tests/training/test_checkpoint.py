@@ -144,6 +144,34 @@ def test_the_newest_few_are_kept(opened):
     assert not any(Checkpoints("x", CheckpointConfig(every=0)).due(step) for step in range(9))
 
 
+def test_the_best_is_kept_too(opened):
+    scores = {1: 0.5, 2: 0.9, 3: 0.7, 4: float("nan"), 5: 0.9, 6: None, 7: 0.1}
+    with opened(keep=2, best="eval/a/accuracy") as checkpoints:
+        assert checkpoints.is_empty() and checkpoints.best() is None
+        for step, score in scores.items():
+            metrics = {"reward": 1.0} if score is None else {"eval/a/accuracy": np.float32(score)}
+            checkpoints.save(step, make_state(step), metrics=metrics)
+            checkpoints.wait()
+            if step == 4:
+                assert checkpoints.steps() == [2, 3, 4]
+        assert checkpoints.steps() == [5, 6, 7] and checkpoints.best() == 5     # of equals the later one
+    (checkpoints.folder / "5" / "about.json").write_text("{")
+    with opened(best="eval/a/accuracy") as checkpoints:
+        assert checkpoints.best() == 7 and not checkpoints.is_empty()
+
+
+def test_a_checkpoint_gives_its_arrays_without_a_template(opened):
+    state = make_state()
+    with opened() as checkpoints:
+        checkpoints.save(1, state, {"position": 3})
+        arrays, extra = checkpoints.arrays(1)
+        with pytest.raises(CheckpointError, match="no sound checkpoint of step 2"):
+            checkpoints.arrays(2)
+    assert extra == {"position": 3} and arrays["params.empty"].shape == (2, 0)
+    np.testing.assert_array_equal(arrays["params.dense.kernel"], state.params["dense"]["kernel"])
+    np.testing.assert_array_equal(arrays["key"], jax.random.key_data(state.key))
+
+
 def test_saving_a_step_twice(opened, said):
     with opened() as checkpoints:
         assert checkpoints.save(1, make_state())
@@ -235,7 +263,7 @@ def test_an_error_in_the_background_surfaces_and_older_ones_stay(opened, monkeyp
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.manifest, "write_manifest", full)
-    message = f"step 2 could not be written .*No space left.*the last good one is {folder}/1"
+    message = f"step 2 could not be written .*No space left.*the last checkpoint is {folder}/1"
     with opened() as checkpoints:
         checkpoints.save(2, make_state())
         with pytest.raises(CheckpointError, match=message):

@@ -98,13 +98,17 @@ def test_a_signal_ends_supervised_training_too(command, tmp_path, monkeypatch):
     assert [path.name for path in (one_run(tmp_path) / "checkpoints").iterdir()] == ["1"]
 
 
-def test_a_warm_start_and_a_signal_within_it(command, tmp_path, monkeypatch, capsys):
-    flags = ("--run.steps", "0", "--sft.steps", "4")
+@pytest.mark.fault(22)
+@pytest.mark.fault(23)
+def test_a_warm_start_that_was_cut_off_goes_on_where_it_was(command, tmp_path, monkeypatch, capsys):
+    flags = ("--run.steps", "0", "--sft.steps", "4", "--sft.packing", "true", "--sft.max_length", "20",
+             "--checkpoint.every", "3")
     assert command("train", *flags, "--run.dir", str(tmp_path / "whole")) == 0
     assert "warm start 4/4  loss " in capsys.readouterr().out
     folder = one_run(tmp_path / "whole")
     (record,) = read_metrics(folder)
     assert record["step"] == 0 and 0 < record["sft/loss"] < 4 and (folder / "model" / "config.json").exists()
+    assert [path.name for path in (folder / "checkpoints").iterdir()] == ["0"] and not (folder / "warm_start").exists()
 
     say = Console.say
 
@@ -114,10 +118,13 @@ def test_a_warm_start_and_a_signal_within_it(command, tmp_path, monkeypatch, cap
             signal.raise_signal(signal.SIGINT)
 
     monkeypatch.setattr(Console, "say", say_and_signal)
-    packed = ("--sft.packing", "true", "--sft.max_length", "20", "--run.dir", str(tmp_path / "cut"))
-    assert command("train", *flags, *packed) == 130
-    said = capsys.readouterr().out
-    assert "warm start 2/4" not in said and "stopped by SIGINT; before the first step, with nothing to save" in said
+    assert command("train", *flags, "--run.dir", str(tmp_path / "cut")) == 130
+    assert "stopped by SIGINT; saved in the warm start, after step 1" in capsys.readouterr().out
+    cut = one_run(tmp_path / "cut")
+    assert command("train", *flags, "--run.dir", str(tmp_path / "cut"), "--resume", str(cut)) == 0
+    assert "warm start: resumed after step 1" in capsys.readouterr().out
+    assert read_metrics(cut) == [record]
+    np.testing.assert_array_equal(embedding(cut / "model"), embedding(folder / "model"))
 
 
 @pytest.mark.parametrize("until, steps", [(0.5, 4), (1.0, 6)], ids=["reached", "never reached"])

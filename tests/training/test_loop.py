@@ -19,10 +19,10 @@ from jaxrl_fp16.logs import RunLog, read_metrics
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, save_pretrained
 from jaxrl_fp16.precision import LossScaleConfig, make_loss_scale
 from jaxrl_fp16.tasks import ALPHABET
-from jaxrl_fp16.training.checkpoint import CheckpointConfig, Checkpoints
+from jaxrl_fp16.training.checkpoint import CheckpointConfig, CheckpointError, Checkpoints
 from jaxrl_fp16.training.folder_lock import only_writer
 from jaxrl_fp16.training.loop import train
-from jaxrl_fp16.training.run import Guard, SkipGuard
+from jaxrl_fp16.training.guards import Guard, SkipGuard
 from jaxrl_fp16.training.run_config import Config
 
 REWARD = '''
@@ -97,26 +97,10 @@ def whole(command):
     return run
 
 
-def arrays(folder, step):
-    """Every array of a checkpoint by its path, as bytes."""
-    about = json.loads((folder / "checkpoints" / str(step) / "about.json").read_text())
-    template = {}
-    for name, (dtype, shape) in about["leaves"].items():
-        key = dtype.startswith("key")
-        leaf = jax.eval_shape(lambda: jax.random.key(0)) if key else jax.ShapeDtypeStruct(shape, dtype)
-        *path, last = name.split(".")
-        node = template
-        for part in path:
-            node = node.setdefault(part, {})
-        node[last] = leaf
-    with Checkpoints(folder / "checkpoints", CheckpointConfig()) as checkpoints:
-        state, extra, _ = checkpoints.restore(template, step)
-    leaves = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
-        key = jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-        leaves[jax.tree_util.keystr(path, simple=True, separator=".")] = np.asarray(
-            jax.random.key_data(leaf) if key else leaf)
-    return leaves, extra
+def arrays(folder, step, checkpoints="checkpoints"):
+    """`(every array of a checkpoint by its path, its extra values)`."""
+    with Checkpoints(folder / checkpoints, CheckpointConfig()) as checkpoints:
+        return checkpoints.arrays(step)
 
 
 def without_times(records):
@@ -251,6 +235,25 @@ def test_what_came_after_the_checkpoint_is_cut_off(start, resumed):
     assert again.code == 0 and [record["step"] for record in read_metrics(folder)] == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.fault(22)
+def test_a_run_killed_before_its_first_checkpoint_begins_again(start, resumed):
+    """Its logs may have begun; what a manifest lost is no such run."""
+    folder, records = resumed.folder, read_metrics(resumed.folder)
+    kept = folder / "kept"
+    (folder / "checkpoints").rename(kept)
+    (folder / "checkpoints" / "1.partial").mkdir(parents=True)
+    again = start("--run.steps", "2", *EVALUATED, *resumed.flags, "--resume", str(folder))
+    assert again.code == 0 and "no iteration is in a checkpoint yet; the run begins again" in again.said
+    assert without_times(read_metrics(folder)) == without_times(records[:3])
+    (found, _), (expected, _) = arrays(folder, 2), arrays(folder, 2, "kept")
+    assert [name for name in found if found[name].tobytes() != expected[name].tobytes()] == []
+    for step in ("1", "2"):
+        (folder / "checkpoints" / step / "manifest.json").unlink()
+    with pytest.raises(CheckpointError, match="no sound checkpoint"):
+        start("--run.steps", "2", *EVALUATED, *resumed.flags, "--resume", str(folder))
+    assert len(read_metrics(folder)) == 3
+
+
 def test_resuming_under_another_config_is_refused(command, resumed, capsys):
     before = {path: path.stat().st_mtime_ns for path in resumed.folder.rglob("*")}
     run = command("--resume", str(resumed.folder), *EVALUATED, *resumed.flags, "--optimizer.learning_rate", "1e-3")
@@ -333,7 +336,7 @@ def test_data_without_a_prompt_that_fits_is_refused_before_anything_is_written(c
 @pytest.mark.parametrize("place, error, code, message", [
     ("loop.learn", jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room"), 3, "out of device memory; what lowers"),
     ("loop.sample_records", OSError(28, "No space left on device", "samples.jsonl"), 3,
-     "No space left on device: 'samples.jsonl'; the last finished checkpoint is intact"),
+     "No space left on device: 'samples.jsonl'; there is no checkpoint yet"),
     ("run.save_pretrained", ValueError("tensor x holds 1e+06"), 3, "tensor x holds 1e+06"),
     ("run.make_evaluators", KeyboardInterrupt(), 130, "interrupted"),
 ], ids=["memory", "disk", "export", "interrupt"])
@@ -355,7 +358,7 @@ def test_gradients_that_stay_infinite_stop_the_run(command, capsys):
     error = capsys.readouterr().err
     assert run.code == 3 and error.count("\n") == 1
     assert "5 optimizer steps of the policy skipped in a row: gradients are not finite" in error
-    assert "the last checkpoint is of step 2" in error
+    assert f"the last checkpoint is {run.folder}/checkpoints/2" in error
     records = read_metrics(run.folder)
     assert [(record["skipped"], record["loss_scale"]) for record in records[1:3]] == [(2, scale / 2), (2, scale / 8)]
     state, _ = arrays(run.folder, 2)
@@ -371,7 +374,7 @@ def test_what_the_skip_guard_counts():
     own = SimpleNamespace(loss_scale=make_loss_scale(LossScaleConfig(minimum=1.0)))
     run = SimpleNamespace(config=SimpleNamespace(training=SimpleNamespace(max_skipped_steps=3)), cause=lambda: None,
                           setup=SimpleNamespace(precision=precision, critic_precision=own),
-                          checkpoints=SimpleNamespace(latest=lambda: None))
+                          saved=lambda: "there is no checkpoint yet")
     step = lambda skipped, scale=8.0, **more: {"skipped": skipped, "loss_scale": scale, **more}
     guard = SkipGuard(run)
     for skipped in (1, 1, 0, 1, 1, 0):

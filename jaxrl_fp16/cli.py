@@ -216,9 +216,7 @@ def entry():
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
     code = main(sys.argv[1:])
     if code and _is_one_of_several():
-        # At a usual end JAX waits for the other processes, which wait for this one.
-        sys.stdout.flush()
-        os._exit(code)
+        _leave_the_others(code)
     sys.exit(code)
 
 
@@ -229,6 +227,22 @@ def _is_one_of_several():
     import jax
 
     return jax.distributed.is_initialized()
+
+
+def _leave_the_others(code, patience=5.0):
+    """Ends this process; before that it waits a little for the others, which may be about to end too.
+
+    Left to itself JAX would wait for minutes, while they wait for this process.
+    """
+    import threading
+
+    import jax
+
+    thread = threading.Thread(target=jax.distributed.shutdown, daemon=True)
+    thread.start()
+    thread.join(patience)
+    sys.stdout.flush()
+    os._exit(code)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """The mesh of devices, how arrays lie on it, and the start of a run in several processes."""
 
+from jaxrl_fp16.parallel.agreement import check_same_config
 from jaxrl_fp16.parallel.distributed import (
     LOST_PROCESS, from_first_process, initialize_distributed, is_lost_process,
 )
@@ -20,6 +21,7 @@ from jaxrl_fp16.parallel.sharding import (
 
 __all__ = [
     "LOST_PROCESS",
+    "check_same_config",
     "from_first_process",
     "initialize_distributed",
     "is_lost_process",

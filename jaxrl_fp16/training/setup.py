@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 from jaxrl_fp16.config import ConfigError, diff, load_config, to_yaml
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, load_pretrained, read_config
 from jaxrl_fp16.models.config_json import read_json
-from jaxrl_fp16.parallel import initialize_distributed, make_mesh
+from jaxrl_fp16.parallel import check_same_config, initialize_distributed, make_mesh
 from jaxrl_fp16.precision import Precision, get_precision, resolve_precision
 from jaxrl_fp16.tasks import ALPHABET
 from jaxrl_fp16.tokenizer import (
@@ -70,7 +70,8 @@ def set_up(config):
     if wanted != "auto":
         jax.config.update("jax_platforms", PLATFORMS[wanted])
     with naming("several processes"):
-        initialize_distributed(heartbeat=config.run.heartbeat_seconds)
+        if initialize_distributed(heartbeat=config.run.heartbeat_seconds):
+            check_same_config(config)
     found = _platform(wanted)
     if config.run.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.run.compile_cache))

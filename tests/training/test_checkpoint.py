@@ -207,6 +207,7 @@ def flip_a_bit(file):
     file.write_bytes(content)
 
 
+@pytest.mark.fault(25)
 @pytest.mark.parametrize(
     "damage",
     [
@@ -286,6 +287,7 @@ def run_python(code, *arguments, **environment):
     )
 
 
+@pytest.mark.fault(24)
 def test_a_disk_that_takes_no_more_leaves_the_older_one(tmp_path):
     code = """if True:
         import resource, signal, sys
@@ -312,6 +314,7 @@ def test_a_disk_that_takes_no_more_leaves_the_older_one(tmp_path):
     assert os.listdir(tmp_path) == ["1"]
 
 
+@pytest.mark.fault(22)
 def test_a_save_that_is_killed_costs_only_itself(tmp_path):
     code = """if True:
         import sys, time
@@ -340,6 +343,7 @@ def test_a_save_that_is_killed_costs_only_itself(tmp_path):
     assert step == 1 and restored["x"].tolist() == [1.0] * 5 and "2.partial: not a finished" in said[0]
 
 
+@pytest.mark.fault(26)
 def test_restored_on_another_mesh_the_values_are_equal(tmp_path):
     code = """if True:
         import sys

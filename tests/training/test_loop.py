@@ -214,6 +214,7 @@ def resumed(start):
     return again
 
 
+@pytest.mark.fault(22)
 def test_a_resumed_run_is_bitwise_one_that_never_stopped(whole, resumed):
     assert "resumed after step 2" in resumed.said
     assert without_times(read_metrics(resumed.folder)) == without_times(read_metrics(whole.folder))
@@ -225,6 +226,7 @@ def test_a_resumed_run_is_bitwise_one_that_never_stopped(whole, resumed):
     assert [name for name in found if found[name].tobytes() != expected[name].tobytes()] == []
 
 
+@pytest.mark.fault(22)
 def test_what_came_after_the_checkpoint_is_cut_off(start, resumed):
     """As a killed process leaves it: later metrics, half a line, and a checkpoint that is not finished."""
     folder = resumed.folder
@@ -263,6 +265,7 @@ def test_resuming_under_another_config_is_refused(command, resumed, capsys):
     assert {path: path.stat().st_mtime_ns for path in resumed.folder.rglob("*")} == before
 
 
+@pytest.mark.fault(28)
 def test_a_folder_that_another_run_writes_is_refused(command, resumed, capsys):
     with only_writer(resumed.folder):
         run = command("--resume", str(resumed.folder), *EVALUATED, *resumed.flags, "--run.steps", "9")
@@ -274,6 +277,7 @@ def test_a_folder_that_another_run_writes_is_refused(command, resumed, capsys):
 # -- stopping ---------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.fault(23)
 @pytest.mark.parametrize("number, place", [(signal.SIGTERM, "metrics"), (signal.SIGINT, "samples")])
 def test_a_signal_ends_the_step_and_saves(start, monkeypatch, number, place):
     write = getattr(RunLog, place)
@@ -292,6 +296,7 @@ def test_a_signal_ends_the_step_and_saves(start, monkeypatch, number, place):
     assert signal.getsignal(number) != signal.SIG_IGN and not (run.folder / "model").exists()
 
 
+@pytest.mark.fault(23)
 def test_a_second_signal_stops_at_once(start, monkeypatch):
     def signal_twice(log, step, values):
         signal.raise_signal(signal.SIGTERM)
@@ -308,6 +313,8 @@ def failing(folder, body):
     return "--task.reward_file", str(path)
 
 
+@pytest.mark.fault(14)
+@pytest.mark.fault(16)
 @pytest.mark.parametrize("body, message", [
     ("return [None] * len(responses)", "32 of 32 rewards failed (reward returned 'None' for a reward); allowed: a"),
     ("return 1 / 0", "32 of 32 rewards failed (ZeroDivisionError: division by zero); allowed: a share of training.max"),
@@ -333,6 +340,8 @@ def test_data_without_a_prompt_that_fits_is_refused_before_anything_is_written(c
     assert "none of the 64 prompts fits into training.max_prompt_tokens = 3" in error
 
 
+@pytest.mark.fault(21)
+@pytest.mark.fault(24)
 @pytest.mark.parametrize("place, error, code, message", [
     ("loop.learn", jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room"), 3, "out of device memory; what lowers"),
     ("loop.sample_records", OSError(28, "No space left on device", "samples.jsonl"), 3,
@@ -350,6 +359,7 @@ def test_what_else_ends_a_run_in_one_line(command, monkeypatch, capsys, place, e
     assert run.code == code and message in line and line.count("\n") == 1
 
 
+@pytest.mark.fault(20)
 def test_gradients_that_stay_infinite_stop_the_run(command, capsys):
     """A scale at which float16 overflows; each step that it skips halves it, and changes nothing else."""
     scale = 2.0**60
@@ -369,6 +379,7 @@ def test_gradients_that_stay_infinite_stop_the_run(command, capsys):
     assert changed == {"policy.loss_scale.loss_scale", "policy.loss_scale.skipped", "policy.key"}
 
 
+@pytest.mark.fault(20)
 def test_what_the_skip_guard_counts():
     precision = SimpleNamespace(loss_scale=make_loss_scale(LossScaleConfig(initial=8.0, minimum=2.0)))
     own = SimpleNamespace(loss_scale=make_loss_scale(LossScaleConfig(minimum=1.0)))

@@ -42,6 +42,7 @@ training/dpo
 training/reward_update
 training/folder_lock
 training/manifest
+training/leaves
 training/checkpoint
 training/collect
 training/dynamic
@@ -58,6 +59,7 @@ training/run
 training/watch
 training/learner
 training/supervised
+training/warm_start
 training/pairs
 training/filter
 training/loop

@@ -132,8 +132,6 @@ class _Stages:
         if not self.config.sft.steps:
             return seeds
         todo = [seed for seed in seeds if not _is_warm(self.folder, seed)]
-        for seed in todo:
-            shutil.rmtree(self.folder / f"warm-seed{seed}", ignore_errors=True)
         warm = [_warm_run(self.config, self.folder, seed) for seed in todo]
         if warm:
             self._run([self._job(run, "warmup") for run in warm], self._places(len(warm)), warm)
@@ -154,13 +152,12 @@ class _Stages:
         return shares_of_cores(min(jobs, wanted or core_count()))
 
     def _job(self, run, command):
-        path, resume = self.folder / CONFIGS / f"{run.name}.yaml", ()
+        path, folder, resume = self.folder / CONFIGS / f"{run.name}.yaml", self.folder / run.name, ()
         path.write_text(to_yaml(run.config), encoding="utf-8")
-        saved = (self.folder / run.name / "checkpoints").glob("*")
-        if command == "train" and any(path.name.isdigit() for path in saved):
-            resume = ("--resume", str(self.folder / run.name))
-        elif (self.folder / run.name).exists():
-            shutil.rmtree(self.folder / run.name)       # of a run that saved nothing
+        if (folder / "config.yaml").exists():
+            resume = ("--resume", str(folder))
+        elif folder.exists():
+            shutil.rmtree(folder)       # killed as it was made
         arguments = (sys.executable, "-m", "jaxrl_fp16.cli", command, str(path), *resume)
         return Job(run.name, arguments, self.folder / "logs" / run.name)
 

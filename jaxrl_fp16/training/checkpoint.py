@@ -27,12 +27,12 @@ from typing import Annotated, Any, Literal
 
 from annotated_types import Ge
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 
 from jaxrl_fp16.config import Doc
 from jaxrl_fp16.training import manifest
+from jaxrl_fp16.training.leaves import abstract_leaf, is_key, like_leaf, named_leaves, table_of, target_of
 
 ABOUT, CONFIG, STATE = "about.json", "config.yaml", "state"
 
@@ -158,15 +158,15 @@ class Checkpoints:
             return False
         if step in self.steps():
             raise CheckpointError(f"{self.folder / str(step)}: exists already; allowed: a new step or folder")
-        leaves = _leaves(state)
-        about = {"step": step, "leaves": _table(leaves), "extra": extra or {}}
+        leaves = named_leaves(state)
+        about = {"step": step, "leaves": table_of(leaves), "extra": extra or {}}
         if (score := _finite((metrics or {}).get(self._config.best))) is not None:
             about["score"] = {self._config.best: score}
         try:
             about = json.dumps(about, allow_nan=False)
         except (TypeError, ValueError) as error:
             raise ValueError(f"extra: only JSON values are allowed in a checkpoint ({error})") from None
-        arrays = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf
+        arrays = {name: jax.random.key_data(leaf) if is_key(leaf) else leaf
                   for name, leaf in leaves.items() if leaf.size}    # orbax takes no array without elements
         partial = self.folder / f"{step}.partial"
         try:
@@ -214,8 +214,8 @@ class Checkpoints:
         self.wait()
         path = self.folder / str(step)
         table = json.loads((path / ABOUT).read_text(encoding="utf-8"))["leaves"] if step in self.steps() else {}
-        state, extra, _ = self.restore({name: _abstract(*entry) for name, entry in table.items()}, step)
-        data = {name: jax.random.key_data(leaf) if _is_key(leaf) else leaf for name, leaf in state.items()}
+        state, extra, _ = self.restore({name: abstract_leaf(*entry) for name, entry in table.items()}, step)
+        data = {name: jax.random.key_data(leaf) if is_key(leaf) else leaf for name, leaf in state.items()}
         return {name: np.asarray(leaf) for name, leaf in data.items()}, extra
 
     def holds(self, name: str) -> bool:
@@ -276,44 +276,16 @@ class Checkpoints:
 
     def _read(self, path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
         about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
-        leaves = _leaves(template)
-        _check_table(path, about["leaves"], _table(leaves))
-        targets = {name: _target(leaf) for name, leaf in leaves.items() if leaf.size}
+        leaves = named_leaves(template)
+        _check_table(path, about["leaves"], table_of(leaves))
+        targets = {name: target_of(leaf) for name, leaf in leaves.items() if leaf.size}
         arrays = self._checkpointer.restore(path / STATE, targets)
-        restored = [_like(leaf, arrays.get(name)) for name, leaf in leaves.items()]
+        restored = [like_leaf(leaf, arrays.get(name)) for name, leaf in leaves.items()]
         return jax.tree.unflatten(jax.tree.structure(template), restored), about["extra"]
 
     def _failed(self, step: int, error: Exception) -> CheckpointError:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return CheckpointError(f"checkpoint of step {step} could not be written ({reason}); {self.describe()}")
-
-
-def _finite(value: Any) -> float | None:
-    """A metric as a number that can be compared; None for NaN and for what is missing."""
-    return float(value) if value is not None and math.isfinite(value) else None
-
-
-def _is_finished(path: Path) -> bool:
-    return path.name.isdecimal() and (path / manifest.NAME).is_file()
-
-
-# --- leaves -------------------------------------------------------------------------------------------
-
-def _leaves(tree: Any) -> dict[str, Any]:
-    """The arrays by their dotted path: a flat dict outlives changes of the containers' types."""
-    leaves = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        name = jax.tree_util.keystr(path, simple=True, separator=".")
-        if not hasattr(leaf, "dtype") or not hasattr(leaf, "shape"):
-            raise ValueError(f"{name}: {type(leaf).__name__} is not allowed in a state; allowed: an array")
-        if name in leaves:
-            raise ValueError(f"{name}: two leaves of this path")
-        leaves[name] = leaf
-    return leaves
-
-
-def _table(leaves: Mapping[str, Any]) -> dict[str, list]:
-    return {name: [str(leaf.dtype), list(leaf.shape)] for name, leaf in leaves.items()}
 
 
 def _check_table(path: Path, saved: Mapping[str, list], wanted: Mapping[str, list]) -> None:
@@ -326,32 +298,13 @@ def _check_table(path: Path, saved: Mapping[str, list], wanted: Mapping[str, lis
         raise CheckpointError(f"{path}: of another model or optimizer: {'; '.join(wrong[:3])}{more}")
 
 
-def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _finite(value: Any) -> float | None:
+    """A metric as a number that can be compared; None for NaN and for what is missing."""
+    return float(value) if value is not None and math.isfinite(value) else None
 
 
-def _abstract(dtype: str, shape: list[int]) -> jax.ShapeDtypeStruct:
-    """A leaf of the table that `_table` makes."""
-    if not dtype.startswith("key<"):
-        return jax.ShapeDtypeStruct(shape, jnp.dtype(dtype))
-    kinds = (jax.random.key(0, impl=name).dtype for name in ("threefry2x32", "rbg", "unsafe_rbg"))
-    return jax.ShapeDtypeStruct(shape, next(kind for kind in kinds if str(kind) == dtype))
-
-
-def _target(leaf: Any) -> jax.ShapeDtypeStruct:
-    """What orbax shall restore for a template's leaf; a key's sharding fits its data too."""
-    data = jax.eval_shape(jax.random.key_data, leaf) if _is_key(leaf) else leaf
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    return jax.ShapeDtypeStruct(data.shape, data.dtype, sharding=sharding)
-
-
-def _like(leaf: Any, data: jax.Array | None) -> jax.Array:
-    """Restored data as the template's leaf is: a typed key, or the array itself."""
-    if data is None:
-        return jnp.zeros(leaf.shape, leaf.dtype)
-    if not _is_key(leaf):
-        return data
-    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(jnp.empty((), leaf.dtype)))
+def _is_finished(path: Path) -> bool:
+    return path.name.isdecimal() and (path / manifest.NAME).is_file()
 
 
 __all__ = ["CheckpointConfig", "CheckpointError", "Checkpoints"]

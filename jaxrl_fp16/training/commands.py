@@ -18,13 +18,13 @@ from jaxrl_fp16.training.evaluate import evaluate, make_evaluators
 from jaxrl_fp16.training.guards import SkipGuard, check_bounds
 from jaxrl_fp16.training.learn import Learner
 from jaxrl_fp16.training.learner import critic_model, make_learner
-from jaxrl_fp16.training.loop import drop_warm_start, keep_warm_start, warm_start
 from jaxrl_fp16.training.optimizer import make_schedule
 from jaxrl_fp16.training.pairs import check_preferences, make_held_out, optimize, preference_learner
 from jaxrl_fp16.training.run import naming_at_entry, open_run
 from jaxrl_fp16.training.run_config import resolve_algorithm
 from jaxrl_fp16.training.setup import load_model, naming, set_up
 from jaxrl_fp16.training.supervised import check_pairs, fresh_state, supervise
+from jaxrl_fp16.training.warm_start import drop_warm_start, keep_warm_start, warm_start
 
 SFT_LINE = (("loss", "loss", ".4f"), ("gradient norm", "grad_norm", ".2f"), ("scale", "loss_scale", ",g"))
 DPO_LINE = (

@@ -216,7 +216,7 @@ def write_record(setup, folder, reward_policy=None):
     reward_policy: of the reward model, where the run has one.
     """
     reward = None if reward_policy is None else _policy_text(reward_policy)
-    (folder / "config.yaml").write_text(to_yaml(setup.config), encoding="utf-8")
+    _replace(folder / "config.yaml", to_yaml(setup.config))
     devices = setup.mesh.devices.flatten()
     record = {
         "versions": {name: importlib.metadata.version(name) for name in RECORDED},
@@ -231,7 +231,14 @@ def write_record(setup, folder, reward_policy=None):
         "seed": setup.config.run.seed,
         **({} if reward is None else {"reward_model": setup.config.task.reward_model.path, "reward_policy": reward}),
     }
-    (folder / "environment.json").write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+    _replace(folder / "environment.json", json.dumps(record, indent=2) + "\n")
+
+
+def _replace(path, text):
+    """Writes a file in one piece: a resumed run that is killed here must find its config again."""
+    temporary = path.with_name(f"{path.name}.tmp")
+    temporary.write_text(text, encoding="utf-8")
+    os.replace(temporary, path)
 
 
 def _policy_text(policy):

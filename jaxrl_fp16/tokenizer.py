@@ -91,9 +91,14 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
 
 
 def end_ids(tokenizer, generation_config: Mapping[str, Any] | None = None) -> tuple[int, ...]:
-    """The ids that end a response: the tokenizer's, then those of a folder's `generation_config.json`."""
-    more = (generation_config or {}).get("eos_token_id")
-    more = [more] if isinstance(more, int) else list(more or ())
+    """The ids that end a response: the tokenizer's, then those of a folder's `generation_config.json`.
+
+    Raises `ValueError` where the latter names anything but ids.
+    """
+    found = (generation_config or {}).get("eos_token_id")
+    more = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(each) is int and 0 <= each < 2**31 for each in more):
+        raise ValueError(f"generation_config.json: eos_token_id is {str(found)[:80]}; allowed: an id or a list of ids")
     return tuple(dict.fromkeys([tokenizer.eos_token_id, *more]))
 
 

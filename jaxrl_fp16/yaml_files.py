@@ -111,7 +111,8 @@ def read_mapping(path: Path) -> dict[str, Any]:
         raise ConfigError(f"{path}: not UTF-8 text (byte {error.start})") from None
     content = parse(text, str(path))
     if not isinstance(content, dict):
-        found = "nothing" if content is None else show(content)
+        # Its kind alone: the file may be anything that `extends` leads to, and none of its text is for the console.
+        found = "nothing" if content is None else "a list" if isinstance(content, list) else "one value"
         raise ConfigError(f"{path}: holds {found}; a mapping of keys to values is wanted")
     return content
 

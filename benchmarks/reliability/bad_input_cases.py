@@ -109,7 +109,7 @@ def yaml_texts():
         config_file(3, "empty", "bad.yaml: holds nothing; a mapping of keys to values is wanted", ""),
         config_file(3, "not YAML", "bad.yaml, line 2: ", "run: {steps: [1\n"),
         config_file(3, "not UTF-8", "bad.yaml: not UTF-8 text (byte 15)", b"run: {name: 'ab\xff'}"),
-        config_file(3, "a list", "bad.yaml: holds [1]; a mapping of keys to values is wanted", "[1]"),
+        config_file(3, "a list", "bad.yaml: holds a list; a mapping of keys to values is wanted", "[1]"),
         config_file(3, "nested too deeply", "bad.yaml: nested too deeply", "[" * 100_000),
         config_file(3, "too large", "bytes; a config file has at most 1,048,576", "#" * (1 << 20) + "\n"),
         config_file(3, "extends an absent file", 'extends: "absent.yaml" is no file beside', "extends: absent.yaml"),

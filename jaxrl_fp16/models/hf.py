@@ -72,6 +72,9 @@ def _load_params(folder, model, mesh, compute_dtype):
     """The parameters of `model`, every tensor of the folder checked before the first is read."""
     shapes, num_layers = param_shapes(model), decoder_of(model).config.num_layers
     stored = find_tensors(folder)
+    if num_layers > len(stored):  # before a list of that many names is made: it may be any number
+        raise PretrainedError(f"{folder}: config.json asks for {num_layers} layers; {len(stored)} tensors are there; "
+                              "allowed: the weights of that config.json")
     table = tensor_table(model)
     _check_tensors(folder, model, stored, _expected(num_layers, table, shapes))
     shardings = None if mesh is None else param_shardings(model, mesh)

@@ -9,7 +9,7 @@ from annotated_types import Ge
 
 from jaxrl_fp16.schema import Doc
 from jaxrl_fp16.tasks.examples import Example
-from jaxrl_fp16.tasks.templates import FIELD, Template, render
+from jaxrl_fp16.tasks.templates import FIELD, Template, apply_chat_template, render
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,15 +56,9 @@ def _fill(text: str) -> Write:
 
 
 def _as_chat(tokenizer) -> Write:
-    from jinja2 import TemplateError  # imported with a template to render, as Transformers does
-
     def write(prompt, response, example):
         asked = list(example.messages) or [{"role": "user", "content": example.problem}]
-        turns = [*asked, {"role": "assistant", "content": response}]
-        try:
-            return tokenizer.apply_chat_template(turns, tokenize=False)
-        except TemplateError as error:
-            raise ValueError(f"its chat template fails ({error}); allowed: a template of one's own") from error
+        return apply_chat_template(tokenizer, [*asked, {"role": "assistant", "content": response}])
 
     return write
 

@@ -13,6 +13,7 @@ import re
 from typing import Callable
 
 from jaxrl_fp16.tasks.examples import Example
+from jaxrl_fp16.yaml_files import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +101,21 @@ def _render_chat(template: Template, example: Example, tokenizer) -> str:
     messages = list(example.messages) or [{"role": "user", "content": example.problem}]
     if template.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": template.system}, *messages]
-    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    return apply_chat_template(tokenizer, messages, add_generation_prompt=True)
+
+
+def apply_chat_template(tokenizer, messages, **options) -> str:
+    """A conversation as the tokenizer's chat template writes it, in Jinja's sandbox.
+
+    Raises `ConfigError`, in one line, where it fails: the template is its folder's, and may be anything.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template is a program, and raises what it likes
+        folder = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(f"{folder}: its chat template fails ({reason}); allowed: another tokenizer, or a template of "
+                          "one's own") from error
 
 
 def read_answer(template: Template, response: str) -> str:
@@ -149,4 +164,5 @@ READERS: dict[str, Callable[[str], str]] = {
     "text": lambda text: text,
 }
 
-__all__ = ["Template", "TEMPLATES", "READERS", "get_template", "needs_tokenizer", "render", "read_answer", "last_boxed"]
+__all__ = ["Template", "TEMPLATES", "READERS", "apply_chat_template", "get_template", "needs_tokenizer", "render",
+           "read_answer", "last_boxed"]

@@ -23,7 +23,7 @@ import numpy as np
 
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from jaxrl_fp16.logs import METRICS, SAMPLES, read_metrics  # noqa: E402
+from jaxrl_fp16.logs import METRICS, SAMPLES  # noqa: E402
 from jaxrl_fp16.training.checkpoint import ABOUT, CheckpointConfig, Checkpoints  # noqa: E402
 from record import ROOT, record  # noqa: E402
 
@@ -100,14 +100,12 @@ class Life:
 
     def last_step(self):
         """The last step that this process has recorded or has found there on resuming; None before that."""
-        path = self.folder / METRICS
         try:
-            if path.stat().st_mtime < self.began:
+            if (self.folder / METRICS).stat().st_mtime < self.began:
                 return None
-            steps = [record["step"] for record in read_metrics(self.folder)]
         except FileNotFoundError:
             return None
-        return steps[-1] if steps else -1
+        return last_recorded(self.folder)
 
     def saving(self):
         """Whether a checkpoint is half written or half removed, by this process."""
@@ -130,6 +128,17 @@ class Life:
 
     def errors(self):
         return self.log.with_suffix(".err").read_text(errors="replace")
+
+
+def last_recorded(folder):
+    """The last step of `metrics.jsonl`; -1 in an empty one, None where there is none. Reads its end alone."""
+    try:
+        with open(folder / METRICS, "rb") as file:
+            file.seek(max(0, os.fstat(file.fileno()).st_size - 2**16))
+            lines = file.read().split(b"\n")[:-1]        # what has no end yet is no record yet
+    except FileNotFoundError:
+        return None
+    return json.loads(lines[-1])["step"] if lines else -1
 
 
 def config_file(run, work):

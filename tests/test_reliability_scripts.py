@@ -19,9 +19,9 @@ def script(monkeypatch, tmp_path, quick_compile, capsys):
     monkeypatch.syspath_prepend(FOLDER)
     before = set(sys.modules)
 
-    def script(name, *flags):
+    def script(name, *flags, work=tmp_path / "work"):
         module = importlib.import_module(name)
-        folders = ["--work", str(tmp_path / "work"), "--out", str(tmp_path)]
+        folders = ["--work", str(work), "--out", str(tmp_path)]
         monkeypatch.setattr(sys, "argv", [f"{name}.py", *folders, *map(str, flags)])
         code = module.main()
         result = json.loads((tmp_path / f"reliability_{name}.json").read_text())
@@ -77,3 +77,49 @@ def test_meshes(tmp_path):
     result = json.loads((tmp_path / "reliability_meshes.json").read_text())
     assert run.returncode == 0 and result["problems"] == [] and result["devices"] == 8, run.stdout + run.stderr
     assert [row["restored_from_meshes"] for row in result["rows"]] == [2, 2] and result["rows"][1]["divided"] > 10
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory, compiled):
+    """Shared: the run left alone, and the programs that the other tests of whole runs compile, in the same way."""
+    folder = tmp_path_factory.mktemp("work")
+    (folder / "compiled").symlink_to(compiled)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
+        yield folder
+
+
+@pytest.mark.fault(22)
+def test_kills(script, work):
+    result, module = script("kills", "--count", 2, "--runs", "plain", "--steps", 9, work=work)
+    (row,) = result["rows"]
+    assert result["problems"] == [] and row["kills"] == 2 and row["bitwise_equal"]
+    assert row["at_start"] and row["before_a_checkpoint"]
+    # Another run's checkpoints, a line more and another text are seen.
+    runs = sys.modules["runs"]
+    killed, alone = work / "plain-killed", work / "plain-undisturbed"
+    assert runs.differences(killed, alone) == []
+    about = killed / "checkpoints" / "9" / "about.json"
+    with open(killed / "samples.jsonl", "a") as samples, open(killed / "metrics.jsonl", "a") as metrics:
+        samples.write("{}\n"), metrics.write('{"step": 10}\n')
+    about.write_text(about.read_text() + " ")
+    assert [text.split()[0] for text in runs.differences(killed, alone)] == [
+        "metrics.jsonl", "samples.jsonl", "checkpoint"]
+
+
+@pytest.mark.fault(23)
+def test_signals(script, work):
+    result, module = script("signals", "--count", 1, "--runs", "plain", "--steps", 9, work=work)
+    (row,) = result["rows"]
+    assert result["problems"] == [] and row["signals"] == 1 and row["bitwise_equal"]
+
+
+@pytest.mark.fault(24)
+def test_disk_full(script, work):
+    try:
+        result, module = script("disk_full", "--count", 1, "--run", "plain", "--steps", 9, work=work)
+    except SystemExit as refused:
+        assert refused.code == 2
+        pytest.skip("a tmpfs cannot be mounted here")
+    (row,) = result["rows"]
+    assert result["problems"] == [] and row["fillings"] == 1 and row["bitwise_equal_at_the_end"]

@@ -20,16 +20,16 @@ import sys
 import time
 
 from runs import (
-    EVERY, PATIENCE, arguments, checkpoint_differences, conclude, differences, finished_steps, started, undisturbed,
+    EVERY, PATIENCE, RUNS, arguments, checkpoint_differences, conclude, differences, finished_steps, started,
+    undisturbed,
 )
 
-RUN, KEPT = "grpo", 3
+KEPT = 3
 SIZE_MB = 64
 STEPS_A_FILLING = 8
 BEFORE = 0.2             # share of the fillings that stand before the run is resumed
 IN_LOGS = 0.4            # share that leave a few lines of room, so that a log may meet the end first
 LINES = 12 * 1024        # bytes; about four steps' lines
-INSIDE = "JAXRL_FP16_DISK_FULL_INSIDE"
 
 
 @contextlib.contextmanager
@@ -40,15 +40,19 @@ def small_disk(folder):
     done = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={SIZE_MB}m", "tmpfs", str(folder)],
                           text=True, capture_output=True)
     if done.returncode:
-        if INSIDE not in os.environ and shutil.which("unshare"):
-            os.environ[INSIDE] = "1"
-            os.execvp("unshare", ["unshare", "-Urm", sys.executable, *sys.argv])
         print(f"disk_full: a tmpfs cannot be mounted here: {done.stderr.strip()}", file=sys.stderr)
         raise SystemExit(2)
     try:
         yield folder
     finally:
         subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def become_root_of_a_namespace():
+    """Starts this script again where it may mount, if this user may not and the system lets it."""
+    command = ["unshare", "--user", "--map-root-user", "--mount"]
+    if os.geteuid() and shutil.which(command[0]) and not subprocess.run([*command, "true"]).returncode:
+        os.execvp(command[0], [*command, sys.executable, *sys.argv])
 
 
 def fill(disk, left):
@@ -73,13 +77,14 @@ def bytes_of(checkpoint):
     return sum(path.stat().st_blocks * 512 for path in checkpoint.rglob("*") if path.is_file())
 
 
-def one_filling(number, disk, folder, expected, work, steps, generator):
+def one_filling(number, run, disk, expected, work, steps, generator):
     """`(figures, problems)`: fills the disk, waits for the run to end, looks at what is left, and empties the disk."""
+    folder = disk / "run"
     left = room_to_leave(generator, bytes_of(expected / "checkpoints" / str(EVERY)))
     before = number > 0 and generator.random() < BEFORE
     filler = fill(disk, left) if before else None
     there = finished_steps(folder)
-    with started(RUN, folder, work, steps, **{"checkpoint.keep": KEPT}) as life:
+    with started(run, folder, work, steps, **{"checkpoint.keep": KEPT}) as life:
         if not before:
             wanted = (there or [EVERY])[-1] + generator.randint(1, EVERY)
             life.wait_until(lambda: (life.last_step() or 0) >= wanted and finished_steps(folder))
@@ -102,22 +107,25 @@ def one_filling(number, disk, folder, expected, work, steps, generator):
 
 
 def main():
-    given = arguments(__doc__, 30, "disk_full").parse_args()
+    parser = arguments(__doc__, 30, "disk_full")
+    parser.add_argument("--steps", type=int, help="of the run; by default enough for its fillings")
+    parser.add_argument("--run", choices=list(RUNS), default="grpo")
+    given = parser.parse_args()
     began, work, generator = time.monotonic(), given.work.resolve(), random.Random(given.seed)
-    steps = STEPS_A_FILLING * given.count + 4 * EVERY
+    steps = given.steps or STEPS_A_FILLING * given.count + 4 * EVERY
     with small_disk(work / "disk") as disk:
-        expected, folder = undisturbed(RUN, work, steps), disk / "run"
+        expected, folder = undisturbed(given.run, work, steps), disk / "run"
         seen, problems = [], []
         for number in range(given.count):
-            figures, found = one_filling(number, disk, folder, expected, work, steps, generator)
+            figures, found = one_filling(number, given.run, disk, expected, work, steps, generator)
             seen.append(figures)
             problems += found
-        with started(RUN, folder, work, steps) as life:
+        with started(given.run, folder, work, steps) as life:
             code = life.process.wait(600)
         found = [f"the last life ended with {code}: {life.errors()}"] if code else differences(folder, expected)
         problems += found
     rows = [{
-        "run": RUN, "fillings": len(seen), "in_a_save": sum(one["in_a_save"] for one in seen),
+        "run": given.run, "fillings": len(seen), "in_a_save": sum(one["in_a_save"] for one in seen),
         "elsewhere": sum(not one["in_a_save"] for one in seen),
         "before_the_start": sum(one["before_the_start"] for one in seen),
         "checkpoints_restored": sum(one["checkpoints"] for one in seen), "bitwise_equal_at_the_end": not found,
@@ -127,4 +135,5 @@ def main():
 
 
 if __name__ == "__main__":
+    become_root_of_a_namespace()
     sys.exit(main())

@@ -17,7 +17,7 @@ import shutil
 import sys
 import time
 
-from runs import EVERY, RUNS, arguments, conclude, differences, finished_steps, split, started, undisturbed
+from runs import EVERY, HARD, RUNS, arguments, conclude, differences, finished_steps, split, started, undisturbed
 
 STEPS_A_KILL = 5         # a life gets on by fewer on average, so that the last kill still finds a run
 IN_SAVES = 0.25
@@ -51,9 +51,9 @@ def await_moment(life, moment, generator, start_seconds):
     return start_seconds if life.process.poll() is None else None
 
 
-def kill_and_resume(run, kills, seed, work):
-    """One run through all its kills to its end: `(row, problems)`."""
-    generator, steps = random.Random(f"{seed} {run}"), STEPS_A_KILL * kills + 2 * EVERY
+def kill_and_resume(run, kills, steps, seed, work):
+    """One run of `steps` through all its kills to its end: `(row, problems)`."""
+    generator = random.Random(f"{seed} {run}")
     expected, folder = undisturbed(run, work, steps), work / f"{run}-killed"
     shutil.rmtree(folder, ignore_errors=True)
     row = {"run": run, "steps": steps, "kills": 0, "at_start": 0, "in_steps": 0, "in_saves": 0,
@@ -79,12 +79,15 @@ def kill_and_resume(run, kills, seed, work):
 def main():
     parser = arguments(__doc__, 200, "kills")
     parser.add_argument("--lanes", type=int, default=1, help="runs side by side")
-    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=list(RUNS))
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=HARD)
+    parser.add_argument("--steps", type=int, help="of each run; by default enough for its kills")
     given = parser.parse_args()
     shares = split(given.count, given.runs)
     began = time.monotonic()
     with ThreadPoolExecutor(given.lanes) as pool:
-        done = list(pool.map(lambda run: kill_and_resume(run, shares[run], given.seed, given.work.resolve()), shares))
+        done = list(pool.map(lambda run: kill_and_resume(
+            run, shares[run], given.steps or STEPS_A_KILL * shares[run] + 2 * EVERY, given.seed, given.work.resolve(),
+        ), shares))
     rows, problems = [row for row, _ in done], [problem for _, found in done for problem in found]
     kills, in_saves = (sum(row[key] for row in rows) for key in ("kills", "in_saves"))
     if kills < given.count:

@@ -48,18 +48,20 @@ BASE = {
     "checkpoint": {"every": EVERY, "keep": 3},
     "logging": {"tensorboard": False},
 }
-# What a step may depend on besides: a position that skips ahead, a second model, weights from a warm start.
 REWARD = '''
 def reward(prompts, responses, examples):
     """The share of digits among four characters: what an untrained model earns some of."""
     return [sum(character.isdigit() for character in response) / 4 for response in responses]
 '''
+# What a step may depend on besides: a reference, a position that skips ahead, a critic, weights from a warm start.
 RUNS = {
+    "plain": {"algorithm": {"kl_coef": 0.0}, "loss_scale": {"initial": 2.0**15, "growth_interval": 400}},
     "grpo": {},
     "dapo": {"algorithm": {"preset": "dapo"}, "training": {"max_sampling_rounds": 3}},
     "ppo": {"algorithm": {"preset": "ppo", "kl_in": "reward"}},
     "warm": {"sft": {"steps": 4, "batch_size": 16, "microbatch_size": 16, "max_length": 10}},
 }
+HARD = [run for run in RUNS if run != "plain"]     # those whose loss scale moves
 
 
 def arguments(description, count, name):

@@ -17,13 +17,13 @@ import sys
 import time
 
 from runs import (
-    EVERY, PATIENCE, arguments, conclude, differences, finished_steps, last_recorded, split, started, undisturbed,
+    EVERY, HARD, PATIENCE, RUNS, arguments, conclude, differences, finished_steps, last_recorded, split, started,
+    undisturbed,
 )
 
 STEPS_A_SIGNAL = 6
 AT_START = 0.2           # share of the signals that come at a random moment from the start to the first step
 SECONDS = 10.0
-RUNS = ("grpo", "dapo", "ppo", "warm")
 
 
 def await_moment(life, number, generator, start_seconds):
@@ -62,9 +62,9 @@ def one_signal(life, handled):
     return {"code": code, "seconds": seconds, "more": more, "early": seen is None, "saved": bool(saved)}, problems
 
 
-def signal_and_resume(run, count, seed, work):
-    """One run through its signals to its end: `(row, problems)`."""
-    generator, steps = random.Random(f"{seed} {run}"), STEPS_A_SIGNAL * count + 2 * EVERY
+def signal_and_resume(run, count, steps, seed, work):
+    """One run of `steps` through its signals to its end: `(row, problems)`."""
+    generator = random.Random(f"{seed} {run}")
     expected, folder = undisturbed(run, work, steps), work / f"{run}-signalled"
     shutil.rmtree(folder, ignore_errors=True)
     problems, seen, start_seconds = [], [], 4.0
@@ -91,11 +91,15 @@ def signal_and_resume(run, count, seed, work):
 
 def main():
     parser = arguments(__doc__, 50, "signals")
-    parser.add_argument("--runs", nargs="+", choices=RUNS, default=list(RUNS))
+    parser.add_argument("--runs", nargs="+", choices=list(RUNS), default=HARD)
+    parser.add_argument("--steps", type=int, help="of each run; by default enough for its signals")
     given = parser.parse_args()
     began = time.monotonic()
-    done = [signal_and_resume(run, count, given.seed, given.work.resolve())
-            for run, count in split(given.count, given.runs).items() if count]
+    done = [
+        signal_and_resume(run, count, given.steps or STEPS_A_SIGNAL * count + 2 * EVERY, given.seed,
+                          given.work.resolve())
+        for run, count in split(given.count, given.runs).items() if count
+    ]
     rows, problems = [row for row, _ in done], [problem for _, found in done for problem in found]
     facts = {"signals": sum(row.get("signals", 0) for row in rows), "seed": given.seed,
              "seconds": time.monotonic() - began}

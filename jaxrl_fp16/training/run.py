@@ -48,6 +48,7 @@ class Run:
     checkpoints: Checkpoints
     stack: contextlib.ExitStack
     log: Console = dataclasses.field(default_factory=Console)
+    ending: int | None = None   # the signal after which all processes end, once `stops` has said so
     # What was not finite in the latest optimizer step that was skipped, as text; None where nobody can tell.
     cause: Callable[[], str | None] = lambda: None
 
@@ -122,18 +123,18 @@ class Run:
 
         A run of several processes ends in all of them, whichever got the signal.
         """
+        self.ending = self.signals.received
         if jax.process_count() > 1:
-            received = multihost_utils.process_allgather(np.array(self.signals.received or 0))
-            self.signals.received = int(received.max()) or None
-        return self.signals.received is not None
+            self.ending = int(multihost_utils.process_allgather(np.array(self.ending or 0)).max()) or None
+        return self.ending is not None
 
     def end_by_signal(self, step, saved=None):
         """The exit code after a signal, once the save under way is finished; step 0: nothing was saved.
         saved: what to say of that in other words."""
         self.checkpoints.wait()
         saved = saved or (f"saved after step {step}" if step else "before the first step, with nothing to save")
-        self.log.say(f"stopped by {signal.Signals(self.signals.received).name}; {saved}")
-        return 128 + self.signals.received
+        self.log.say(f"stopped by {signal.Signals(self.ending).name}; {saved}")
+        return 128 + self.ending
 
     def export(self, params):
         """The weights as a Hugging Face folder, with the settings that they were trained to be sampled with."""

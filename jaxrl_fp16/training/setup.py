@@ -71,7 +71,8 @@ def set_up(config):
         jax.config.update("jax_platforms", PLATFORMS[wanted])
     with naming("several processes"):
         if initialize_distributed(heartbeat=config.run.heartbeat_seconds):
-            check_same_config(config)
+            # A folder of compiled programs may be each host's own.
+            check_same_config(dataclasses.replace(config, run=dataclasses.replace(config.run, compile_cache=None)))
     found = _platform(wanted)
     if config.run.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.run.compile_cache))

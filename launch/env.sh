@@ -6,6 +6,8 @@
 #   . launch/env.sh               defines ROOT, VENV, make_environment and refuse, and does nothing else
 #
 # PYTHON=/path/to/python chooses the interpreter of a new environment (3.11 to 3.13).
+# With the extra test every version is the one in constraints/pythonX.Y.txt, where there is such a file (lock.sh
+# writes it); without it, and without such a file, the ranges of pyproject.toml hold.
 set -euo pipefail
 
 ROOT="$(CDPATH='' cd -- "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/.." && pwd -P)"
@@ -40,13 +42,23 @@ find_python() {
 }
 
 # What an installed extra depends on. The folder is in it because an editable install points there.
-stamp() {
+stamp() { # EXTRA
     "$VENV/bin/python" --version
     printf '%s\n' "$ROOT"
     cat "$ROOT/pyproject.toml"
+    local pins
+    pins="$(constraints "$1")"
+    [[ -z "$pins" ]] || cat "$pins"
 }
 
-has_extra() { [[ -f "$STAMPS/$1" ]] && [[ "$(stamp 2>/dev/null)" == "$(cat "$STAMPS/$1")" ]]; }
+has_extra() { [[ -f "$STAMPS/$1" ]] && [[ "$(stamp "$1" 2>/dev/null)" == "$(cat "$STAMPS/$1")" ]]; }
+
+# The file of exact versions for these extras on this Python, or nothing.
+constraints() { # [EXTRA ...]
+    local pins
+    pins="$ROOT/constraints/python$(version_of "$VENV/bin/python").txt"
+    if [[ " $* " == *" test "* && -f "$pins" ]]; then printf '%s\n' "$pins"; fi
+}
 
 run_pip() { "$VENV/bin/python" -m pip --disable-pip-version-check -qq "$@"; } # errors only
 
@@ -69,8 +81,8 @@ make_venv() {
 }
 
 # PyTorch serves the parity tests alone, and is taken only where it comes without CUDA's gigabytes.
-install_torch() {
-    local wanted=torch==2.13.0 plan="$STAMPS/torch.plan"
+install_torch() { # [FILE OF EXACT VERSIONS]
+    local wanted=torch==2.13.0 plan="$STAMPS/torch.plan" pins="${1:-}"
     if [[ "$(version_of "$VENV/bin/python")" != 3.11 ]]; then
         say "no PyTorch on this Python version (3.11 has one); the parity tests will be skipped"
     elif ! run_pip install --dry-run --report "$plan" "$wanted" >/dev/null 2>&1; then
@@ -78,20 +90,21 @@ install_torch() {
     elif grep -Eq '"name": "(nvidia|cuda)-' "$plan"; then
         say "$wanted would bring CUDA here; the parity tests will be skipped"
     else
-        run_pip install "$wanted"
+        run_pip install ${pins:+--constraint "$pins"} "$wanted"
     fi
     rm -f -- "$plan"
 }
 
 # install [EXTRA ...]: the package with these extras.
 install() {
-    local extra began=$SECONDS extras
+    local extra began=$SECONDS extras pins
+    pins="$(constraints "$@")"
     extras="$(IFS=,; printf '%s' "$*")"
     say "installing jaxrl_fp16${extras:+[$extras]} into $VENV; this takes some minutes, once"
-    [[ ",$extras," != *,test,* ]] || install_torch # before the rest, which does not ask for this version
-    run_pip install --editable "$ROOT${extras:+[$extras]}"
+    [[ ",$extras," != *,test,* ]] || install_torch "$pins" # before the rest, which does not ask for this version
+    run_pip install ${pins:+--constraint "$pins"} --editable "$ROOT${extras:+[$extras]}"
     for extra in base "$@"; do # last, and whole: an install that was interrupted is begun again
-        stamp >"$STAMPS/$extra.new"
+        stamp "$extra" >"$STAMPS/$extra.new"
         mv -- "$STAMPS/$extra.new" "$STAMPS/$extra"
     done
     say "installed in $((SECONDS - began)) s"

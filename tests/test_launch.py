@@ -6,11 +6,12 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("env.sh", "quickstart.sh", "test.sh", "gpu.sh", "tpu.sh")
+SCRIPTS = ("env.sh", "quickstart.sh", "test.sh", "gpu.sh", "tpu.sh", "lock.sh")
 TOOLS = (
     "bash",
     "cat",
@@ -22,6 +23,7 @@ TOOLS = (
     "grep",
     "head",
     "mkdir",
+    "mktemp",
     "mv",
     "readlink",
     "rm",
@@ -47,11 +49,14 @@ case "$*" in
         echo "{\"name\": \"${STUB_TORCH_NEEDS:-filelock}\"}" >"${@: -2:1}" ;;
     *"-m pip"*" install "*)
         sleep "${STUB_SECONDS:-0}"
-        echo "install ${@: -1}" >>"$LOG"
+        all="$*" pins=""; [[ "$all" != *--constraint* ]] || pins=" by ${all#*--constraint }"
+        pins="${pins%% --editable*}"
+        echo "install ${@: -1}${pins%% torch*}" >>"$LOG"
         [[ -z "${STUB_PIP_FAILS:-}" ]] || exit 1
         command='echo "run $* XLA_FLAGS=${XLA_FLAGS:-} ${JAX_PLATFORMS:-}"'
         printf '#!/usr/bin/env bash\n%s\n' "$command" >"${0%/*}/jaxrl-fp16"
         chmod +x "${0%/*}/jaxrl-fp16" ;;
+    *" freeze") printf '%s\n' a==1.0 torch==2.13.0+cpu "b @ file:///b" "-e /c" "d==2; x" "jaxrl_fp16 @ file:///r" ;;
     "-m pytest "*) echo "$* $PWD" ;;
     -) exit "${STUB_NO_DEVICE:-0}" ;;
     *) echo "stub: $*" >&2; exit 9 ;;
@@ -135,6 +140,46 @@ def test_scripts_share_one_environment(project):
     assert project.calls() == ["venv", "install torch==2.13.0", "install ROOT[test]"]
     assert project.run("quickstart.sh").returncode == 0 and project.calls() == []
     assert project.run("test.sh").out.strip().endswith(str(project.root)) and project.calls() == []
+
+
+def test_the_tests_run_with_exact_versions_where_they_are_known(project):
+    pins = project.root / "constraints/python3.11.txt"
+    pins.parent.mkdir()
+    pins.write_text("a==1\n")
+    by = "by ROOT/constraints/python3.11.txt"
+    pinned = [f"install torch==2.13.0 {by}", f"install ROOT[test] {by}"]
+    assert project.run("quickstart.sh").returncode == 0 and project.calls() == ["venv", "install ROOT"]
+    for content, expected in (("a==1\n", pinned), ("a==1\n", []), ("a==2\n", pinned)):
+        pins.write_text(content)
+        assert project.run("test.sh").returncode == 0 and project.calls() == expected
+        assert project.run("quickstart.sh").returncode == 0 and project.calls() == []
+    project.add("python3.12", PYTHON_STUB.replace("STUB_VERSION:-3.11", "STUB_VERSION:-3.12"))
+    assert project.run("test.sh", PYTHON="python3.12").returncode == 0
+    assert project.calls() == ["venv", "install ROOT[test]"]
+
+
+def test_exact_versions_are_written_anew(project):
+    done = project.run("lock.sh")
+    assert done.returncode == 0 and project.calls() == ["venv", "install torch==2.13.0", "install ROOT[test]"], done.err
+    written = project.root / "constraints/python3.11.txt"
+    assert done.out == f"{written}\n" and not (project.root / ".venv").exists()
+    title, *pins = written.read_text().splitlines()
+    assert title.startswith("# ") and pins == ["a==1.0", "torch==2.13.0", "d==2"]
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "constraints").glob("*.txt")), ids=lambda path: path.stem)
+def test_exact_versions_are_within_the_ranges(path):
+    from packaging.requirements import Requirement
+
+    _, *lines = path.read_text().splitlines()
+    pins = [re.fullmatch(r"([A-Za-z0-9._-]+)==([0-9][A-Za-z0-9.]*)", line).groups() for line in lines]
+    plain = lambda name: re.sub(r"[-_.]+", "-", name).lower()
+    found = {plain(name): version for name, version in pins}
+    assert len(found) == len(lines) and ("torch" in found) == (path.stem == "python3.11")
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    for line in project["dependencies"] + project["optional-dependencies"]["test"]:
+        wanted = Requirement(line)
+        assert wanted.specifier.contains(found[plain(wanted.name)]), line
 
 
 def test_it_works_through_a_symbolic_link(project, tmp_path):

@@ -6,6 +6,7 @@ from __future__ import annotations
 import dataclasses
 from importlib import import_module
 import json
+import logging
 import os
 from pathlib import Path
 import re
@@ -214,10 +215,26 @@ def _show_filtered(outcome, bounds):
 def entry():
     """The console script."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    _silence_failed_saves()
     code = main(sys.argv[1:])
     if code and _is_one_of_several():
         _leave_the_others(code)
     sys.exit(code)
+
+
+def _silence_failed_saves():
+    """Of a save that cannot be written orbax logs every array, and callbacks of tensorstore find their event loop
+    closed: hundreds of lines around the one that says what happened."""
+    for name in ("absl", "asyncio"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
+    show = sys.unraisablehook
+
+    def filtered(given):
+        closed = isinstance(given.exc_value, RuntimeError) and str(given.exc_value) == "Event loop is closed"
+        if not closed:
+            show(given)
+
+    sys.unraisablehook = filtered
 
 
 def _is_one_of_several():

@@ -112,3 +112,14 @@ def test_signals(script, work):
     result, module = script("signals", "--count", 1, "--runs", "plain", "--steps", 9, work=work)
     (row,) = result["rows"]
     assert result["problems"] == [] and row["signals"] == 1 and row["bitwise_equal"]
+
+
+@pytest.mark.fault(24)
+def test_disk_full(script, work):
+    try:
+        result, module = script("disk_full", "--count", 1, "--run", "plain", "--steps", 9, work=work)
+    except SystemExit as refused:
+        assert refused.code == 2
+        pytest.skip("a tmpfs cannot be mounted here")
+    (row,) = result["rows"]
+    assert result["problems"] == [] and row["fillings"] == 1 and row["bitwise_equal_at_the_end"]

@@ -1,6 +1,8 @@
-"""docs/algorithms.md says of each preset what PRESETS holds; docs/precision.md names the terms that are logged."""
+"""docs/algorithms.md says of each preset what PRESETS holds, docs/precision.md names the terms that are logged, and
+docs/reliability.md has the figures of the result files."""
 
 import dataclasses
+import importlib
 from pathlib import Path
 import re
 
@@ -69,3 +71,14 @@ def test_the_four_terms_are_those_that_are_logged():
               *tokenisation_terms(character_tokenizer("ab"), ones, ones, ones, [1], 1)}
     assert set(re.findall(r"`(terms/\w+)`", table)) == logged == set(re.findall(r"`(terms/\w+)`", page))
     assert f"evenly spread ({TrainingConfig().tokenisation_rows}; 0: none" in page
+
+
+def test_the_figures_of_reliability_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(DOCS.parent / "benchmarks" / "reliability")
+    figures = importlib.import_module("figures")
+    assert figures.table(figures.RESULTS) in (DOCS / "reliability.md").read_text(), "python benchmarks/reliability/figures.py"
+
+
+def test_the_table_of_faults_has_every_row():
+    rows = re.findall(r"^\| (\d+) \| ", (DOCS / "reliability.md").read_text(), flags=re.M)
+    assert [int(row) for row in rows] == list(range(1, 33))

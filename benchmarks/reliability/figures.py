@@ -35,7 +35,8 @@ def corruption(result):
 def signals(result):
     return (f"{result['signals']} signals, longest end {largest(result, 'longest_seconds'):.1f} s, at most "
             f"{largest(result, 'most_more_steps')} more step, {total(result, 'bitwise_equal')} of "
-            f"{len(result['rows'])} runs bitwise in the end; {total(result, 'before_handlers')} came before there was anything to save")
+            f"{len(result['rows'])} runs bitwise in the end; {total(result, 'before_handlers')} came before there was "
+            "anything to save")
 
 
 def disk_full(result):

@@ -19,10 +19,10 @@ class Guard(RuntimeError):
 
 @contextlib.contextmanager
 def ending_in_order(run):
-    """What may go wrong at any moment of a run, as a `Guard`."""
+    """What may go wrong at any moment of a run, as a `Guard` that names the last checkpoint too."""
     try:
         yield
-    except (OSError, BatchDeadline, RewardShapeError, WorkerStartError) as error:
+    except (Guard, OSError, BatchDeadline, RewardShapeError, WorkerStartError) as error:
         raise Guard(f"{error}; {run.saved()}") from error
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         if is_lost_process(error):      # at once: whatever else there is to end may wait for the lost one
@@ -56,8 +56,7 @@ class SkipGuard:
         first = f", first {cause}" if cause else ""
         raise Guard(
             f"{self.in_a_row[model]} optimizer steps of the {'critic' if model else 'policy'} skipped {when}: "
-            f"gradients are not finite{first}; try precision bf16 or a lower learning rate; "
-            f"{self.run.saved()}"
+            f"gradients are not finite{first}; try precision bf16 or a lower learning rate"
         )
 
 
@@ -68,13 +67,13 @@ def check_bounds(run, step, metrics):
             known = ", ".join(sorted(key for key in metrics if "kl" in key.lower())) or "none of them a KL"
             raise Guard(
                 f"training.stop_above names {name!r}, which step {step} does not measure; it measures {known}, and "
-                f"what else metrics.jsonl holds; {run.saved()}"
+                "what else metrics.jsonl holds"
             )
         value = float(metrics[name])
         if value > bound or math.isnan(value):
             raise Guard(
                 f"{name} is {value:g} after step {step}, above training.stop_above's {bound:g}: the run diverges; try "
-                f"precision fp16 or a lower learning rate, and go on from an earlier checkpoint; {run.saved()}"
+                f"precision fp16 or a lower learning rate, and go on from an earlier checkpoint"
             )
 
 

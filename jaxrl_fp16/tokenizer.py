@@ -46,10 +46,12 @@ def load_tokenizer(folder) -> PreTrainedTokenizerFast:
     from transformers import PreTrainedTokenizerFast
 
     folder = os.fspath(folder)
-    if not os.path.isfile(os.path.join(folder, "tokenizer.json")):
+    path = os.path.join(folder, "tokenizer.json")
+    if not os.path.isfile(path):
         raise ValueError(f"{folder}: no tokenizer.json; a folder with a fast tokenizer is needed")
     try:
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+        # Named here, for in Transformers 4 a path in tokenizer_config.json would take its place.
+        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, tokenizer_file=path, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
         raise ValueError(f"{folder}: its tokenizer cannot be read: {error}") from None
     if tokenizer.eos_token_id is None:

@@ -256,6 +256,7 @@ def main():
     import jax
 
     from jaxrl_fp16 import cli
+    from jaxrl_fp16.tokenizer import character_tokenizer, save_tokenizer
 
     jax.config.update("jax_disable_most_optimizations", True)
     with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as work:
@@ -267,8 +268,9 @@ def main():
         os.chdir(sound)
         with contextlib.redirect_stdout(io.StringIO()):
             assert cli.main(["sft", "folder.yaml", "--run.dir", ".", "--run.export", "false", *TRAINED]) == 0
-        for path in ("model/model.safetensors", "model/tokenizer.json"):
-            shutil.copy(sound / path, work / "secret")
+        shutil.copy(sound / "model/model.safetensors", work / "secret")
+        # Of more ids than the models have rows: a command that reads it is refused.
+        save_tokenizer(character_tokenizer("".join(map(chr, range(33, 90)))), work / "secret")
         (work / "secret/secret.txt").write_text(SECRET + "\n")
         (work / "secret/password.yaml").write_text(f"run: {{name: {SECRET}, stepz: 1}}\n")
         watch = Watch(work)

@@ -76,7 +76,7 @@ def test_byte_level_round_trip(byte_level):
 
 def test_the_folder_is_what_transformers_of_both_generations_read(folder):
     config = json.loads((folder / "tokenizer_config.json").read_text())
-    assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and "extra_special_tokens" not in config
+    assert config["tokenizer_class"] == "PreTrainedTokenizerFast" and not config.get("extra_special_tokens")
     assert (config["eos_token"], config["pad_token"]) == ("<|im_end|>", "<|endoftext|>")
 
 
@@ -131,6 +131,7 @@ def test_faulty_folders_are_refused(byte_level, tmp_path):
         tk.load_tokenizer(tmp_path)
     tk.save_tokenizer(byte_level, tmp_path)
     (tmp_path / "tokenizer_config.json").write_text("{}")
+    (tmp_path / "special_tokens_map.json").unlink(missing_ok=True)  # where Transformers 4 says it once more
     with pytest.raises(ValueError, match="no end-of-text token"):
         tk.load_tokenizer(tmp_path)
 

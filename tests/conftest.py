@@ -1,6 +1,7 @@
 """Skips what this machine cannot run, with the reason; what the tests of whole runs share."""
 
 import json
+import os
 
 import pytest
 
@@ -55,7 +56,11 @@ def quick_compile():
 
 @pytest.fixture(scope="session")
 def compiled(tmp_path_factory):
-    return tmp_path_factory.mktemp("compiled")
+    """A folder for compiled programs; the worker processes of one pytest share it."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "compiled"
+    folder.mkdir(exist_ok=True)
+    return folder
 
 
 @pytest.fixture(scope="module")

@@ -23,8 +23,8 @@ def largest(result, key):
 
 
 def kills(result):
-    return (f"{result['kills']} kills, {result['in_saves']} of them inside a save; {total(result, 'bitwise_equal')} of "
-            f"{len(result['rows'])} runs bitwise")
+    return (f"{result['kills']} kills, {result['in_saves']} of them inside a save, {result['before_a_checkpoint']} "
+            f"before the first checkpoint; {total(result, 'bitwise_equal')} of {len(result['rows'])} runs bitwise")
 
 
 def corruption(result):

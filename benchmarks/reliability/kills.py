@@ -19,8 +19,9 @@ import time
 
 from runs import EVERY, HARD, RUNS, arguments, conclude, differences, finished_steps, split, started, undisturbed
 
-STEPS_A_KILL = 5         # a life gets on by fewer on average, so that the last kill still finds a run
+STEPS_A_KILL = 7         # a life gets on by fewer on average, so that the last kill still finds a run
 IN_SAVES = 0.25
+BEFORE_A_CHECKPOINT = 0.25      # at most: to begin again is the easier half
 MOMENTS = {"start": 0.15, "step": 0.5, "save": 0.35}
 
 
@@ -44,7 +45,8 @@ def await_moment(life, moment, generator, start_seconds):
         lives = lives and life.wait_until(lambda: life.last_step() > first)
         start_seconds = elapsed()
         if moment != "early":
-            ahead = generator.randint(1, 2 * EVERY)
+            # Saves go on beside the steps: the first is surely finished once the second has begun.
+            ahead = generator.randint(1, 4 * EVERY)
             lives and life.wait_until(lambda: life.last_step() >= first + ahead)
             moment == "save" and life.wait_until(life.saving)
             time.sleep(generator.uniform(0, 0.05))
@@ -94,9 +96,13 @@ def main():
         problems.append(f"{kills} kills; wanted are {given.count}")
     if in_saves < int(IN_SAVES * kills):
         problems.append(f"{in_saves} of {kills} kills met a save; wanted is a share of {IN_SAVES}")
+    early = sum(row["before_a_checkpoint"] for row in rows)
+    if early > max(2 * len(rows), BEFORE_A_CHECKPOINT * kills):     # two of each run are meant to
+        problems.append(f"{early} of {kills} kills came before any checkpoint; allowed is a share of "
+                        f"{BEFORE_A_CHECKPOINT}")
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    facts = {"kills": kills, "in_saves": in_saves, "seed": given.seed, "seconds": time.monotonic() - began,
-             "cpu_seconds": used.ru_utime + used.ru_stime}
+    facts = {"kills": kills, "in_saves": in_saves, "before_a_checkpoint": early, "seed": given.seed,
+             "seconds": time.monotonic() - began, "cpu_seconds": used.ru_utime + used.ru_stime}
     return conclude("kills", rows, facts, problems, given.out)
 
 

@@ -38,20 +38,27 @@ class Pairs(NamedTuple):
     kept: np.ndarray       # bool [n]: False where a pair is set aside; its row is empty
 
 
+def _fast_class():
+    """Transformers' class for a `tokenizer.json`."""
+    # Where PyTorch is not installed its import would say so on stderr, which is for a refusal's one line.
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    from transformers import PreTrainedTokenizerFast
+
+    return PreTrainedTokenizerFast
+
+
 def load_tokenizer(folder) -> PreTrainedTokenizerFast:
     """The tokenizer of a Hugging Face folder, with its chat template from whichever file holds it.
 
     Raises `ValueError` without a readable `tokenizer.json`, and without an end-of-text token.
     """
-    from transformers import PreTrainedTokenizerFast
-
     folder = os.fspath(folder)
     path = os.path.join(folder, "tokenizer.json")
     if not os.path.isfile(path):
         raise ValueError(f"{folder}: no tokenizer.json; a folder with a fast tokenizer is needed")
     try:
         # Named here, for in Transformers 4 a path in tokenizer_config.json would take its place.
-        tokenizer = PreTrainedTokenizerFast.from_pretrained(folder, tokenizer_file=path, local_files_only=True)
+        tokenizer = _fast_class().from_pretrained(folder, tokenizer_file=path, local_files_only=True)
     except Exception as error:  # the tokenizers library raises bare Exception on a damaged file
         raise ValueError(f"{folder}: its tokenizer cannot be read: {error}") from None
     if tokenizer.eos_token_id is None:
@@ -79,7 +86,6 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     """A tokenizer with one id a character: `<pad>` 0, `<eos>` 1, `<unk>` 2, then the alphabet in its
     order."""
     from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
-    from transformers import PreTrainedTokenizerFast
 
     if not alphabet or len(set(alphabet)) != len(alphabet):
         raise ValueError(f"the alphabet is {alphabet!r}; different characters are needed, and at least one")
@@ -88,8 +94,8 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     backend.decoder = decoders.Fuse()  # without a decoder the library puts a space between tokens
-    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token=PAD, eos_token=END, unk_token=UNKNOWN,
-                                   clean_up_tokenization_spaces=False)
+    return _fast_class()(tokenizer_object=backend, pad_token=PAD, eos_token=END, unk_token=UNKNOWN,
+                         clean_up_tokenization_spaces=False)
 
 
 def end_ids(tokenizer, generation_config: Mapping[str, Any] | None = None) -> tuple[int, ...]:

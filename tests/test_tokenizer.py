@@ -4,6 +4,8 @@ import importlib.util
 import json
 import os
 from pathlib import Path
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -55,6 +57,20 @@ def test_characters_round_trip_through_transformers(tmp_path):
     assert tk.vocabulary_size(again) == 3 + len(ALPHABET) + 3
     assert tk.encode(again, ["1é2"])[0][1] == again.unk_token_id
     assert b"".join(tk.token_bytes(again)[index] for index in ids) == text.encode()
+
+
+def test_nothing_is_said_where_there_is_no_pytorch():
+    code = """if True:
+        import importlib.util
+        find = importlib.util.find_spec
+        importlib.util.find_spec = lambda name, *package: None if name == "torch" else find(name, *package)
+        from jaxrl_fp16.tokenizer import character_tokenizer
+        character_tokenizer("ab")
+        from transformers.utils import is_torch_available
+        assert not is_torch_available()
+        """
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 @pytest.mark.parametrize("alphabet", ["", "aa"])

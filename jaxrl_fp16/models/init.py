@@ -17,7 +17,7 @@ from jaxrl_fp16.parallel.sharding import tree_shardings
 def init_params(model, key, mesh=None):
     """Random float32 parameters of a Decoder or Critic, a nested dict.
 
-    With a `mesh` they are created divided over it; the values hang on `key` alone.
+    With a `mesh` they are created divided over it; the values hang on `key` alone, to a last bit on a CPU.
     """
     shardings = None if mesh is None else param_shardings(model, mesh)
     return jax.jit(_initializer(model), out_shardings=shardings)(key)

@@ -94,9 +94,10 @@ class Timed:
 
 
 class Watched:
-    """While entered, every descendant of this process by its id, and the largest memory of one, in bytes."""
+    """While entered, every new descendant of this process by its id, and the largest memory of one, in bytes."""
 
     def __enter__(self):
+        self._known = set(psutil.Process().children(recursive=True))
         self.processes, self.largest, self._done = {}, 0, threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
@@ -109,7 +110,7 @@ class Watched:
     def _watch(self):
         own = psutil.Process()
         while not self._done.wait(0.1):
-            for process in own.children(recursive=True):
+            for process in set(own.children(recursive=True)) - self._known:
                 self.processes[process.pid] = process
                 try:
                     self.largest = max(self.largest, process.memory_info().rss)

@@ -6,7 +6,7 @@
 #   . launch/env.sh               defines ROOT, VENV, make_environment and refuse, and does nothing else
 #
 # PYTHON=/path/to/python chooses the interpreter of a new environment (3.11 to 3.13).
-# With the extra test every version is the one in constraints/pythonX.Y.txt, where there is such a file (lock.sh
+# With the extra test every version is the one in launch/constraints/pythonX.Y.txt, where there is such a file (lock.sh
 # writes it); without it, and without such a file, the ranges of pyproject.toml hold.
 set -euo pipefail
 
@@ -56,7 +56,7 @@ has_extra() { [[ -f "$STAMPS/$1" ]] && [[ "$(stamp "$1" 2>/dev/null)" == "$(cat 
 # The file of exact versions for these extras on this Python, or nothing.
 constraints() { # [EXTRA ...]
     local pins
-    pins="$ROOT/constraints/python$(version_of "$VENV/bin/python").txt"
+    pins="$ROOT/launch/constraints/python$(version_of "$VENV/bin/python").txt"
     if [[ " $* " == *" test "* && -f "$pins" ]]; then printf '%s\n' "$pins"; fi
 }
 

@@ -69,7 +69,7 @@ class Project:
 
     def __init__(self, folder):
         self.root, self.bin, self.log = folder / "my project", folder / "bin", folder / "log"
-        shutil.copytree(ROOT / "launch", self.root / "launch")
+        shutil.copytree(ROOT / "launch", self.root / "launch", ignore=shutil.ignore_patterns("constraints"))
         (self.root / "pyproject.toml").write_text("[project]\n")
         self.bin.mkdir()
         for tool in TOOLS:
@@ -143,10 +143,10 @@ def test_scripts_share_one_environment(project):
 
 
 def test_the_tests_run_with_exact_versions_where_they_are_known(project):
-    pins = project.root / "constraints/python3.11.txt"
+    pins = project.root / "launch/constraints/python3.11.txt"
     pins.parent.mkdir()
     pins.write_text("a==1\n")
-    by = "by ROOT/constraints/python3.11.txt"
+    by = "by ROOT/launch/constraints/python3.11.txt"
     pinned = [f"install torch==2.13.0 {by}", f"install ROOT[test] {by}"]
     assert project.run("quickstart.sh").returncode == 0 and project.calls() == ["venv", "install ROOT"]
     for content, expected in (("a==1\n", pinned), ("a==1\n", []), ("a==2\n", pinned)):
@@ -161,13 +161,13 @@ def test_the_tests_run_with_exact_versions_where_they_are_known(project):
 def test_exact_versions_are_written_anew(project):
     done = project.run("lock.sh")
     assert done.returncode == 0 and project.calls() == ["venv", "install torch==2.13.0", "install ROOT[test]"], done.err
-    written = project.root / "constraints/python3.11.txt"
+    written = project.root / "launch/constraints/python3.11.txt"
     assert done.out == f"{written}\n" and not (project.root / ".venv").exists()
     title, *pins = written.read_text().splitlines()
     assert title.startswith("# ") and pins == ["a==1.0", "torch==2.13.0", "d==2"]
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "constraints").glob("*.txt")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "launch" / "constraints").glob("*.txt")), ids=lambda path: path.stem)
 def test_exact_versions_are_within_the_ranges(path):
     from packaging.requirements import Requirement
 

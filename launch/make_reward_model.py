@@ -29,7 +29,6 @@ from jaxrl_fp16.parallel import shard_batch
 from jaxrl_fp16.tasks import open_task, render
 from jaxrl_fp16.tasks.reward_text import make_writer
 from jaxrl_fp16.training.evaluate import grade_chunks, make_evaluator
-from jaxrl_fp16.training.loop import warm_start
 from jaxrl_fp16.training.optimizer import OptimizerConfig, make_optimizer
 from jaxrl_fp16.training.reward_model import encode_texts, score_rows
 from jaxrl_fp16.training.reward_update import RewardPairs, make_reward_update
@@ -38,16 +37,18 @@ from jaxrl_fp16.training.run_config import Config
 from jaxrl_fp16.training.setup import load_model, set_up
 from jaxrl_fp16.training.state import create_train_state, shardings_of
 from jaxrl_fp16.training.supervised import check_pairs
+from jaxrl_fp16.training.warm_start import drop_warm_start, warm_start
 
 
 def make_policy(config, name):
     """The folder of a policy as `train` would warm-start it; None after a signal."""
     run = dataclasses.replace(config.run, name=f"{config.run.name or name}_policy")
     with open_run(dataclasses.replace(config, run=run), check=check_pairs) as (run, params):
-        params, _ = warm_start(run, params)
-        if run.stops():
+        params, _, code = warm_start(run, params)
+        if code:
             return None
         run.export(params)
+        drop_warm_start(run)
         return run.folder / "model"
 
 

@@ -55,6 +55,8 @@ def test_fresh_parameters_hang_on_the_key_alone(mesh, params):
     # Each device holds its part of the large arrays: the mesh does divide something.
     share = max(mesh.shape["fsdp"] * mesh.shape["tensor"], 1)
     assert divided["embedding"].addressable_shards[0].data.size == divided["embedding"].size // share
+    if jax.version.__version_info__ < (0, 12):
+        assert_equal(divided, params)
     # Since JAX 0.12 a CPU rounds the last bit of a normal number by where in its loop the number stands.
     jax.tree.map(lambda a, b: np.testing.assert_array_max_ulp(to_host(a), to_host(b), maxulp=4), divided, params)
 

@@ -43,7 +43,7 @@ from jaxrl_fp16.training.warm_start import drop_warm_start, warm_start
 def make_policy(config, name):
     """The folder of a policy as `train` would warm-start it; None after a signal."""
     run = dataclasses.replace(config.run, name=f"{config.run.name or name}_policy")
-    with open_run(dataclasses.replace(config, run=run), check=check_pairs) as (run, params):
+    with open_run(dataclasses.replace(config, run=run), "warmup", check=check_pairs) as (run, params):
         params, _, code = warm_start(run, params)
         if code:
             return None

@@ -149,7 +149,7 @@ def config(text):
     return 2, ("train", "bad.yaml"), write("bad.yaml", text)
 
 
-# name -> (exit code, or None for any but 0; arguments; what spoils the folder)
+# name -> (exit code, arguments, what spoils the folder)
 CASES = {
     "pickle alone": model(several(lose("model/model.safetensors"), write("model/pytorch_model.bin", PICKLE))),
     "pickles beside the weights": model(several(*(write(f"model/{name}", PICKLE) for name in (
@@ -225,8 +225,8 @@ CASES = {
     "info of a pickle": (2, ("info", "folder.yaml"), several(
         lose("model/model.safetensors"), write("model/model.bin", PICKLE))),
     # With checksums that fit, it is orbax that finds the arrays unreadable, in its own words.
-    "checkpoint of pickles": (None, ("export", "folder.yaml", *RESUME), checkpoint(pickled_payloads)),
-    "checkpoint with pickled arrays": (None, ("export", "folder.yaml", *RESUME), checkpoint(pickled_arrays)),
+    "checkpoint of pickles": (3, ("export", "folder.yaml", *RESUME), checkpoint(pickled_payloads)),
+    "checkpoint with pickled arrays": (3, ("export", "folder.yaml", *RESUME), checkpoint(pickled_arrays)),
 }
 
 

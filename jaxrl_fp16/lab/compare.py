@@ -38,6 +38,9 @@ from jaxrl_fp16.training.run_config import Config
 from jaxrl_fp16.training.setup import check_resumed, new_folder
 from jaxrl_fp16.training.watchdog import caught_signals
 
+# A run's process, started with -P: a stray json.py in the current folder must not hide the standard library's.
+START = "import sys; sys.path.append(sys.argv.pop(1)); from jaxrl_fp16.cli import entry; entry()"
+PACKAGE_ROOT = str(Path(__file__).resolve().parents[2])
 LOOK_SECONDS = 2.0      # between looks at the steps of the runs
 
 
@@ -158,7 +161,7 @@ class _Stages:
             resume = ("--resume", str(folder))
         elif folder.exists():
             shutil.rmtree(folder)       # killed as it was made
-        arguments = (sys.executable, "-m", "jaxrl_fp16.cli", command, str(path), *resume)
+        arguments = (sys.executable, "-P", "-c", START, PACKAGE_ROOT, command, str(path), *resume)
         return Job(run.name, arguments, self.folder / "logs" / run.name)
 
     def _run(self, jobs, places, runs):

@@ -198,8 +198,13 @@ class Checkpoints:
         for candidate in reversed(there) if step is None else [step] if step in there else []:
             path = self.folder / str(candidate)
             if not (problem := manifest.find_damage(path)):
-                self._current.add(candidate)
-                return *self._read(path, template), candidate
+                try:
+                    found = self._read(path, template)
+                except (ValueError, TypeError, LookupError) as error:      # what was written was no checkpoint of ours
+                    problem = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+                else:
+                    self._current.add(candidate)
+                    return *found, candidate
             self._damaged.add(candidate)
             self._say(f"{path}: damaged, {problem}; skipped")
         wanted = "" if step is None else f" of step {step}"

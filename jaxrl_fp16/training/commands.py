@@ -38,7 +38,7 @@ def run_sft(config):
     steps = config.sft.steps
     if not steps:
         raise ConfigError("sft.steps is 0; allowed: 1 or more")
-    with open_run(config, check=check_pairs) as (run, params):
+    with open_run(config, "sft", check=check_pairs) as (run, params):
         learner, place, start = Learner(fresh_state(run, params)), 0, 0
         if not run.starts_anew():
             learner, place, start = run.restore(learner)
@@ -52,7 +52,7 @@ def run_warmup(config):
     """The warm start of `train` alone, as the model folder that runs of any precision may begin from."""
     if not config.sft.steps:
         raise ConfigError("sft.steps is 0; allowed: 1 or more")
-    with open_run(config, check=check_pairs) as (run, params):
+    with open_run(config, "warmup", check=check_pairs) as (run, params):
         params, metrics, code = warm_start(run, params)
         if code:
             return code
@@ -66,7 +66,7 @@ def run_warmup(config):
 def run_dpo(config):
     """Preference optimization, after a warm start where `sft.steps` asks for one; all else as in `run_sft`."""
     steps = config.dpo.steps
-    with open_run(config, check=check_preferences, reference=True) as (run, params):
+    with open_run(config, "dpo", check=check_preferences, reference=True) as (run, params):
         anew, metrics, code = run.starts_anew(), {}, 0
         if config.sft.steps and anew:
             params, metrics, code = warm_start(run, params)
@@ -186,7 +186,7 @@ def run_export(config):
         raise ConfigError("export needs --resume RUN_FOLDER, the run whose checkpoint is to be exported")
     algorithm = resolve_algorithm(config)
     critic = critic_model if needs_critic(algorithm) else None
-    with open_run(config, reference=needs_reference(algorithm), critic=critic, alone=False) as (run, params):
+    with open_run(config, None, reference=needs_reference(algorithm), critic=critic) as (run, params):
         template = make_learner(run, algorithm, params)
         # What was saved hangs on the command too: `sft` keeps the policy alone, and `dpo` always a reference.
         reference = template.policy.params if run.checkpoints.holds("reference") else None

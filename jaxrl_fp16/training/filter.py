@@ -21,7 +21,7 @@ from jaxrl_fp16.tasks import open_task
 from jaxrl_fp16.training.collect import truncation_rule
 from jaxrl_fp16.training.evaluate import grade_chunks, make_evaluator
 from jaxrl_fp16.training.run import naming_at_entry, open_folder
-from jaxrl_fp16.training.setup import load_model, naming, set_up, write_record
+from jaxrl_fp16.training.setup import check_resumed, load_model, naming, set_up, write_record
 from jaxrl_fp16.training.watchdog import caught_signals
 
 ACCURACY, FILTERED = "accuracy.jsonl", "filtered.jsonl"
@@ -48,6 +48,8 @@ def run_filter(config):
         raise ConfigError("sampling.temperature is 0; allowed: above 0, as all samples of a problem would be one")
     setup = set_up(config)
     config = setup.config
+    if config.resume is not None:
+        check_resumed(config, config.resume, "filter")
     with contextlib.ExitStack() as stack:
         task = stack.enter_context(naming_at_entry("task", open_task(config.task)))
         keys = jax.random.split(jax.random.key(config.run.seed), 4)
@@ -57,7 +59,7 @@ def run_filter(config):
             evaluator = make_evaluator(config, "filter", dataclasses.replace(task, heldout=task.train), sampling,
                                        model, setup)
         folder = stack.enter_context(open_folder(config))
-        write_record(setup, folder)
+        write_record(setup, folder, "filter")
         signals = stack.enter_context(caught_signals())
         found = _measure(config, evaluator, setup, params, keys[3], folder, signals)
         if signals.received is not None:

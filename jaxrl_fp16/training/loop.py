@@ -141,7 +141,8 @@ def open_training(config):
     """`open_run` as `train` needs it: with all that can be refused before the start."""
     algorithm = resolve_algorithm(config)
     return open_run(
-        config, check=check_data, reference=needs_reference(algorithm), critic=_critic_of(algorithm), rewarded=True
+        config, "train", check=check_data, reference=needs_reference(algorithm), critic=_critic_of(algorithm),
+        rewarded=True,
     )
 
 

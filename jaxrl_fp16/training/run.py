@@ -154,9 +154,10 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(config, *, check=None, reference=False, critic=None, rewarded=False, alone=True):
+def open_run(config, command, *, check=None, reference=False, critic=None, rewarded=False):
     """Gives `(Run, parameters)`. `reference`: whether one will take memory.
-    critic: `(config, model) -> its module`, where one will. alone: whether another run in the folder is refused.
+    critic: `(config, model) -> its module`, where one will. command: whose run it is; None for one that only
+    reads a run's folder, which others may write meanwhile.
 
     Where `rewarded`, and the config names a reward model, `run.task` is graded by it; the
     evaluation sets keep the task's own reward: where the two part, the policy exploits the model.
@@ -166,6 +167,8 @@ def open_run(config, *, check=None, reference=False, critic=None, rewarded=False
     """
     setup = set_up(config)
     config = setup.config
+    if config.resume is not None:
+        check_resumed(config, config.resume, command)
     with contextlib.ExitStack() as stack:
         task = stack.enter_context(naming_at_entry("task", open_task(config.task)))
         if check is not None:
@@ -181,7 +184,7 @@ def open_run(config, *, check=None, reference=False, critic=None, rewarded=False
             setup, model, reference=reference and config.training.reference == "device",
             critic=critic(config, model) if critic else None, reward_model=judge.model if judge else None,
         )
-        folder = stack.enter_context(open_folder(config, alone))
+        folder = stack.enter_context(open_folder(config, alone=command is not None))
         signals = stack.enter_context(caught_signals())
         watchdog = stack.enter_context(Watchdog(config.training.stage_seconds, "training.stage_seconds"))
         if jax.process_count() > 1:
@@ -190,8 +193,8 @@ def open_run(config, *, check=None, reference=False, critic=None, rewarded=False
         run = Run(setup, config, task, model, evaluators, keys, folder, signals, watchdog, None, stack, console)
         run.checkpoints = stack.enter_context(run.open_checkpoints("checkpoints"))
         stack.enter_context(ending_in_order(run))
-        if jax.process_index() == 0:
-            write_record(setup, folder, judge.precision.policy if judge else None)
+        if command is not None and jax.process_index() == 0:
+            write_record(setup, folder, command, judge.precision.policy if judge else None)
         _introduce(run, needs, judge)
         yield run, params
 
@@ -215,14 +218,14 @@ def _check_memory(setup, model, **others):
 
 @contextlib.contextmanager
 def open_folder(config, alone=True):
-    """Gives the run folder of `resume`, or a new one; if `alone`, no other process writes it meanwhile.
+    """Gives the run folder of `resume`, which `check_resumed` has let through, or a new one; if `alone`, no other
+    process writes it meanwhile.
 
     Raises ConfigError.
     """
     if config.resume is None:
         folder = Path(from_first_process(lambda: str(new_folder(config))))
     else:
-        check_resumed(config, config.resume)
         folder = Path(config.resume)
     with only_writer(folder) if alone and jax.process_index() == 0 else contextlib.nullcontext():
         yield folder

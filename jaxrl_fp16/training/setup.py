@@ -199,11 +199,17 @@ def new_folder(config):
         raise ConfigError(f"run.dir: {base.parent} cannot be written to ({error.strerror})") from error
 
 
-def check_resumed(config, folder):
-    """Refuses to resume `folder` under a config that would not have led there, naming what differs."""
+def check_resumed(config, folder, command=None):
+    """Refuses to resume `folder` under a config that would not have led there, naming what differs; and by
+    another command, where one is given."""
     path = Path(folder) / "config.yaml"
     if not path.is_file():
         raise ConfigError(f"resume: {folder} has no config.yaml; allowed: the folder of an earlier run")
+    there = _command_of(folder)
+    if command is not None and there not in (None, command):
+        raise ConfigError(
+            f"resume: {folder} is a run of the command {there}; allowed: that command, or a folder of {command}'s"
+        )
     changed = diff(load_config(Config, path), config, ignore=MAY_CHANGE)
     if changed:
         shown = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in list(changed.items())[:3])
@@ -211,8 +217,14 @@ def check_resumed(config, folder):
         raise ConfigError(f"resume: {folder} was started otherwise: {shown}; allowed to differ: {allowed}")
 
 
-def write_record(setup, folder, reward_policy=None):
-    """`config.yaml`, resolved, and `environment.json`: what the run's numerics hang on.
+def _command_of(folder):
+    """The command whose run lies in `folder`; None where no record says so."""
+    path = Path(folder) / "environment.json"
+    return read_json(path).get("command") if path.is_file() else None
+
+
+def write_record(setup, folder, command, reward_policy=None):
+    """`config.yaml`, resolved, and `environment.json`: the command, and what the run's numerics hang on.
 
     reward_policy: of the reward model, where the run has one.
     """
@@ -220,6 +232,7 @@ def write_record(setup, folder, reward_policy=None):
     _replace(folder / "config.yaml", to_yaml(setup.config))
     devices = setup.mesh.devices.flatten()
     record = {
+        "command": command,
         "versions": {name: importlib.metadata.version(name) for name in RECORDED},
         "python": host.python_version(),
         "platform": setup.config.run.platform,

@@ -234,6 +234,19 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(opened, said
     assert sorted(os.listdir(folder)) == ["1", "2", "2.damaged"]
 
 
+@pytest.mark.fault(25)
+def test_sound_files_that_are_no_checkpoint_are_passed_over_too(opened, said):
+    """Their checksums fit: what was written was wrong."""
+    folder = saved(opened, 1, 2)
+    about = json.loads((folder / "2" / "about.json").read_text())
+    (folder / "2" / "about.json").write_text(json.dumps({"step": 2, "leaves": about["leaves"]}))
+    checkpoint.manifest.write_manifest(folder / "2")
+    with opened() as checkpoints:
+        restored, extra, step = checkpoints.restore(make_state())
+    assert step == 1 and "2: damaged, KeyError: 'extra'; skipped" in said[0]
+    assert_same(restored, make_state(1))
+
+
 def test_no_checkpoint_or_not_that_one(opened, tmp_path):
     with opened() as checkpoints, pytest.raises(CheckpointError, match="no sound checkpoint; .*: none"):
         checkpoints.restore(make_state())

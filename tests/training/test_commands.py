@@ -210,3 +210,17 @@ def test_an_evaluation_is_the_same_each_time(command, capsys):
         assert command("eval", *SETS) == 0
         lines.append(capsys.readouterr().out.splitlines()[-1])
     assert lines[0] == lines[1] and lines[0].startswith("{")
+
+
+@pytest.mark.fault(28)
+def test_the_folder_of_another_command_is_refused(command, tmp_path, capsys):
+    flags = ("--run.dir", str(tmp_path), "--run.steps", "0", "--run.export", "false")
+    assert command("train", *flags) == 0
+    folder, _ = one_run(tmp_path), capsys.readouterr()
+    before = {path: path.stat().st_mtime_ns for path in folder.rglob("*")}
+    for other in ("sft", "filter"):
+        assert command(other, *flags, "--sft.steps", "1", "--resume", str(folder)) == 2
+        error = capsys.readouterr().err
+        assert f"resume: {folder} is a run of the command train; allowed: that command, or" in error
+        assert error.count("\n") == 1
+    assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before

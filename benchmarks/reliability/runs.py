@@ -24,7 +24,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from jaxrl_fp16.logs import METRICS, SAMPLES  # noqa: E402
-from jaxrl_fp16.training.checkpoint import ABOUT, CheckpointConfig, Checkpoints  # noqa: E402
+from jaxrl_fp16.training.checkpoint import CheckpointConfig, Checkpoints  # noqa: E402
 from record import ROOT, record  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"
@@ -244,23 +244,8 @@ def finished_steps(folder):
 
 def read_checkpoint(folder, step):
     """`(arrays by their path, extra values)` of one step; keys as their integers. Raises CheckpointError."""
-    about = json.loads((folder / "checkpoints" / str(step) / ABOUT).read_text())
-    template = {}
-    for name, (dtype, shape) in about["leaves"].items():
-        node = template
-        *path, last = name.split(".")
-        for part in path:
-            node = node.setdefault(part, {})
-        node[last] = _shape_of(dtype, shape)
     with Checkpoints(folder / "checkpoints", CheckpointConfig(), say=lambda text: None) as checkpoints:
-        state, extra, _ = checkpoints.restore(template, step)
-    return arrays_of(state), extra
-
-
-def _shape_of(dtype, shape):
-    if dtype.startswith("key"):
-        return jax.eval_shape(lambda: jax.random.key(0))
-    return jax.ShapeDtypeStruct(shape, dtype)
+        return checkpoints.arrays(step)
 
 
 def arrays_of(tree):

@@ -64,7 +64,7 @@ def run_mismatch(config):
         if not scored or section.attribution:
             programs = _open_programs(setup, console, signals, rollouts)
         folder = new_folder(config)
-        write_record(setup, folder)
+        write_record(setup, folder, "mismatch")
         try:
             if scored:
                 console.say(f"{folder}: all figures from {section.rollouts}, where every score is"

@@ -150,10 +150,9 @@ def _guarded(run, config):
 
     try:
         return run(config)
-    except (Guard, CheckpointError, BatchDeadline, RewardShapeError, WorkerStartError) as error:
+    # A run has made one Guard of most of these, which names its last checkpoint; other commands have none.
+    except (Guard, CheckpointError, BatchDeadline, RewardShapeError, WorkerStartError, OSError) as error:
         return _end(3, error)
-    except OSError as error:
-        return _end(3, f"{error}; the last finished checkpoint is intact")
     except KeyboardInterrupt:
         return _end(130, "interrupted")
     except jax.errors.JaxRuntimeError as error:

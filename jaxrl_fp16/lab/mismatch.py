@@ -27,8 +27,8 @@ from jaxrl_fp16.lab.scoring import (
 from jaxrl_fp16.logs import write_json
 from jaxrl_fp16.precision import get_precision, resolve_precision
 from jaxrl_fp16.training.memory import parameter_count
-from jaxrl_fp16.training.watchdog import caught_signals
 from jaxrl_fp16.training.setup import naming, new_folder, set_up, write_record
+from jaxrl_fp16.training.watchdog import caught_signals
 
 REPORT = "report.json"
 ATTRIBUTED = 16  # responses of each precision, whose every activation is in memory at once

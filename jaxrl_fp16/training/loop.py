@@ -24,7 +24,7 @@ from jaxrl_fp16.training.run_config import resolve_algorithm
 from jaxrl_fp16.training.setup import naming
 from jaxrl_fp16.training.supervised import check_pairs
 from jaxrl_fp16.training.terms import tokenisation_terms
-from jaxrl_fp16.training.warm_start import keep_warm_start, warm_start
+from jaxrl_fp16.training.warm_start import drop_warm_start, keep_warm_start, warm_start
 from jaxrl_fp16.training.watch import Watch
 
 
@@ -67,8 +67,11 @@ def train(config):
             run.log.say("probe: learning rate 0; no weight moves from here on, nothing is saved and nothing exported")
         if anew:
             run.log.metrics(0, metrics | run.evaluate(learner.policy.params))
-        if config.sft.steps and anew and not t.probe:
-            keep_warm_start(run, learner)
+        if config.sft.steps and anew:
+            if t.probe:
+                drop_warm_start(run)
+            else:
+                keep_warm_start(run, learner)
 
         # The programs: each compiles once.
         critic = make_critic(config, run.model) if make_critic else None

@@ -60,6 +60,7 @@ def test_a_probe_after_a_warm_start(probe, capsys):
     assert start["sft/steps"] == 2 and "eval/own/accuracy" in start
     assert not any(key.startswith("eval/") for step in steps for key in step)
     assert not list((folder / "checkpoints").glob("*")) and not (folder / "model").exists()
+    assert not (folder / "warm_start").exists()
     for step in steps:
         assert step["learning_rate"] == 0 and step["grad_norm"] > 0 and step["empty"] == 0
         assert step["terms/numerics"] == step["mismatch/kl_k3"] < 1e-4 and step["terms/truncation"] > 0

@@ -15,6 +15,6 @@ fi
 make_environment test
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cpu}"
 cd -- "$ROOT"
-# A file's tests stay in one worker, which compiles what they share once. Flags of the caller come
-# last, and so win.
-exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile "$@"
+# A file's tests stay in one worker, which compiles what they share once; files keep their order, in
+# which a short one is the last. Flags of the caller come last, and so win.
+exec "$VENV/bin/python" -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

@@ -43,15 +43,34 @@ def tiny(tmp_path_factory):
     return path
 
 
+def without_fusion_emitters(get_options):
+    """JAX's function of compile options, with XLA's fusion emitters for CPUs off: they take half of a compilation."""
+    def options(*args, **kwargs):
+        found = get_options(*args, **kwargs)
+        found.env_option_overrides = [*found.env_option_overrides, ("xla_cpu_use_fusion_emitters", False)]
+        return found
+    return options
+
+
 @pytest.fixture(scope="module")
 def quick_compile():
     """XLA leaves most optimizations out: for programs whose speed and last bits are no matter of the test."""
     import jax
+    from jax._src import compiler    # the only way to an option of XLA's that leaves the process's other programs alone
 
     before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compiler, "get_compile_options", without_fusion_emitters(compiler.get_compile_options))
+        jax.config.update("jax_disable_most_optimizations", True)
+        yield
     jax.config.update("jax_disable_most_optimizations", before)
+
+
+@pytest.fixture(scope="session")
+def quick_environment():
+    """What makes a process of its own compile in this way: environment variables."""
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
+    return {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": flags}
 
 
 @pytest.fixture(scope="session")

@@ -136,7 +136,7 @@ def test_what_the_quickstart_compares(project, tmp_path):
 
 
 def test_scripts_share_one_environment(project):
-    assert "-m pytest -n 2 --dist loadfile -k x" in project.run("test.sh", "-k", "x").out
+    assert "-m pytest -n 2 --dist loadfile --no-loadscope-reorder -k x" in project.run("test.sh", "-k", "x").out
     assert project.calls() == ["venv", "install torch==2.13.0", "install ROOT[test]"]
     assert project.run("quickstart.sh").returncode == 0 and project.calls() == []
     assert project.run("test.sh").out.strip().endswith(str(project.root)) and project.calls() == []

@@ -113,7 +113,9 @@ class Watched:
             for process in set(own.children(recursive=True)) - self._known:
                 self.processes[process.pid] = process
                 try:
-                    self.largest = max(self.largest, process.memory_info().rss)
+                    # Until it starts its own program, a new process shows the memory of its parent.
+                    if process.cmdline() != own.cmdline():
+                        self.largest = max(self.largest, process.memory_info().rss)
                 except psutil.Error:
                     continue
 

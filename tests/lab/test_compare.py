@@ -256,15 +256,17 @@ def reward(prompts, responses, examples):
 
 
 @pytest.fixture(scope="module")
-def compared(tiny, compiled, tmp_path_factory):
+def compared(tiny, compiled, quick_environment, tmp_path_factory):
     """Two runs, one after another: of 24 calls, 8 a step, the first takes two steps' and the second one step's."""
     there = tmp_path_factory.mktemp("compare")
     (there / "reward.py").write_text(REWARD)
     flags = ["--precisions", "fp16", "bf16", "--jobs", "1", "--sft.steps", "2", "--task.reward_file", "reward.py",
              "--run.dir", "runs", "--run.compile_cache", str(compiled), "--run.export", "false", "--task.workers", "1",
              "--logging.tensorboard", "false"]
-    quick = {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT),
-             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1"}
+    quick = quick_environment | {
+        "PYTHONPATH": str(ROOT),
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0", "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    }
 
     def start(*more):
         with pytest.MonkeyPatch.context() as patch:

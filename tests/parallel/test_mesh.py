@@ -111,24 +111,23 @@ def test_a_batch_keeps_its_values_and_its_gaps():
 
 
 def run_python(*arguments, **environment):
-    # What is compared are values of several devices, not speed: without most optimizations XLA compiles faster.
-    environment = os.environ | {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"} | environment
-    return subprocess.Popen([sys.executable, *map(str, arguments)], env=environment, text=True,
+    return subprocess.Popen([sys.executable, *map(str, arguments)], env=os.environ | environment, text=True,
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def test_on_four_devices():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
-    run = run_python("-m", "pytest", "-p", "no:cacheprovider", HERE / "four_devices.py", XLA_FLAGS=flags)
+def test_on_four_devices(quick_environment):
+    flags = quick_environment["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
+    run = run_python("-m", "pytest", "-p", "no:cacheprovider", HERE / "four_devices.py",
+                     **quick_environment | {"XLA_FLAGS": flags})
     out, _ = run.communicate(timeout=300)
     assert run.returncode == 0, out
 
 
-def test_in_two_processes(tmp_path):
+def test_in_two_processes(quick_environment, tmp_path):
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{probe.getsockname()[1]}"
-    run = dict(JAXRL_COORDINATOR=address, JAXRL_NUM_PROCESSES="2")
+    run = quick_environment | {"JAXRL_COORDINATOR": address, "JAXRL_NUM_PROCESSES": "2"}
     runs = [run_python(HERE / "two_processes.py", tmp_path, JAXRL_PROCESS_ID=str(index), **run)
             for index in range(2)]
     outs = [run.communicate(timeout=300)[0] for run in runs]

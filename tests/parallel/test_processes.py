@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
-def processes(tiny, tmp_path):
+def processes(tiny, quick_environment, tmp_path):
     """processes(flags of 0, flags of 1) -> both, started; killed in the end."""
     started = []
 
@@ -21,9 +21,9 @@ def processes(tiny, tmp_path):
         with socket.create_server(("127.0.0.1", 0)) as server:
             port = server.getsockname()[1]
         for index, own in enumerate(flags):
-            environment = {
-                **os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
-                "JAXRL_COORDINATOR": f"127.0.0.1:{port}", "JAXRL_NUM_PROCESSES": "2", "JAXRL_PROCESS_ID": str(index),
+            environment = os.environ | quick_environment | {
+                "PYTHONPATH": str(ROOT), "JAXRL_COORDINATOR": f"127.0.0.1:{port}", "JAXRL_NUM_PROCESSES": "2",
+                "JAXRL_PROCESS_ID": str(index),
             }
             started.append(subprocess.Popen(
                 [sys.executable, "-m", "jaxrl_fp16.cli", "train", str(tiny), "--run.dir", "runs", "--run.stamp", "false",

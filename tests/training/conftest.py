@@ -55,8 +55,16 @@ def build_batch(rows=8, columns=COLUMNS, seed=0, **fields):
     return jax.tree.map(jnp.asarray, batch.replace(**fields))
 
 
+def recorder():
+    """An optimizer that takes no step and keeps the unscaled gradient as its state."""
+    zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
+    return optax.GradientTransformation(zeros, lambda grads, state, params: (zeros(grads), grads))
+
+
 class Toy:
     """A model and its critic, with their states and updates; an update is compiled once for all tests."""
+
+    recorder = staticmethod(recorder)
 
     def __init__(self):
         self.model = Decoder(DecoderConfig(
@@ -86,12 +94,6 @@ class Toy:
 @pytest.fixture(scope="session")
 def toy():
     return Toy()
-
-
-def recorder():
-    """An optimizer that takes no step and keeps the unscaled gradient as its state."""
-    zeros = lambda tree: jax.tree.map(jnp.zeros_like, tree)
-    return optax.GradientTransformation(zeros, lambda grads, state, params: (zeros(grads), grads))
 
 
 class Bigrams:

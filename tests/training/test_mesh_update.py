@@ -6,12 +6,12 @@ import subprocess
 import sys
 
 
-def test_on_four_devices():
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=4"
+def test_on_four_devices(quick_environment):
+    flags = quick_environment["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
     tests = Path(__file__).with_name("four_devices.py")
     run = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", tests], text=True, capture_output=True,
-        env=os.environ | {"JAX_PLATFORMS": "cpu", "XLA_FLAGS": flags, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env=os.environ | quick_environment | {"XLA_FLAGS": flags},
         timeout=600,  # seconds; it only ends a hang, and a busy machine is slow
     )
     assert run.returncode == 0, run.stdout + run.stderr

@@ -9,6 +9,8 @@ from jaxrl_fp16.forward import token_values
 from jaxrl_fp16.precision import get_precision
 from jaxrl_fp16.rl import get_algorithm, value_loss
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 PPO = get_algorithm("ppo")
 
 

@@ -34,7 +34,7 @@ from jaxrl_fp16.training.reward_model import encode_texts, score_rows
 from jaxrl_fp16.training.reward_update import RewardPairs, make_reward_update
 from jaxrl_fp16.training.run import Guard, open_run
 from jaxrl_fp16.training.run_config import Config
-from jaxrl_fp16.training.setup import load_model, set_up
+from jaxrl_fp16.training.setup import load_params, make_model, set_up
 from jaxrl_fp16.training.state import create_train_state, shardings_of
 from jaxrl_fp16.training.supervised import check_pairs
 from jaxrl_fp16.training.warm_start import drop_warm_start, warm_start
@@ -138,7 +138,8 @@ def accuracy_of(setup, model, params, sides):
 def make_reward_model(setup, options):
     """Samples pairs, trains on them, and writes the folder; prints the accuracy on held-out ones."""
     section, keys = setup.config.task.reward_model, jax.random.split(jax.random.key(setup.config.run.seed), 2)
-    policy = load_model(setup, keys[0])
+    model = make_model(setup)
+    policy = model, load_params(setup, model, keys[0])
     with open_task(setup.config.task) as task:
         examples = task.train[: options.problems], task.heldout
         pairs, held_out = (

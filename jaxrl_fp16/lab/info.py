@@ -27,7 +27,7 @@ from jaxrl_fp16.telemetry import by_tensor, first_overflow, largest, margin, und
 from jaxrl_fp16.tokenizer import encode_pairs, encode_prompts
 from jaxrl_fp16.training.run import naming_at_entry
 from jaxrl_fp16.training.run_config import resolve_algorithm
-from jaxrl_fp16.training.setup import load_model, set_up
+from jaxrl_fp16.training.setup import load_params, make_model, set_up
 from jaxrl_fp16.training.update import loss_of_rows
 from jaxrl_fp16.types import Batch
 
@@ -49,8 +49,9 @@ def run_info(config):
     setup, log = set_up(config), Console()
     with naming_at_entry("task", open_task(setup.config.task)) as task:
         keys = jax.random.split(jax.random.key(setup.config.run.seed), 4)
+        model = make_model(setup)
         with log.announce("loading the model"):
-            model, params = load_model(setup, keys[0], any_weights=True)
+            params = load_params(setup, model, keys[0], any_weights=True)
         weights = by_tensor(model, jax.tree.map(to_host, weight_ranges(params)))
         found = None
         if all(math.isfinite(each.peak) for _, each in weights):  # else every activation is NaN

@@ -30,7 +30,7 @@ from jaxrl_fp16.training.optimizer import make_optimizer
 from jaxrl_fp16.training.run import naming_at_entry
 from jaxrl_fp16.training.run_config import resolve_algorithm
 from jaxrl_fp16.training.scorer import make_scorer
-from jaxrl_fp16.training.setup import Setup, load_model, naming
+from jaxrl_fp16.training.setup import Setup, load_params, make_model, naming
 from jaxrl_fp16.training.state import create_train_state, shardings_of
 from jaxrl_fp16.training.update import make_update
 from jaxrl_fp16.training.watchdog import Signals
@@ -62,11 +62,12 @@ def open_model(setup):
     Raises ConfigError for a model that is at fault or cannot fit.
     """
     keys = jax.random.split(jax.random.key(setup.config.run.seed), 4)
-    model, params = load_model(setup, keys[0])
+    model = make_model(setup)
     compute = setup.precision.policy.compute_dtype
     with naming("memory"):
         needs = estimate(setup.config, model, setup.mesh, compute)
         check_fits(needs, device_bytes(setup.mesh.devices.flatten()[0]))
+    params = load_params(setup, model, keys[0])
     optimizer = make_optimizer(setup.config.optimizer)
     shardings = param_shardings(model, setup.mesh)
     return model, create_train_state(params, optimizer, setup.precision.loss_scale, keys[2], shardings)

@@ -22,7 +22,7 @@ from jaxrl_fp16.training.optimizer import make_schedule
 from jaxrl_fp16.training.pairs import check_preferences, make_held_out, optimize, preference_learner
 from jaxrl_fp16.training.run import naming_at_entry, open_run
 from jaxrl_fp16.training.run_config import resolve_algorithm
-from jaxrl_fp16.training.setup import load_model, naming, set_up
+from jaxrl_fp16.training.setup import load_params, make_model, naming, set_up
 from jaxrl_fp16.training.supervised import check_pairs, fresh_state, supervise
 from jaxrl_fp16.training.warm_start import drop_warm_start, keep_warm_start, warm_start
 
@@ -126,9 +126,10 @@ def run_eval(config):
         raise ConfigError("evaluation.sets is empty; allowed: one set or more")
     with naming_at_entry("task", open_task(config.task)) as task:
         keys = jax.random.split(jax.random.key(config.run.seed), 4)
-        model, params = load_model(setup, keys[0])
+        model = make_model(setup)
         with naming("evaluation"):
             evaluators = make_evaluators(config, model, setup, task)
+        params = load_params(setup, model, keys[0])
         metrics = {}
         for evaluator in evaluators:
             with log.announce(f"evaluating {evaluator.name}"):
@@ -145,7 +146,7 @@ def run_generate(config):
     config, log = setup.config, Console()
     with naming_at_entry("task", open_task(config.task)) as task:
         keys = jax.random.split(jax.random.key(config.run.seed), 4)
-        model, params = load_model(setup, keys[0])
+        model = make_model(setup)
         known = (task.heldout or task.train)[: config.generate.count]
         examples = [Example(text, "") for text in config.generate.prompts] or list(known)
         prompts = _prompts(config, setup, task, examples)
@@ -153,6 +154,7 @@ def run_generate(config):
             model, setup.rollout_precision.policy, config.sampling,
             eos_id=setup.eos_ids, pad_id=setup.pad_id, tokenizer=setup.tokenizer,
         )
+        params = load_params(setup, model, keys[0])
         with log.announce("compiling the sampler"):
             graded = sample_and_grade(sample, params, prompts, task, setup, keys[3])
     for text, example, responses, rewards in zip(prompts.texts, examples, graded.responses, graded.rewards.values):

@@ -21,7 +21,7 @@ from jaxrl_fp16.tasks import open_task
 from jaxrl_fp16.training.collect import truncation_rule
 from jaxrl_fp16.training.evaluate import grade_chunks, make_evaluator
 from jaxrl_fp16.training.run import naming_at_entry, open_folder
-from jaxrl_fp16.training.setup import check_resumed, load_model, naming, set_up, write_record
+from jaxrl_fp16.training.setup import check_resumed, load_params, make_model, naming, set_up, write_record
 from jaxrl_fp16.training.watchdog import caught_signals
 
 ACCURACY, FILTERED = "accuracy.jsonl", "filtered.jsonl"
@@ -53,11 +53,12 @@ def run_filter(config):
     with contextlib.ExitStack() as stack:
         task = stack.enter_context(naming_at_entry("task", open_task(config.task)))
         keys = jax.random.split(jax.random.key(config.run.seed), 4)
-        model, params = load_model(setup, keys[0])
+        model = make_model(setup)
         sampling = dataclasses.replace(config.sampling, group_size=config.filter.samples, max_rows=0)
         with naming("filter"):
             evaluator = make_evaluator(config, "filter", dataclasses.replace(task, heldout=task.train), sampling,
                                        model, setup)
+        params = load_params(setup, model, keys[0])
         folder = stack.enter_context(open_folder(config))
         write_record(setup, folder, "filter")
         signals = stack.enter_context(caught_signals())

@@ -28,7 +28,9 @@ from jaxrl_fp16.training.folder_lock import only_writer
 from jaxrl_fp16.training.guards import Guard, ending_in_order
 from jaxrl_fp16.training.memory import MIB, check_fits, device_bytes, estimate, parameter_count
 from jaxrl_fp16.training.reward_model import make_grader, open_reward_model
-from jaxrl_fp16.training.setup import Setup, check_resumed, load_model, naming, new_folder, set_up, write_record
+from jaxrl_fp16.training.setup import (
+    Setup, check_resumed, load_params, make_model, naming, new_folder, set_up, write_record,
+)
 from jaxrl_fp16.training.watchdog import Signals, Watchdog, caught_signals, leaving_on_abort
 
 
@@ -174,7 +176,7 @@ def open_run(config, command, *, check=None, reference=False, critic=None, rewar
         if check is not None:
             check(setup, task)
         keys = jax.random.split(jax.random.key(config.run.seed), 4)
-        model, params = load_model(setup, keys[0])
+        model = make_model(setup)
         with naming("evaluation"):
             evaluators = make_evaluators(config, model, setup, task)
         judge = open_reward_model(setup, task) if rewarded else None
@@ -184,6 +186,7 @@ def open_run(config, command, *, check=None, reference=False, critic=None, rewar
             setup, model, reference=reference and config.training.reference == "device",
             critic=critic(config, model) if critic else None, reward_model=judge.model if judge else None,
         )
+        params = load_params(setup, model, keys[0])
         folder = stack.enter_context(open_folder(config, alone=command is not None))
         signals = stack.enter_context(caught_signals())
         watchdog = stack.enter_context(Watchdog(config.training.stage_seconds, "training.stage_seconds"))

@@ -133,29 +133,41 @@ def _generation_config(model):
     return read_json(path) if path.is_file() else None
 
 
-def load_model(setup, key, any_weights=False):
-    """(Decoder, float32 parameters on the mesh): from `model.path`, or random. Raises ConfigError.
+def make_model(setup):
+    """The Decoder of section `model`, none of whose weights is read yet. Raises ConfigError."""
+    section = setup.config.model
+    with _naming_model():
+        if section.path is not None:
+            config = read_config(section.path)
+            _check_shape(section, config)
+        else:
+            config = _decoder_config(section, setup.tokenizer)
+        check_vocabulary(setup.tokenizer, config.vocab_size)
+        return Decoder(config, attention=section.attention, remat=section.remat, numerics=setup.config.numerics)
+
+
+def load_params(setup, model, key, any_weights=False):
+    """float32 parameters of `make_model`'s model on the mesh: from `model.path`, or random. Raises ConfigError.
 
     any_weights: also such as are no finite numbers of the compute dtype.
     """
-    section, compute = setup.config.model, None if any_weights else setup.precision.policy.compute_dtype.name
-    options = dict(attention=section.attention, remat=section.remat, numerics=setup.config.numerics)
+    path, compute = setup.config.model.path, None if any_weights else setup.precision.policy.compute_dtype.name
+    with _naming_model():
+        if path is None:
+            return init_params(model, key, setup.mesh)
+        return load_pretrained(path, mesh=setup.mesh, compute_dtype=compute)[1]
+
+
+@contextlib.contextmanager
+def _naming_model():
     try:
-        if section.path is not None:
-            _check_shape(section)
-            model, params = load_pretrained(section.path, mesh=setup.mesh, compute_dtype=compute, **options)
-        else:
-            model = Decoder(_decoder_config(section, setup.tokenizer), **options)
-            params = init_params(model, key, setup.mesh)
-        check_vocabulary(setup.tokenizer, model.config.vocab_size)
+        yield
     except (TypeError, ValueError) as error:
         raise ConfigError(f"model: {error}") from error
-    return model, params
 
 
-def _check_shape(section):
+def _check_shape(section, there):
     """Refuses a shape beside a path that the folder does not have."""
-    there = read_config(section.path)
     for name, value in _shape_fields(section).items():
         if value != getattr(there, name):
             raise ValueError(
@@ -260,4 +272,6 @@ def _policy_text(policy):
     return f"params={params},compute={compute},output={output}"
 
 
-__all__ = ["Setup", "naming", "set_up", "load_model", "new_folder", "check_resumed", "write_record"]
+__all__ = [
+    "Setup", "naming", "set_up", "make_model", "load_params", "new_folder", "check_resumed", "write_record",
+]

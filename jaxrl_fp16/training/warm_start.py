@@ -21,7 +21,7 @@ def warm_start(run, params):
     """
     section, guard = run.config.sft, SkipGuard(run)
     shown, learner, known, start = max(1, section.steps // 5), Learner(fresh_state(run, params)), {}, 0
-    with run.open_checkpoints(FOLDER, keep=1, best=None, export="latest") as checkpoints:
+    with run.open_checkpoints(FOLDER, best=None, export="latest") as checkpoints:
         if run.config.resume is not None and not checkpoints.is_empty():
             learner, known, start = checkpoints.restore(learner)
             run.log.say(f"warm start: resumed after step {start}")

@@ -100,11 +100,13 @@ def test_a_signal_ends_supervised_training_too(command, tmp_path, monkeypatch):
 
 @pytest.mark.fault(22)
 @pytest.mark.fault(23)
+@pytest.mark.fault(25)
 def test_a_warm_start_that_was_cut_off_goes_on_where_it_was(command, tmp_path, monkeypatch, capsys):
-    flags = ("--run.steps", "0", "--sft.steps", "4", "--sft.packing", "true", "--sft.max_length", "20",
-             "--checkpoint.every", "3")
+    """Its last checkpoint is damaged as well: it goes on from the one before."""
+    flags = ("--run.steps", "0", "--sft.steps", "5", "--sft.packing", "true", "--sft.max_length", "20",
+             "--checkpoint.every", "2")
     assert command("train", *flags, "--run.dir", str(tmp_path / "whole")) == 0
-    assert "warm start 4/4  loss " in capsys.readouterr().out
+    assert "warm start 5/5  loss " in capsys.readouterr().out
     folder = one_run(tmp_path / "whole")
     (record,) = read_metrics(folder)
     assert record["step"] == 0 and 0 < record["sft/loss"] < 4 and (folder / "model" / "config.json").exists()
@@ -114,15 +116,18 @@ def test_a_warm_start_that_was_cut_off_goes_on_where_it_was(command, tmp_path, m
 
     def say_and_signal(console, text):
         say(console, text)
-        if text.startswith("warm start 1/4"):
+        if text.startswith("warm start 3/5"):
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(Console, "say", say_and_signal)
-    assert command("train", *flags, "--run.dir", str(tmp_path / "cut")) == 130
-    assert "stopped by SIGINT; saved in the warm start, after step 1" in capsys.readouterr().out
+    with monkeypatch.context() as patch:
+        patch.setattr(Console, "say", say_and_signal)
+        assert command("train", *flags, "--run.dir", str(tmp_path / "cut")) == 130
+    assert "stopped by SIGINT; saved in the warm start, after step 3" in capsys.readouterr().out
     cut = one_run(tmp_path / "cut")
+    (cut / "warm_start" / "3" / "about.json").write_text("{}")
     assert command("train", *flags, "--run.dir", str(tmp_path / "cut"), "--resume", str(cut)) == 0
-    assert "warm start: resumed after step 1" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "warm_start/3: damaged, about.json" in said and "warm start: resumed after step 2" in said
     assert read_metrics(cut) == [record]
     np.testing.assert_array_equal(embedding(cut / "model"), embedding(folder / "model"))
 

@@ -43,34 +43,44 @@ def tiny(tmp_path_factory):
     return path
 
 
-def without_fusion_emitters(get_options):
-    """JAX's function of compile options, with XLA's fusion emitters for CPUs off: they take half of a compilation."""
-    def options(*args, **kwargs):
-        found = get_options(*args, **kwargs)
-        found.env_option_overrides = [*found.env_option_overrides, ("xla_cpu_use_fusion_emitters", False)]
-        return found
-    return options
+@pytest.fixture(scope="session")
+def quick_option():
+    """XLA's option that leaves out its fusion emitters for CPUs, half of a compilation; {} where it has none any more."""
+    import jax
+
+    option = {"xla_cpu_use_fusion_emitters": False}
+    try:
+        jax.jit(lambda x: x, compiler_options=option).lower(0.0).compile()
+    except jax.errors.JaxRuntimeError:
+        return {}
+    return option
 
 
 @pytest.fixture(scope="module")
-def quick_compile():
+def quick_compile(quick_option):
     """XLA leaves most optimizations out: for programs whose speed and last bits are no matter of the test."""
     import jax
-    from jax._src import compiler    # the only way to an option of XLA's that leaves the process's other programs alone
+    from jax._src import compiler    # no public name reaches every program of a module, and those alone
 
-    before = jax.config.read("jax_disable_most_optimizations")
+    get_options, before = compiler.get_compile_options, jax.config.read("jax_disable_most_optimizations")
+
+    def get_quick_options(*args, **kwargs):
+        options = get_options(*args, **kwargs)
+        options.env_option_overrides = [*options.env_option_overrides, *quick_option.items()]
+        return options
+
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(compiler, "get_compile_options", without_fusion_emitters(compiler.get_compile_options))
+        patch.setattr(compiler, "get_compile_options", get_quick_options)
         jax.config.update("jax_disable_most_optimizations", True)
         yield
     jax.config.update("jax_disable_most_optimizations", before)
 
 
 @pytest.fixture(scope="session")
-def quick_environment():
+def quick_environment(quick_option):
     """What makes a process of its own compile in this way: environment variables."""
-    flags = os.environ.get("XLA_FLAGS", "") + " --xla_cpu_use_fusion_emitters=false"
-    return {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": flags}
+    flags = [os.environ.get("XLA_FLAGS", ""), *(f"--{name}={str(value).lower()}" for name, value in quick_option.items())]
+    return {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": " ".join(flags)}
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,5 @@
 """The remedies: what each leaves unrounded, in sampler, scorer and gradient program alike; off, nothing changes."""
 
-from functools import partial
 
 import jax
 import jax.numpy as jnp

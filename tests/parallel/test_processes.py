@@ -26,8 +26,9 @@ def processes(tiny, quick_environment, tmp_path):
                 "JAXRL_PROCESS_ID": str(index),
             }
             started.append(subprocess.Popen(
-                [sys.executable, "-m", "jaxrl_fp16.cli", "train", str(tiny), "--run.dir", "runs", "--run.stamp", "false",
-                 "--run.name", "run", "--run.compile_cache", "null", "--run.heartbeat_seconds", "5", *own],
+                [sys.executable, "-m", "jaxrl_fp16.cli", "train", str(tiny), "--run.dir", "runs",
+                 "--run.stamp", "false", "--run.name", "run",
+                 "--run.compile_cache", "null", "--run.heartbeat_seconds", "5", *own],
                 cwd=tmp_path, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
             ))
         return started
@@ -46,7 +47,8 @@ def last_line(process, seconds):
 def test_processes_with_different_configs_are_refused_in_all(processes, tmp_path):
     for process in processes(("--run.seed", "1"), ("--run.seed", "2")):
         line = last_line(process, 120)
-        assert process.returncode == 2 and line.startswith("jaxrl-fp16: several processes: their configs differ: run.seed is ")
+        assert process.returncode == 2
+        assert line.startswith("jaxrl-fp16: several processes: their configs differ: run.seed is ")
     assert list(tmp_path.iterdir()) == []
 
 

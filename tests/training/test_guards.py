@@ -1,12 +1,13 @@
-"""What stops a run from inside, beside skipped steps: bounds on metrics, and what may go wrong at any moment."""
+"""What stops a run from inside: skipped steps, bounds on metrics, and what may go wrong at any moment."""
 
 from types import SimpleNamespace
 
 import jax
 import pytest
 
+from jaxrl_fp16.precision import LossScaleConfig, make_loss_scale
 from jaxrl_fp16.tasks import BatchDeadline, RewardShapeError
-from jaxrl_fp16.training.guards import Guard, check_bounds, ending_in_order
+from jaxrl_fp16.training.guards import Guard, SkipGuard, check_bounds, ending_in_order
 
 
 def a_run(**bounds):
@@ -49,3 +50,23 @@ def test_a_bug_stays_one():
         with pytest.raises(type(error)):
             with ending_in_order(a_run()):
                 raise error
+
+
+@pytest.mark.fault(20)
+def test_what_the_skip_guard_counts():
+    precision = SimpleNamespace(loss_scale=make_loss_scale(LossScaleConfig(initial=8.0, minimum=2.0)))
+    own = SimpleNamespace(loss_scale=make_loss_scale(LossScaleConfig(minimum=1.0)))
+    run = SimpleNamespace(config=SimpleNamespace(training=SimpleNamespace(max_skipped_steps=3)), cause=lambda: None,
+                          setup=SimpleNamespace(precision=precision, critic_precision=own))
+    step = lambda skipped, scale=8.0, **more: {"skipped": skipped, "loss_scale": scale, **more}
+    guard = SkipGuard(run)
+    for skipped in (1, 1, 0, 1, 1, 0):
+        guard.check(step(skipped))
+    guard.check(step(1, 4.0))      # it leaves the scale at its minimum, but was not taken there
+    with pytest.raises(Guard, match="2 optimizer steps of the policy skipped with the loss scale at its minimum, 2"):
+        guard.check(step(1, 2.0))
+    guard = SkipGuard(run)
+    critic = {"critic/skipped": 1, "critic/loss_scale": 2.0}  # not its minimum: it has its own
+    guard.check(critic), guard.check(step(1, **critic))
+    with pytest.raises(Guard, match="3 optimizer steps of the critic skipped in a row: gradients are not finite; try"):
+        guard.check(step(1, **critic))

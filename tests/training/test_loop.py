@@ -1,35 +1,21 @@
-"""Whole runs of a tiny model: what they write, how they resume, how they stop."""
+"""Whole runs of a tiny model: what they write, how they resume. How they stop: test_stops.py."""
 
-import contextlib
-import io
 import json
 import math
 import os
-from pathlib import Path
-import signal
-from types import SimpleNamespace
 
 import jax
 import numpy as np
 import pytest
 
-from jaxrl_fp16 import cli
 from jaxrl_fp16.config import load_config
 from jaxrl_fp16.logs import RunLog, read_metrics
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, save_pretrained
-from jaxrl_fp16.precision import LossScaleConfig, make_loss_scale
 from jaxrl_fp16.tasks import ALPHABET
 from jaxrl_fp16.training.checkpoint import CheckpointConfig, CheckpointError, Checkpoints
 from jaxrl_fp16.training.folder_lock import only_writer
-from jaxrl_fp16.training.loop import train
-from jaxrl_fp16.training.guards import Guard, SkipGuard
 from jaxrl_fp16.training.run_config import Config
 
-REWARD = '''
-def reward(prompts, responses, examples):
-    """The share of digits among four characters."""
-    return [sum(character.isdigit() for character in response) / 4 for response in responses]
-'''
 COMPARISONS = (
     "kl_k1", "kl_k3", "logprob_abs_diff_mean", "logprob_abs_diff_max", "prob_abs_diff_mean", "prob_diff_max",
     "prob_diff_min", "seq_log_ratio_mean", "seq_log_ratio_std", "seq_log_ratio_min", "seq_log_ratio_max", "seq_kl",
@@ -38,47 +24,12 @@ COMPARISONS = (
 TERMS = ("numerics", "numerics_update", "staleness", "staleness_last", "truncation", "tokenisation",
          "tokenisation_tokens")
 TIMES = ("seconds/sample", "seconds/learn", "tokens_per_second")
-
-
-@pytest.fixture(scope="module")
-def start(tiny, compile_cache, tmp_path_factory):
-    """start(flag, ...) -> how a run with these flags ended, `code` and `folder`, and its console in `said`."""
-    rewards = tmp_path_factory.mktemp("rewards") / "digits.py"
-    rewards.write_text(REWARD)
-
-    def start(*flags, through=lambda arguments: run(arguments)):
-        own = ["--run.dir", str(tmp_path_factory.mktemp("runs")), "--run.compile_cache", compile_cache]
-        if not any("reward_file" in flag for flag in flags):
-            own += ["--task.reward_file", str(rewards)]
-        console = io.StringIO()
-        with contextlib.redirect_stdout(console):
-            outcome = through([str(tiny), *own, "--run.name", "tiny", *flags])
-        return SimpleNamespace(code=outcome.code, folder=outcome.folder, said=console.getvalue(), flags=own)
-
-    def run(arguments):
-        return train(load_config(Config, arguments[0], arguments[1:]))
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def command(start):
-    """command(flag, ...) -> the same through the command line, which draws the picture too."""
-
-    def through(arguments):
-        code = cli.main(["train", *arguments])
-        folders = list(Path(arguments[arguments.index("--run.dir") + 1]).glob("*"))
-        return SimpleNamespace(code=code, folder=folders[0] if folders else None)
-
-    return lambda *flags: start(*flags, through=through)
-
-
 EVALUATED = ("--evaluation.sets", "[{name: own, samples: 4, temperature: 1}]", "--evaluation.rows", "32",
              "--evaluation.every", "2")
 
 
 @pytest.fixture(scope="module")
-def whole(command):
+def whole(train_command):
     """Four steps without a break, and how many programs had been compiled at each."""
     compiled, counts = [], {}
     listen = lambda event, seconds, **_: compiled.append(event) if "backend_compile" in event else None
@@ -91,7 +42,7 @@ def whole(command):
 
         patch.setattr(RunLog, "metrics", counted)
         jax.monitoring.register_event_duration_secs_listener(listen)
-        run = command("--run.steps", "4", *EVALUATED)
+        run = train_command("--run.steps", "4", *EVALUATED)
         jax.monitoring.unregister_event_duration_listener(listen)
     run.compiled = counts
     return run
@@ -205,11 +156,11 @@ def test_transformers_loads_the_model(whole):
 
 
 @pytest.fixture(scope="module")
-def resumed(start):
+def resumed(train_run):
     """Two steps, then two more by another start in the same folder."""
-    half = start("--run.steps", "2", *EVALUATED)
+    half = train_run("--run.steps", "2", *EVALUATED)
     names = {path.name for path in half.folder.glob("*")}
-    again = start("--run.steps", "4", *EVALUATED, *half.flags, "--resume", str(half.folder))
+    again = train_run("--run.steps", "4", *EVALUATED, *half.flags, "--resume", str(half.folder))
     assert half.folder == again.folder and "model" in names
     return again
 
@@ -227,24 +178,24 @@ def test_a_resumed_run_is_bitwise_one_that_never_stopped(whole, resumed):
 
 
 @pytest.mark.fault(22)
-def test_what_came_after_the_checkpoint_is_cut_off(start, resumed):
+def test_what_came_after_the_checkpoint_is_cut_off(train_run, resumed):
     """As a killed process leaves it: later metrics, half a line, and a checkpoint that is not finished."""
     folder = resumed.folder
     with open(folder / "metrics.jsonl", "a") as file:
         file.write('{"step": 5, "reward": 1.0}\n{"step": 6, "rew')
     (folder / "checkpoints" / "5.partial").mkdir()
-    again = start("--run.steps", "4", *EVALUATED, *resumed.flags, "--resume", str(folder))
+    again = train_run("--run.steps", "4", *EVALUATED, *resumed.flags, "--resume", str(folder))
     assert again.code == 0 and [record["step"] for record in read_metrics(folder)] == [0, 1, 2, 3, 4]
 
 
 @pytest.mark.fault(22)
-def test_a_run_killed_before_its_first_checkpoint_begins_again(start, resumed):
+def test_a_run_killed_before_its_first_checkpoint_begins_again(train_run, resumed):
     """Its logs may have begun; what a manifest lost is no such run."""
     folder, records = resumed.folder, read_metrics(resumed.folder)
     kept = folder / "kept"
     (folder / "checkpoints").rename(kept)
     (folder / "checkpoints" / "1.partial").mkdir(parents=True)
-    again = start("--run.steps", "2", *EVALUATED, *resumed.flags, "--resume", str(folder))
+    again = train_run("--run.steps", "2", *EVALUATED, *resumed.flags, "--resume", str(folder))
     assert again.code == 0 and "no iteration is in a checkpoint yet; the run begins again" in again.said
     assert without_times(read_metrics(folder)) == without_times(records[:3])
     (found, _), (expected, _) = arrays(folder, 2), arrays(folder, 2, "kept")
@@ -252,13 +203,14 @@ def test_a_run_killed_before_its_first_checkpoint_begins_again(start, resumed):
     for step in ("1", "2"):
         (folder / "checkpoints" / step / "manifest.json").unlink()
     with pytest.raises(CheckpointError, match="no sound checkpoint"):
-        start("--run.steps", "2", *EVALUATED, *resumed.flags, "--resume", str(folder))
+        train_run("--run.steps", "2", *EVALUATED, *resumed.flags, "--resume", str(folder))
     assert len(read_metrics(folder)) == 3
 
 
-def test_resuming_under_another_config_is_refused(command, resumed, capsys):
+def test_resuming_under_another_config_is_refused(train_command, resumed, capsys):
     before = {path: path.stat().st_mtime_ns for path in resumed.folder.rglob("*")}
-    run = command("--resume", str(resumed.folder), *EVALUATED, *resumed.flags, "--optimizer.learning_rate", "1e-3")
+    run = train_command("--resume", str(resumed.folder), *EVALUATED, *resumed.flags,
+                        "--optimizer.learning_rate", "1e-3")
     error = capsys.readouterr().err
     assert run.code == 2 and error.count("\n") == 1
     assert "optimizer.learning_rate was 0.01, is 0.001; allowed to differ: run.steps" in error
@@ -266,139 +218,12 @@ def test_resuming_under_another_config_is_refused(command, resumed, capsys):
 
 
 @pytest.mark.fault(28)
-def test_a_folder_that_another_run_writes_is_refused(command, resumed, capsys):
+def test_a_folder_that_another_run_writes_is_refused(train_command, resumed, capsys):
     with only_writer(resumed.folder):
-        run = command("--resume", str(resumed.folder), *EVALUATED, *resumed.flags, "--run.steps", "9")
+        run = train_command("--resume", str(resumed.folder), *EVALUATED, *resumed.flags, "--run.steps", "9")
     error = capsys.readouterr().err
     assert run.code == 2 and error.count("\n") == 1 and f"is being written by process {os.getpid()}" in error
     assert [record["step"] for record in read_metrics(resumed.folder)][-1] < 9
-
-
-# -- stopping ---------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.fault(23)
-@pytest.mark.parametrize("number, place", [(signal.SIGTERM, "metrics"), (signal.SIGINT, "samples")])
-def test_a_signal_ends_the_step_and_saves(start, monkeypatch, number, place):
-    write = getattr(RunLog, place)
-
-    def write_and_signal(log, step, values):
-        write(log, step, values)
-        if step == 1:
-            signal.raise_signal(number)
-
-    monkeypatch.setattr(RunLog, place, write_and_signal)
-    before = signal.getsignal(number)
-    run = start("--checkpoint.every", "0", "--run.steps", "3")
-    assert run.code == 128 + number
-    assert f"stopped by {number.name}; saved after step 1" in run.said
-    assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["1"]
-    assert [record["step"] for record in read_metrics(run.folder)] == [0, 1]
-    assert signal.getsignal(number) == before and not (run.folder / "model").exists()
-
-
-@pytest.mark.fault(23)
-def test_a_second_signal_stops_at_once(start, monkeypatch):
-    def signal_twice(log, step, values):
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-
-    monkeypatch.setattr(RunLog, "metrics", signal_twice)
-    with pytest.raises(SystemExit, match="143"):
-        start()
-
-
-def failing(folder, body):
-    path = folder / "failing.py"
-    path.write_text(f"def reward(prompts, responses, examples):\n    {body}\n")
-    return "--task.reward_file", str(path)
-
-
-@pytest.mark.fault(14)
-@pytest.mark.fault(16)
-@pytest.mark.parametrize("body, message", [
-    ("return [None] * len(responses)", "32 of 32 rewards failed (reward returned 'None' for a reward); allowed: a"),
-    ("return 1 / 0", "32 of 32 rewards failed (ZeroDivisionError: division by zero); allowed: a share of training.max"),
-    ("return [1.0]", "reward returned 1 rewards for a group of 4 responses; one number a response is needed"),
-], ids=["no number", "raises", "wrong number"])
-def test_a_reward_function_that_fails_stops_the_run(command, capsys, tmp_path, body, message):
-    run = command(*failing(tmp_path, body))
-    error = capsys.readouterr().err
-    assert run.code == 3 and message in error and error.count("\n") == 1
-    assert error.endswith("; there is no checkpoint yet\n")
-
-
-def test_a_few_failed_rewards_are_left_out(start, tmp_path):
-    flags = failing(tmp_path, "return [None] + [len(text) / 4 for text in responses[1:]]")
-    run = start(*flags, "--training.max_failed_rewards", "0.25", "--run.steps", "1")
-    step = read_metrics(run.folder)[-1]
-    assert run.code == 0 and step["rewards_failed"] == 8 and math.isfinite(step["loss"])
-
-
-def test_data_without_a_prompt_that_fits_is_refused_before_anything_is_written(command, capsys):
-    run = command("--training.max_prompt_tokens", "3")
-    error = capsys.readouterr().err
-    assert (run.code, run.folder) == (2, None) and error.count("\n") == 1
-    assert "none of the 64 prompts fits into training.max_prompt_tokens = 3" in error
-
-
-@pytest.mark.fault(21)
-@pytest.mark.fault(24)
-@pytest.mark.parametrize("place, error, code, message", [
-    ("loop.learn", jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room"), 3, "out of device memory; what lowers"),
-    ("loop.sample_records", OSError(28, "No space left on device", "samples.jsonl"), 3,
-     "No space left on device: 'samples.jsonl'; there is no checkpoint yet"),
-    ("run.save_pretrained", ValueError("tensor x holds 1e+06"), 3, "tensor x holds 1e+06"),
-    ("run.make_evaluators", KeyboardInterrupt(), 130, "interrupted"),
-], ids=["memory", "disk", "export", "interrupt"])
-def test_what_else_ends_a_run_in_one_line(command, monkeypatch, capsys, place, error, code, message):
-    def fail(*_, **__):
-        raise error
-
-    monkeypatch.setattr(f"jaxrl_fp16.training.{place}", fail)
-    run = command("--run.steps", "0" if place == "run.save_pretrained" else "1")
-    line = capsys.readouterr().err
-    assert run.code == code and message in line and line.count("\n") == 1
-
-
-@pytest.mark.fault(20)
-def test_gradients_that_stay_infinite_stop_the_run(command, capsys):
-    """A scale at which float16 overflows; each step that it skips halves it, and changes nothing else."""
-    scale = 2.0**60
-    run = command("--loss_scale.initial", str(scale), "--loss_scale.maximum", str(scale), "--run.steps", "5",
-                  "--training.max_skipped_steps", "5")
-    error = capsys.readouterr().err
-    assert run.code == 3 and error.count("\n") == 1
-    assert "5 optimizer steps of the policy skipped in a row: gradients are not finite" in error
-    assert f"the last checkpoint is {run.folder}/checkpoints/2" in error
-    records = read_metrics(run.folder)
-    assert [(record["skipped"], record["loss_scale"]) for record in records[1:3]] == [(2, scale / 2), (2, scale / 8)]
-    state, _ = arrays(run.folder, 2)
-    fresh, _ = arrays(run.folder, 1)
-    assert state["policy.loss_scale.skipped"] == 4 and state["policy.step"] == 0
-    assert state["policy.loss_scale.loss_scale"] == scale / 16
-    changed = {name for name in state if state[name].tobytes() != fresh[name].tobytes()}
-    assert changed == {"policy.loss_scale.loss_scale", "policy.loss_scale.skipped", "policy.key"}
-
-
-@pytest.mark.fault(20)
-def test_what_the_skip_guard_counts():
-    precision = SimpleNamespace(loss_scale=make_loss_scale(LossScaleConfig(initial=8.0, minimum=2.0)))
-    own = SimpleNamespace(loss_scale=make_loss_scale(LossScaleConfig(minimum=1.0)))
-    run = SimpleNamespace(config=SimpleNamespace(training=SimpleNamespace(max_skipped_steps=3)), cause=lambda: None,
-                          setup=SimpleNamespace(precision=precision, critic_precision=own))
-    step = lambda skipped, scale=8.0, **more: {"skipped": skipped, "loss_scale": scale, **more}
-    guard = SkipGuard(run)
-    for skipped in (1, 1, 0, 1, 1, 0):
-        guard.check(step(skipped))
-    guard.check(step(1, 4.0))      # it leaves the scale at its minimum, but was not taken there
-    with pytest.raises(Guard, match="2 optimizer steps of the policy skipped with the loss scale at its minimum, 2"):
-        guard.check(step(1, 2.0))
-    guard = SkipGuard(run)
-    critic = {"critic/skipped": 1, "critic/loss_scale": 2.0}  # not its minimum: it has its own
-    guard.check(critic), guard.check(step(1, **critic))
-    with pytest.raises(Guard, match="3 optimizer steps of the critic skipped in a row: gradients are not finite; try"):
-        guard.check(step(1, **critic))
 
 
 # -- other algorithms and settings -----------------------------------------------------------------------------------
@@ -415,8 +240,8 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_two_steps_of_another_algorithm(start, name):
-    run = start(*VARIANTS[name], "--run.export", "false")
+def test_two_steps_of_another_algorithm(train_run, name):
+    run = train_run(*VARIANTS[name], "--run.export", "false")
     steps = read_metrics(run.folder)[1:]
     state, _ = arrays(run.folder, 2)
     assert run.code == 0 and len(steps) == 2 and not (run.folder / "model").exists()
@@ -439,19 +264,19 @@ def test_two_steps_of_another_algorithm(start, name):
     assert ("reference.embedding" in state) == (name != "rollout")
 
 
-def test_where_the_reference_waits_changes_no_bit(start):
+def test_where_the_reference_waits_changes_no_bit(train_run):
     flags = ("--algorithm.kl_coef", "0.1", "--run.steps", "2", "--run.export", "false", "--checkpoint.every", "1")
-    device, host = (start(*flags, "--training.reference", place) for place in ("device", "host"))
+    device, host = (train_run(*flags, "--training.reference", place) for place in ("device", "host"))
     expected, found = (arrays(run.folder, 2)[0] for run in (device, host))
     assert expected.keys() == found.keys()
     for name in expected:
         np.testing.assert_array_equal(found[name], expected[name], err_msg=name)
-    resumed = start("--run.steps", "3", "--algorithm.kl_coef", "0.1", "--run.export", "false", "--training.reference",
-                    "host", "--resume", str(device.folder))
+    resumed = train_run("--run.steps", "3", "--algorithm.kl_coef", "0.1", "--run.export", "false",
+                        "--training.reference", "host", "--resume", str(device.folder))
     assert resumed.code == 0 and arrays(resumed.folder, 3)[0]["policy.step"] == 6
 
 
-def test_a_critic_of_its_own_warms_up_alone(start, whole):
+def test_a_critic_of_its_own_warms_up_alone(train_run, whole):
     """It has another shape, another precision and another loss scale, and the policy waits for it."""
     folder = whole.folder.parent / "critic"
     shape = DecoderConfig(family="llama", vocab_size=len(ALPHABET) + 3, hidden_size=16, intermediate_size=24,
@@ -460,7 +285,7 @@ def test_a_critic_of_its_own_warms_up_alone(start, whole):
     save_pretrained(folder, model, init_params(model, jax.random.key(1)))
     flags = ("--algorithm.preset", "ppo", "--critic.path", str(folder), "--critic.precision", "bf16",
              "--critic.warmup_steps", "1", "--run.export", "false")
-    run = start(*flags)
+    run = train_run(*flags)
     warmup, learning = read_metrics(run.folder)[1:]
     state, _ = arrays(run.folder, 2)
     assert state["critic.step"] == 4 and state["policy.step"] == 2
@@ -470,8 +295,8 @@ def test_a_critic_of_its_own_warms_up_alone(start, whole):
     assert state["critic.params.body.embedding"].shape[1] == 16
 
 
-def test_a_sampler_in_another_precision_says_so(start, whole):
-    run = start("--rollout_precision", "bf16", "--run.steps", "1", "--run.export", "false")
+def test_a_sampler_in_another_precision_says_so(train_run, whole):
+    run = train_run("--rollout_precision", "bf16", "--run.steps", "1", "--run.export", "false")
     assert "ablation: the sampler computes in bf16, all else in fp16" in run.said
     config = load_config(Config, run.folder / "config.yaml")
     assert (config.precision, config.rollout_precision) == ("fp16", "bf16")

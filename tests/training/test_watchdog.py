@@ -72,8 +72,8 @@ CASES = """if True:
 def ends(tmp_path_factory):
     """case -> [exit code, stdout, stderr, seconds]."""
     done = subprocess.run(
-        [sys.executable, "-c", CASES, str(tmp_path_factory.mktemp("cases"))], capture_output=True, text=True, timeout=90,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
+        [sys.executable, "-c", CASES, str(tmp_path_factory.mktemp("cases"))], capture_output=True, text=True,
+        timeout=90, env={**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"},
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

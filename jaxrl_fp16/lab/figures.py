@@ -55,6 +55,7 @@ def _dress(axes):
     axes.tick_params(which="both", color=FAINT, labelcolor=INK, labelsize=8)
     axes.xaxis.label.set(color=INK, fontsize=9)
     axes.yaxis.label.set(color=INK, fontsize=9)
+    axes.yaxis.get_major_formatter().set_useOffset(False)   # a tick reads 0.9999, not 9 with 1e-5+9.999e-1 above it
 
 
 def name_axes(axes, title, x=None, y=None):

@@ -73,8 +73,10 @@ def draw_binned(found, along, reference):
                 continue
             x, mean, error = (bins[name][some] for name in ("x", "mean", "error"))
             error = np.nan_to_num(error)
-            # Downwards no farther than a log axis can show.
-            each.errorbar(x, mean, (np.minimum(error, 0.9 * mean), error), color=colour_of(precision, place),
+            # Downwards no farther than a log axis can show. Lists: of an array with one value matplotlib makes a
+            # number, which NumPy deprecates.
+            errors = np.minimum(error, 0.9 * mean).tolist(), error.tolist()
+            each.errorbar(x, mean, errors, color=colour_of(precision, place),
                           linewidth=1.4, marker="o", markersize=3.5, capsize=2, label=precision)
             drawn = True
         name_axes(each, titles(reference)[pair], ALONG[along], "token KL (k3)")

@@ -88,14 +88,16 @@ def test_config_survives_the_way_there_and_back(reference, tmp_path, random_mode
     save_pretrained(tmp_path / "out", model, params)
     again = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert load_pretrained(tmp_path / "out")[0].config == model.config
-    assert again.rope_parameters == hf.config.rope_parameters
+    assert random_model.rotary(again) == random_model.rotary(hf.config)
     assert again.architectures == hf.config.architectures
     for key in random_model.shape.keys() | {"rms_norm_eps", "tie_word_embeddings"}:
         assert getattr(again, key) == getattr(hf.config, key), key
 
 
-def test_config_of_transformers_4(reference, tmp_path):
+def test_config_of_transformers_4(reference, tmp_path, random_model):
     """The same folder with the rotary settings where version 4 wrote them, and nothing where 5 does."""
+    if random_model.older:
+        pytest.skip("this Transformers writes no other")
     _, folder = reference
     model, _ = load_pretrained(folder)
     config = json.loads((folder / "config.json").read_text())

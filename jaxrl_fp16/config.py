@@ -34,6 +34,7 @@ from jaxrl_fp16.yaml_files import ConfigError, show
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
+LARGEST = 2**31 - 1     # integer: what JAX takes for a size or a seed without its 64-bit mode
 
 
 class _Text(str):
@@ -191,7 +192,10 @@ def _leaf(hint, value, key: str, origin: _Origin, allowed: str | None = None):
         value = _read_text(hint, value, key)
     value = _read_inner_text(value, key)
     try:
-        return _adapter(hint).validate_json(json.dumps(value, allow_nan=False))
+        found = _adapter(hint).validate_json(json.dumps(value, allow_nan=False))
+        if all(abs(item) <= LARGEST for item in (found if isinstance(found, tuple) else [found]) if type(item) is int):
+            return found
+        allowed = f"{allowed or schema.type_text(hint)}, up to {LARGEST:,}"
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         if first["type"] != "missing":      # of an item that is not there, pydantic shows the whole list

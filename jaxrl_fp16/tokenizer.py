@@ -50,7 +50,8 @@ def _fast_class():
 def load_tokenizer(folder) -> PreTrainedTokenizerFast:
     """The tokenizer of a Hugging Face folder, with its chat template from whichever file holds it.
 
-    Raises `ValueError` without a readable `tokenizer.json`, and without an end-of-text token.
+    Raises `ValueError` without a readable `tokenizer.json`, without an end-of-text token, and where the longest
+    text is no number.
     """
     folder = os.fspath(folder)
     path = os.path.join(folder, "tokenizer.json")
@@ -64,6 +65,9 @@ def load_tokenizer(folder) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token_id is None:
         raise ValueError(f"{folder}: the tokenizer has no end-of-text token; "
                          "tokenizer_config.json must name one as eos_token")
+    length = tokenizer.model_max_length
+    if not isinstance(length, (int, float)):
+        raise ValueError(f"{folder}: tokenizer_config.json: model_max_length is {str(length)[:80]!r}; allowed: a number")
     return tokenizer
 
 

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from jaxrl_fp16.models.layers import RopeScaling
 
-_TYPES = {int: "an integer >= 1", float: "a number > 0", bool: "true or false"}
+_TYPES = {int: "an integer >= 1, below 2^31", float: "a number > 0", bool: "true or false"}
+_BELOW = {int: 2**31, float: math.inf}
 _SCALING = {  # key there -> our field and its type
     "factor": ("factor", float),
     "low_freq_factor": ("low_freq_factor", float),
@@ -50,10 +51,10 @@ def read_value(config, key, kind):
     if config.get(key) is None:
         raise ValueError(f"{key} is missing; allowed: {_TYPES[kind]}")
     value = config[key]
-    if kind is float and type(value) is int:
+    if kind is float and type(value) is int and abs(value) < 2**63:
         value = float(value)
-    if type(value) is not kind or (kind is not bool and not 0 < value < math.inf):
-        raise ValueError(f"{key} is {config[key]!r}; allowed: {_TYPES[kind]}")
+    if type(value) is not kind or (kind is not bool and not 0 < value < _BELOW[kind]):
+        raise ValueError(f"{key} is {repr(config[key])[:80]}; allowed: {_TYPES[kind]}")
     return value
 
 

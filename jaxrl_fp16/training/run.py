@@ -173,19 +173,19 @@ def open_run(config, command, *, check=None, reference=False, critic=None, rewar
         check_resumed(config, config.resume, command)
     with contextlib.ExitStack() as stack:
         task = stack.enter_context(naming_at_entry("task", open_task(config.task)))
-        if check is not None:
-            check(setup, task)
         keys = jax.random.split(jax.random.key(config.run.seed), 4)
         model = make_model(setup)
         with naming("evaluation"):
             evaluators = make_evaluators(config, model, setup, task)
+        others = dict(reference=reference and config.training.reference == "device",
+                      critic=critic(config, model) if critic else None)
+        needs = _check_memory(setup, model, **others)   # before `check` makes rows: as many as the config asks for
+        if check is not None:
+            check(setup, task)
         judge = open_reward_model(setup, task) if rewarded else None
         if judge is not None:
             task = dataclasses.replace(task, grade=make_grader(judge, config.task.reward_model, setup.mesh))
-        needs = _check_memory(
-            setup, model, reference=reference and config.training.reference == "device",
-            critic=critic(config, model) if critic else None, reward_model=judge.model if judge else None,
-        )
+            needs = _check_memory(setup, model, **others, reward_model=judge.model)
         params = load_params(setup, model, keys[0])
         folder = stack.enter_context(open_folder(config, alone=command is not None))
         signals = stack.enter_context(caught_signals())

@@ -34,7 +34,7 @@ from jaxrl_fp16.yaml_files import ConfigError, show
 
 T = TypeVar("T")
 COMMAND_LINE = "command line"
-LARGEST = 2**31 - 1     # integer: what JAX takes for a size or a seed without its 64-bit mode
+LARGEST = {int: 2**31 - 1, float: 3.4e38}   # JAX computes in 32 bits
 
 
 class _Text(str):
@@ -193,9 +193,10 @@ def _leaf(hint, value, key: str, origin: _Origin, allowed: str | None = None):
     value = _read_inner_text(value, key)
     try:
         found = _adapter(hint).validate_json(json.dumps(value, allow_nan=False))
-        if all(abs(item) <= LARGEST for item in (found if isinstance(found, tuple) else [found]) if type(item) is int):
+        limit = _limit_passed(found)
+        if limit is None:
             return found
-        allowed = f"{allowed or schema.type_text(hint)}, up to {LARGEST:,}"
+        allowed = f"{allowed or schema.type_text(hint)}, up to {show(limit)}"
     except pydantic.ValidationError as error:
         first = error.errors(include_url=False)[0]
         if first["type"] != "missing":      # of an item that is not there, pydantic shows the whole list
@@ -204,6 +205,13 @@ def _leaf(hint, value, key: str, origin: _Origin, allowed: str | None = None):
     except (ValueError, TypeError):     # nan and infinity are no JSON, nor is an object
         pass
     raise origin.refuse(key, value, allowed or schema.type_text(hint))
+
+
+def _limit_passed(found):
+    """LARGEST of a number, or of one in a tuple, that is beyond it; None where none is."""
+    items = found if isinstance(found, tuple) else (found,)
+    return next((LARGEST[type(item)] for item in items if type(item) in LARGEST and abs(item) > LARGEST[type(item)]),
+                None)
 
 
 @functools.cache

@@ -39,6 +39,7 @@ def configured(tiny, *flags):
     (["--precisions", "--seeds", "0"], "--precisions has no value; allowed: --precisions VALUE [VALUE ...]"),
     (["--seeds", "0", "1", "0"], "compare: seeds are 0, 1, 0; allowed: one or more, each once"),
     (["--seeds", "-1"], "compare.seeds[0]: -1 is not allowed; allowed: list of integer >= 0"),
+    (["--seeds", "4294967296"], "compare.seeds: [4294967296] is not allowed; allowed: list of integer >= 0, up to 2147"),
     (["--seeds", "one"], 'compare.seeds[0]: "one" is not allowed'),
     (["--jobs", "0"], "compare.jobs: 0 is not allowed; allowed: integer >= 1"),
     (["--jobs", "1", "2"], '"2" is not allowed; allowed: --key VALUE'),

@@ -67,7 +67,8 @@ def load_tokenizer(folder) -> PreTrainedTokenizerFast:
                          "tokenizer_config.json must name one as eos_token")
     length = tokenizer.model_max_length
     if not isinstance(length, (int, float)):
-        raise ValueError(f"{folder}: tokenizer_config.json: model_max_length is {str(length)[:80]!r}; allowed: a number")
+        raise ValueError(f"{folder}: tokenizer_config.json: model_max_length is {str(length)[:80]!r}; "
+                         "allowed: a number")
     return tokenizer
 
 

@@ -12,6 +12,8 @@ from jaxrl_fp16.forward import (
 from jaxrl_fp16.models import Critic, Decoder, DecoderConfig, critic_params, init_params
 from jaxrl_fp16.precision import get_precision
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 V, ROWS, COLUMNS = 23, 5, 12
 MODEL = Decoder(DecoderConfig(
     family="qwen2", vocab_size=V, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2,

@@ -14,6 +14,8 @@ import pytest
 
 from jaxrl_fp16 import rl
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 L = 12
 ARRAYS = ("logprobs", "old_logprobs", "rollout_logprobs", "ref_logprobs", "entropy")
 

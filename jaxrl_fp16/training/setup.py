@@ -160,6 +160,7 @@ def load_params(setup, model, key, any_weights=False):
 
 @contextlib.contextmanager
 def _naming_model():
+    """As `naming`, always with the section: "model family ..." would pass there for a text that names it."""
     try:
         yield
     except (TypeError, ValueError) as error:

@@ -180,20 +180,25 @@ def reward(prompts, responses, examples):
 '''
 
 
+@pytest.fixture(scope="session")
+def digits_reward(tmp_path_factory):
+    """A reward file that tells the responses of a random model apart."""
+    path = tmp_path_factory.mktemp("rewards") / "digits.py"
+    path.write_text(REWARD)
+    return str(path)
+
+
 @pytest.fixture(scope="module")
-def train_run(tiny, compile_cache, tmp_path_factory):
+def train_run(tiny, compile_cache, digits_reward, tmp_path_factory):
     """train_run(flag, ...) -> how a run with these flags ended, `code` and `folder`, and its console in `said`."""
     from jaxrl_fp16.config import load_config
     from jaxrl_fp16.training.loop import train
     from jaxrl_fp16.training.run_config import Config
 
-    rewards = tmp_path_factory.mktemp("rewards") / "digits.py"
-    rewards.write_text(REWARD)
-
     def start(*flags, through=lambda arguments: train(load_config(Config, arguments[0], arguments[1:]))):
         own = ["--run.dir", str(tmp_path_factory.mktemp("runs")), "--run.compile_cache", compile_cache]
         if not any("reward_file" in flag for flag in flags):
-            own += ["--task.reward_file", str(rewards)]
+            own += ["--task.reward_file", digits_reward]
         console = io.StringIO()
         with contextlib.redirect_stdout(console):
             outcome = through([str(tiny), *own, "--run.name", "tiny", *flags])

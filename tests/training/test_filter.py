@@ -11,23 +11,14 @@ from jaxrl_fp16 import cli
 from jaxrl_fp16.tasks import load_examples
 from jaxrl_fp16.training import filter as filtering
 
-REWARD = '''
-def reward(prompts, responses, examples):
-    """The share of digits among four characters."""
-    return [sum(character.isdigit() for character in response) / 4 for response in responses]
-'''
-
 
 @pytest.fixture(scope="module")
-def start(tiny, compile_cache, tmp_path_factory):
+def start(tiny, compile_cache, digits_reward, tmp_path_factory):
     """start(flag, ...) -> (exit code, run folder or None); 12 problems, 8 samples each, 4 problems at once."""
-    rewards = tmp_path_factory.mktemp("rewards") / "digits.py"
-    rewards.write_text(REWARD)
-
     def start(*flags):
         runs = tmp_path_factory.mktemp("runs")
         code = cli.main(["filter", str(tiny), "--run.compile_cache", compile_cache, "--run.dir", str(runs),
-                         "--task.reward_file", str(rewards), "--task.train_size", "12", "--filter.samples", "8",
+                         "--task.reward_file", digits_reward, "--task.train_size", "12", "--filter.samples", "8",
                          "--evaluation.rows", "32", *flags])
         return code, next(runs.glob("*"), None)
 

@@ -11,22 +11,13 @@ from jaxrl_fp16 import cli
 from jaxrl_fp16.logs import RunLog, read_metrics
 from jaxrl_fp16.training import loop
 
-REWARD = '''
-def reward(prompts, responses, examples):
-    """Unequal ones, so that there is a gradient."""
-    return [sum(character.isdigit() for character in response) / 4 for response in responses]
-'''
-
 
 @pytest.fixture(scope="module")
-def probe(tiny, compile_cache, tmp_path_factory):
+def probe(tiny, compile_cache, digits_reward, tmp_path_factory):
     """probe(flag, ...) -> `(exit code, run folder, parameters after each iteration)`."""
-    rewards = tmp_path_factory.mktemp("rewards") / "digits.py"
-    rewards.write_text(REWARD)
-
     def probe(*flags):
         runs, seen = tmp_path_factory.mktemp("runs"), []
-        own = ["--run.dir", str(runs), "--run.compile_cache", compile_cache, "--task.reward_file", str(rewards),
+        own = ["--run.dir", str(runs), "--run.compile_cache", compile_cache, "--task.reward_file", digits_reward,
                "--sampling.top_k", "20", "--training.probe"]
         with pytest.MonkeyPatch.context() as patch:
             learn = loop.learn

@@ -26,7 +26,7 @@ from jaxrl_fp16 import cli
 from jaxrl_fp16.config import ConfigError, load_config, parse_overrides
 from jaxrl_fp16.models import Critic, critic_params, param_shardings, save_reward_model
 from jaxrl_fp16.parallel import shard_batch
-from jaxrl_fp16.tasks import open_task, render
+from jaxrl_fp16.tasks import render
 from jaxrl_fp16.tasks.reward_text import make_writer
 from jaxrl_fp16.training.evaluate import grade_chunks, make_evaluator
 from jaxrl_fp16.training.optimizer import OptimizerConfig, make_optimizer
@@ -34,7 +34,7 @@ from jaxrl_fp16.training.reward_model import encode_texts, score_rows
 from jaxrl_fp16.training.reward_update import RewardPairs, make_reward_update
 from jaxrl_fp16.training.run import Guard, open_run
 from jaxrl_fp16.training.run_config import Config
-from jaxrl_fp16.training.setup import load_params, make_model, set_up
+from jaxrl_fp16.training.setup import opened, set_up
 from jaxrl_fp16.training.state import create_train_state, shardings_of
 from jaxrl_fp16.training.supervised import check_pairs
 from jaxrl_fp16.training.warm_start import drop_warm_start, warm_start
@@ -55,14 +55,14 @@ def make_policy(config, name):
 # -- pairs -----------------------------------------------------------------------------------------
 
 
-def sample_pairs(setup, task, policy, examples, samples, key):
+def sample_pairs(bench, params, examples, samples, key):
     """`(texts preferred, texts not)`: what the policy answered to `examples`, right against wrong."""
-    config, sampling = setup.config, dataclasses.replace(setup.config.sampling, group_size=samples)
+    setup, task, config = bench.setup, bench.task, bench.setup.config
+    sampling = dataclasses.replace(config.sampling, group_size=samples)
     write, draw = make_writer(config.task.reward_model.template, setup.tokenizer), random.Random(config.run.seed)
     asked = dataclasses.replace(task, heldout=examples)
     chunks = grade_chunks(
-        make_evaluator(config, "pairs", asked, sampling, policy[0], setup), policy[1], setup,
-        config.training.max_prompt_tokens, key,
+        make_evaluator(bench, "pairs", asked, sampling), params, setup, config.training.max_prompt_tokens, key,
     )
     groups = [group for kept, graded in chunks
               for group in zip(kept, graded.responses, graded.rewards.values)]   # but those that fill the last chunk
@@ -138,17 +138,16 @@ def accuracy_of(setup, model, params, sides):
 def make_reward_model(setup, options):
     """Samples pairs, trains on them, and writes the folder; prints the accuracy on held-out ones."""
     section, keys = setup.config.task.reward_model, jax.random.split(jax.random.key(setup.config.run.seed), 2)
-    model = make_model(setup)
-    policy = model, load_params(setup, model, keys[0])
-    with open_task(setup.config.task) as task:
-        examples = task.train[: options.problems], task.heldout
+    with opened(setup) as bench:
+        policy = bench.load_params()
+        examples = bench.task.train[: options.problems], bench.task.heldout
         pairs, held_out = (
             [encode_texts(setup.tokenizer, side, setup.pad_id) for side in
-             sample_pairs(setup, task, policy, each, options.samples, key)]
+             sample_pairs(bench, policy, each, options.samples, key)]
             for each, key in zip(examples, keys)
         )
     print(f"{len(pairs[0])} pairs of {options.problems} problems", flush=True)
-    model, params = reward_model_of(*policy)
+    model, params = reward_model_of(bench.model, policy)
     params = learn(setup, model, params, pairs, options.steps, options.learning_rate)
     accuracy, count = accuracy_of(setup, model, params, held_out), len(held_out[0])
     save_reward_model(section.path, model, params, tokenizer=setup.tokenizer, overwrite=True)

@@ -44,10 +44,10 @@ training/folder_lock
 training/manifest
 training/leaves
 training/checkpoint
+training/engine
 training/collect
 training/dynamic
 training/terms
-training/learn
 training/evaluate
 training/memory
 training/watchdog
@@ -55,9 +55,11 @@ training/guards
 training/run_config
 training/setup
 training/reward_model
-training/run
-training/watch
+training/learn
 training/learner
+training/run
+training/follow
+training/watch
 training/supervised
 training/warm_start
 training/pairs

@@ -21,13 +21,12 @@ from jaxrl_fp16.parallel import row_shards, shard_batch, to_host
 from jaxrl_fp16.precision import get_policy
 from jaxrl_fp16.ranges import LARGEST, dtype_of, make_ranges, module_names, weight_ranges
 from jaxrl_fp16.rl import needs_reference, normalizer_of
-from jaxrl_fp16.sampling import make_sampler
-from jaxrl_fp16.tasks import open_task, render
+from jaxrl_fp16.tasks import render
 from jaxrl_fp16.telemetry import by_tensor, first_overflow, largest, margin, underflow_share, weight_shares
 from jaxrl_fp16.tokenizer import encode_pairs, encode_prompts
-from jaxrl_fp16.training.run import naming_at_entry
+from jaxrl_fp16.training.engine import make_engine
 from jaxrl_fp16.training.run_config import resolve_algorithm
-from jaxrl_fp16.training.setup import load_params, make_model, set_up
+from jaxrl_fp16.training.setup import opened, set_up_alone
 from jaxrl_fp16.training.update import loss_of_rows
 from jaxrl_fp16.types import Batch
 
@@ -41,22 +40,19 @@ def run_info(config):
 
     That file holds the figures of every tensor and module too.
     """
-    if config.resume is not None:
-        raise ConfigError(f"info reads no run folder; allowed: --model.path {config.resume}/model, after export")
     output = config.info.output
     if output is not None and not Path(output).parent.is_dir():
         raise ConfigError(f"info.output: the folder of {output} does not exist; allowed: a file in one that does")
-    setup, log = set_up(config), Console()
-    with naming_at_entry("task", open_task(setup.config.task)) as task:
-        keys = jax.random.split(jax.random.key(setup.config.run.seed), 4)
-        model = make_model(setup)
+    setup, log = set_up_alone("info", config), Console()
+    with opened(setup) as bench:
+        model = bench.model
         with log.announce("loading the model"):
-            params = load_params(setup, model, keys[0], any_weights=True)
+            params = bench.load_params(any_weights=True)
         weights = by_tensor(model, jax.tree.map(to_host, weight_ranges(params)))
         found = None
         if all(math.isfinite(each.peak) for _, each in weights):  # else every activation is NaN
             with log.announce("computing activations and gradients"):
-                rows, origin = _rows(setup, task, model, params, keys[3])
+                rows, origin = _rows(bench, params)
                 found, scale = _look(setup, model, params, rows)
     facts = {"model": setup.config.model.path or "random weights", "weights": _of_weights(weights)}
     if found is not None:
@@ -75,12 +71,12 @@ def run_info(config):
 # -- rows and their loss -------------------------------------------------------------------------
 
 
-def _rows(setup, task, model, params, key):
+def _rows(bench, params):
     """`(Batch on the host, where its responses come from)`: problems with solutions where any has one, else sampled.
 
     Advantages are 1 and -1 in turn; log-probs are filled in by the loss.
     """
-    config = setup.config
+    setup, task, config = bench.setup, bench.task, bench.setup.config
     examples = list((task.heldout or task.train)[: config.info.rows])
     examples += examples[:1] * (-len(examples) % row_shards(setup.mesh))
     prompts = [render(task.template, example, setup.tokenizer) for example in examples]
@@ -93,7 +89,7 @@ def _rows(setup, task, model, params, key):
         origin = "the task's solutions"
     else:
         tokens, mask, kept = encode_prompts(setup.tokenizer, prompts, length)
-        tokens, mask, response = _sampled(setup, model, params, tokens, mask | ~kept[:, None], key)
+        tokens, mask, response = _sampled(bench, params, tokens, mask | ~kept[:, None])
         origin = "sampled"
     if not kept.any():
         raise ConfigError(
@@ -105,12 +101,11 @@ def _rows(setup, task, model, params, key):
     return Batch(tokens, mask, response, zeros, zeros, signs.astype(np.float32)), origin
 
 
-def _sampled(setup, model, params, tokens, mask, key):
+def _sampled(bench, params, tokens, mask):
     """`(tokens, mask, response_mask)` on the host: one response to each prompt, in the sampler's precision."""
-    s, limit = setup.config.sampling, setup.config.info.max_new_tokens
+    s, limit = bench.setup.config.sampling, bench.setup.config.info.max_new_tokens
     sampling = s.__class__(max_new_tokens=min(s.max_new_tokens, limit), temperature=s.temperature, group_size=1)
-    sample = make_sampler(model, setup.rollout_precision.policy, sampling, eos_id=setup.eos_ids, pad_id=setup.pad_id)
-    rollout = sample(params, *shard_batch((tokens, mask), setup.mesh), key)
+    rollout = make_engine(bench.setup, bench.model, sampling)(params, tokens, mask, bench.setup.keys.evaluation)
     return tuple(to_host(x) for x in (rollout.tokens, rollout.mask, rollout.response_mask))
 
 

@@ -109,8 +109,7 @@ def _open_programs(setup, console, signals, rollouts):
     """(Laboratory, TrainState, prompts or None): what sampling and scoring need, refused where at fault."""
     prompts = read_prompts(setup) if rollouts is None else None
     model, state = open_model(setup)
-    key = jax.random.split(jax.random.key(setup.config.run.seed), 4)[2]
-    laboratory = Laboratory(setup, model, key, console, signals)
+    laboratory = Laboratory(setup, model, console, signals)
     if rollouts is not None:
         check_stored(laboratory, rollouts)
     return laboratory, state, prompts
@@ -131,7 +130,7 @@ def _fill(laboratory, state, prompts, precisions, reference, rollouts, folder):
             f"{config.sampling.max_new_tokens} tokens")
         rollouts = []
         for precision in precisions:
-            rollouts.append(sample_rollout(laboratory, precision, state.params, prompts))
+            rollouts.append(sample_rollout(laboratory, precision, state.sampling_params, prompts))
             keep(rollouts[-1])
     rollouts = [dataclasses.replace(rollout, scorer={}, gradient={}, entropy={}) for rollout in rollouts]
     others = [] if reference.name in [precision.name for precision in precisions] else [reference]
@@ -150,7 +149,7 @@ def _attribute(laboratory, state, precisions, rollouts):
         first = {name: getattr(rollout, name)[:ATTRIBUTED] for name in ("tokens", "mask", "response_mask", "logprobs")}
         with laboratory.console.announce(f"attribution in {precision.name}"), naming("mismatch.attribution"):
             found[precision.name] = attribute(
-                laboratory.model, state.params, dataclasses.replace(rollout, **first), precision.policy,
+                laboratory.model, state.sampling_params, dataclasses.replace(rollout, **first), precision.policy,
                 temperature=rollout.temperature,
             )
     return found

@@ -22,15 +22,14 @@ from jaxrl_fp16.lab.rollout_files import ScoredRollout
 from jaxrl_fp16.models import param_shardings
 from jaxrl_fp16.parallel import replicated, row_shards, shard_batch, to_host
 from jaxrl_fp16.rl import needs_reference
-from jaxrl_fp16.sampling import make_sampler
 from jaxrl_fp16.tasks import open_task
 from jaxrl_fp16.training.collect import next_prompts
+from jaxrl_fp16.training.engine import make_engine
 from jaxrl_fp16.training.memory import check_fits, device_bytes, estimate
 from jaxrl_fp16.training.optimizer import make_optimizer
-from jaxrl_fp16.training.run import naming_at_entry
 from jaxrl_fp16.training.run_config import resolve_algorithm
 from jaxrl_fp16.training.scorer import make_scorer
-from jaxrl_fp16.training.setup import Setup, load_params, make_model, naming
+from jaxrl_fp16.training.setup import Setup, load_params, make_model, naming, naming_at_entry
 from jaxrl_fp16.training.state import create_train_state, shardings_of
 from jaxrl_fp16.training.update import make_update
 from jaxrl_fp16.training.watchdog import Signals
@@ -47,7 +46,6 @@ class Laboratory:
 
     setup: Setup
     model: Any
-    key: jax.Array        # of sampling, the same in every precision
     console: Console
     signals: Signals
 
@@ -61,16 +59,15 @@ def open_model(setup):
 
     Raises ConfigError for a model that is at fault or cannot fit.
     """
-    keys = jax.random.split(jax.random.key(setup.config.run.seed), 4)
     model = make_model(setup)
     compute = setup.precision.policy.compute_dtype
     with naming("memory"):
         needs = estimate(setup.config, model, setup.mesh, compute)
         check_fits(needs, device_bytes(setup.mesh.devices.flatten()[0]))
-    params = load_params(setup, model, keys[0])
+    params = load_params(setup, model)
     optimizer = make_optimizer(setup.config.optimizer)
     shardings = param_shardings(model, setup.mesh)
-    return model, create_train_state(params, optimizer, setup.precision.loss_scale, keys[2], shardings)
+    return model, create_train_state(params, optimizer, setup.precision.loss_scale, setup.keys.learning, shardings)
 
 
 def model_for(model, precision):
@@ -94,15 +91,12 @@ def read_prompts(setup):
 def sample_rollout(laboratory, precision, params, prompts):
     """A ScoredRollout, not yet scored, of `prompts` as `read_prompts` gives them."""
     setup, sampling = laboratory.setup, laboratory.setup.config.sampling
-    sample = make_sampler(
-        model_for(laboratory.model, precision), precision.policy, sampling, eos_id=setup.eos_ids, pad_id=setup.pad_id,
-        tokenizer=setup.tokenizer,
-    )
+    engine, key = make_engine(setup, model_for(laboratory.model, precision), precision=precision), setup.keys.learning
     parts = row_shards(setup.mesh)
     at_once = min(setup.config.training.prompts_per_step, -(-len(prompts[0]) // parts) * parts)
 
     def run(number, chunk):
-        return sample(params, *shard_batch(chunk, setup.mesh), jax.random.fold_in(laboratory.key, number))
+        return engine(params, *chunk, jax.random.fold_in(key, number))  # the same in every precision
 
     with laboratory.console.announce(f"sampling in {precision.name}"):
         found = _in_chunks(laboratory, run, prompts, at_once)
@@ -126,7 +120,7 @@ def score_rollouts(laboratory, precision, state, rollouts, gradient=True):
     done = []
     for rollout in rollouts:
         with _announced(laboratory, "the scorer", precision, rollout):
-            logprobs, entropy = _score(laboratory, scorer, state.params, rollout)
+            logprobs, entropy = _score(laboratory, scorer, state.sampling_params, rollout)
         done.append(dataclasses.replace(
             rollout, scorer={**rollout.scorer, precision.name: logprobs},
             entropy={**rollout.entropy, precision.name: entropy},

@@ -12,7 +12,7 @@ from itertools import islice
 
 import numpy as np
 
-from jaxrl_fp16.parallel import shard_batch, to_host
+from jaxrl_fp16.parallel import to_host
 from jaxrl_fp16.tasks import Example, Rewards, render
 from jaxrl_fp16.tokenizer import decode_responses, encode_prompts
 from jaxrl_fp16.types import Rollout
@@ -89,9 +89,9 @@ class Graded:
     lengths: np.ndarray          # int [B]: response tokens
 
 
-def sample_and_grade(sample, params, prompts, task, setup, key):
+def sample_and_grade(engine, params, prompts, task, setup, key):
     """Samples a group for each prompt, decodes the responses and grades them."""
-    rollout = sample(params, *shard_batch((prompts.tokens, prompts.mask), setup.mesh), key)
+    rollout = engine(params, prompts.tokens, prompts.mask, key)
     tokens, mask, finished = (to_host(x) for x in (rollout.tokens, rollout.response_mask, rollout.finished))
     texts = decode_responses(setup.tokenizer, tokens, mask, setup.eos_ids)
     group = len(texts) // len(prompts.texts)

@@ -12,10 +12,10 @@ import jax
 import numpy as np
 
 from jaxrl_fp16.parallel import row_shards
-from jaxrl_fp16.sampling import make_sampler
 from jaxrl_fp16.tasks import get_template, load_examples, render
 from jaxrl_fp16.tokenizer import encode_prompts
 from jaxrl_fp16.training.collect import PromptBatch, sample_and_grade
+from jaxrl_fp16.training.engine import make_engine
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,17 +24,18 @@ class Evaluator:
 
     name: str
     task: object          # its `heldout` are the set's problems
-    sample: object        # as `make_sampler` gives it
+    engine: object        # as `make_engine` gives it
     prompts_at_once: int
     samples: int
 
 
-def make_evaluators(config, model, setup, task):
-    """An Evaluator for each of `config.evaluation.sets`. Raises ValueError for a set at fault."""
-    return [_evaluator_of(config, section, model, setup, task) for section in config.evaluation.sets]
+def make_evaluators(bench):
+    """An Evaluator for each of `evaluation.sets` of an `Opened` command. Raises ValueError for a set at fault."""
+    return [_evaluator_of(bench, section) for section in bench.setup.config.evaluation.sets]
 
 
-def _evaluator_of(config, section, model, setup, task):
+def _evaluator_of(bench, section):
+    config, task = bench.setup.config, bench.task
     if section.path is not None:
         fields = (config.task.problem_field, config.task.answer_field)
         task = dataclasses.replace(task, heldout=load_examples(section.path, *fields))
@@ -54,18 +55,15 @@ def _evaluator_of(config, section, model, setup, task):
         config.sampling, temperature=section.temperature, top_p=section.top_p, top_k=0, group_size=section.samples,
         max_new_tokens=config.evaluation.max_new_tokens or config.sampling.max_new_tokens, max_rows=0,
     )
-    return make_evaluator(config, section.name, task, sampling, model, setup)
+    return make_evaluator(bench, section.name, task, sampling)
 
 
-def make_evaluator(config, name, task, sampling, model, setup):
+def make_evaluator(bench, name, task, sampling):
     """An Evaluator of `task.heldout` under a SamplingConfig, `evaluation.rows` responses at once."""
-    sample = make_sampler(
-        model, setup.rollout_precision.policy, sampling, eos_id=setup.eos_ids, pad_id=setup.pad_id,
-        tokenizer=setup.tokenizer,
-    )
+    setup = bench.setup
     parts, samples = row_shards(setup.mesh), sampling.group_size
-    at_once = min(max(1, config.evaluation.rows // samples), len(task.heldout))
-    return Evaluator(name, task, sample, math.ceil(at_once / parts) * parts, samples)
+    at_once = min(max(1, setup.config.evaluation.rows // samples), len(task.heldout))
+    return Evaluator(name, task, make_engine(setup, bench.model, sampling), math.ceil(at_once / parts) * parts, samples)
 
 
 def evaluate(evaluator, params, setup, length, key):
@@ -95,7 +93,7 @@ def grade_chunks(evaluator, params, setup, length, key, start=0):
         chunk = evaluator.task.heldout[begin:begin + evaluator.prompts_at_once]
         prompts, kept = _prompts(evaluator, chunk, setup.tokenizer, length)
         chunk_key = jax.random.fold_in(key, begin // evaluator.prompts_at_once)
-        yield kept, sample_and_grade(evaluator.sample, params, prompts, evaluator.task, setup, chunk_key)
+        yield kept, sample_and_grade(evaluator.engine, params, prompts, evaluator.task, setup, chunk_key)
 
 
 def _prompts(evaluator, chunk, tokenizer, length):

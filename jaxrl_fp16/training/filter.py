@@ -17,11 +17,10 @@ import numpy as np
 
 from jaxrl_fp16.config import ConfigError
 from jaxrl_fp16.console import Console
-from jaxrl_fp16.tasks import open_task
 from jaxrl_fp16.training.collect import truncation_rule
 from jaxrl_fp16.training.evaluate import grade_chunks, make_evaluator
-from jaxrl_fp16.training.run import naming_at_entry, open_folder
-from jaxrl_fp16.training.setup import check_resumed, load_params, make_model, naming, set_up, write_record
+from jaxrl_fp16.training.run import open_folder
+from jaxrl_fp16.training.setup import check_resumed, naming, opened, set_up, write_record
 from jaxrl_fp16.training.watchdog import caught_signals
 
 ACCURACY, FILTERED = "accuracy.jsonl", "filtered.jsonl"
@@ -51,18 +50,16 @@ def run_filter(config):
     if config.resume is not None:
         check_resumed(config, config.resume, "filter")
     with contextlib.ExitStack() as stack:
-        task = stack.enter_context(naming_at_entry("task", open_task(config.task)))
-        keys = jax.random.split(jax.random.key(config.run.seed), 4)
-        model = make_model(setup)
+        bench = stack.enter_context(opened(setup))
+        task = bench.task
         sampling = dataclasses.replace(config.sampling, group_size=config.filter.samples, max_rows=0)
         with naming("filter"):
-            evaluator = make_evaluator(config, "filter", dataclasses.replace(task, heldout=task.train), sampling,
-                                       model, setup)
-        params = load_params(setup, model, keys[0])
+            evaluator = make_evaluator(bench, "filter", dataclasses.replace(task, heldout=task.train), sampling)
+        params = bench.load_params()
         folder = stack.enter_context(open_folder(config))
         write_record(setup, folder, "filter")
         signals = stack.enter_context(caught_signals())
-        found = _measure(config, evaluator, setup, params, keys[3], folder, signals)
+        found = _measure(config, evaluator, setup, params, setup.keys.evaluation, folder, signals)
         if signals.received is not None:
             Console().say(f"stopped by {signal.Signals(signals.received).name} after {len(found)} of "
                           f"{len(task.train)} problems; go on with --resume {folder}")

@@ -36,24 +36,27 @@ class SkipGuard:
     """Counts optimizer steps skipped in a row; stops a run whose gradients stay non-finite."""
 
     def __init__(self, run):
-        self.run, self.limit = run, run.config.training.max_skipped_steps
+        self.limit = run.config.training.max_skipped_steps
         self.scales = {"": run.setup.precision.loss_scale, "critic/": run.setup.critic_precision.loss_scale}
         self.in_a_row = dict.fromkeys(self.scales, 0)
 
-    def check(self, metrics):
-        """After each optimizer step: its metrics, with those of the critic's step under `critic/`."""
+    def check(self, metrics, cause=lambda: None):
+        """After each optimizer step: its metrics, with those of the critic's step under `critic/`.
+
+        cause: tells what was not finite in the policy's, or None.
+        """
         for model in self.in_a_row:
             if f"{model}skipped" in metrics:
-                self._check(model, bool(metrics[f"{model}skipped"]), metrics[f"{model}loss_scale"])
+                self._check(model, bool(metrics[f"{model}skipped"]), metrics[f"{model}loss_scale"], cause)
 
-    def _check(self, model, skipped, scale):
+    def _check(self, model, skipped, scale, cause):
         self.in_a_row[model] = self.in_a_row[model] + 1 if skipped else 0
         floored = skipped and bool(self.scales[model].replace(loss_scale=scale).at_minimum)
         if self.in_a_row[model] < self.limit and not floored:
             return
         when = f"with the loss scale at its minimum, {scale:g}" if floored else "in a row"
-        cause = None if model else self.run.cause()
-        first = f", first {cause}" if cause else ""
+        found = None if model else cause()
+        first = f", first {found}" if found else ""
         raise Guard(
             f"{self.in_a_row[model]} optimizer steps of the {'critic' if model else 'policy'} skipped {when}: "
             f"gradients are not finite{first}; try precision bf16 or a lower learning rate"

@@ -1,18 +1,53 @@
-"""What learning starts from: fresh states of policy and critic, and the reference."""
+"""What learns: the states of policy and critic, the reference, and how a run makes or finds them.
+
+Four sets of weights have names of their own, whatever they are made of: what is trained and what sampler and
+scorer compute with (`TrainState.trained_params`, `sampling_params`), what a checkpoint keeps (`Learner.saved`), and
+what a KL term refers to (`Learner.reference_params`).
+"""
 
 from __future__ import annotations
 
+from typing import Any
+
+from flax import struct
 import jax
 import jax.numpy as jnp
 
 from jaxrl_fp16.models import Critic, Decoder, critic_params, load_pretrained, param_shardings, read_config
-from jaxrl_fp16.parallel import to_host_memory
+from jaxrl_fp16.parallel import to_device_memory, to_host_memory
 from jaxrl_fp16.rl import needs_critic, needs_reference
 from jaxrl_fp16.tokenizer import check_vocabulary
-from jaxrl_fp16.training.learn import Learner
 from jaxrl_fp16.training.optimizer import make_optimizer
 from jaxrl_fp16.training.setup import naming
-from jaxrl_fp16.training.state import create_train_state
+from jaxrl_fp16.training.state import TrainState, create_train_state
+
+
+@struct.dataclass
+class Learner:
+    """Everything that learning changes, and what it is held against."""
+
+    actor: TrainState                 # of the policy
+    critic: TrainState | None = None  # with PPO
+    reference: Any | None = None      # float32 parameters, with a KL term; in device or host memory
+
+    @property
+    def sampling_params(self):
+        """What sampler, scorer and evaluation compute with, and an export writes."""
+        return self.actor.sampling_params
+
+    @property
+    def reference_params(self):
+        """What a KL term refers to, in device memory."""
+        return to_device_memory(self.reference)
+
+    def saved(self):
+        """What a checkpoint keeps, by its names on the disk."""
+        return {"policy": self.actor, "critic": self.critic, "reference": self.reference}
+
+    @classmethod
+    def of_saved(cls, found):
+        """The Learner of what a checkpoint kept."""
+        return cls(found["policy"], found["critic"], found["reference"])
 
 
 def make_learner(run, algorithm, params):
@@ -27,13 +62,13 @@ def make_learner(run, algorithm, params):
         body = params if config.critic.path is None else _critic_body(config, run.setup)
         critic = create_train_state(
             critic_params(body), make_optimizer(config.critic.optimizer), run.setup.critic_precision.loss_scale,
-            run.keys[2], param_shardings(critic_model(config, run.model), mesh),
+            run.setup.keys.learning, param_shardings(critic_model(config, run.model), mesh),
         )
-    policy = create_train_state(
-        params, make_optimizer(config.optimizer), run.setup.precision.loss_scale, run.keys[2],
+    actor = create_train_state(
+        params, make_optimizer(config.optimizer), run.setup.precision.loss_scale, run.setup.keys.learning,
         param_shardings(run.model, mesh),
     )
-    return Learner(policy, critic, reference)
+    return Learner(actor, critic, reference)
 
 
 def critic_model(config, model):
@@ -58,6 +93,3 @@ def _critic_body(config, setup):
     with naming("critic"):
         _, body = load_pretrained(config.critic.path, mesh=setup.mesh, compute_dtype=compute.name)
     return body
-
-
-__all__ = ["check_critic", "critic_model", "make_learner"]

@@ -11,20 +11,20 @@ import jax
 
 from jaxrl_fp16.parallel import to_host
 from jaxrl_fp16.rl import needs_critic, needs_reference
-from jaxrl_fp16.sampling import make_sampler
 from jaxrl_fp16.training.collect import next_prompts, sample_and_grade, truncation_rule
 from jaxrl_fp16.training.dynamic import sample_unequal
-from jaxrl_fp16.training.guards import Guard, SkipGuard, check_bounds
+from jaxrl_fp16.training.engine import make_engine
+from jaxrl_fp16.training.follow import Step, follow
+from jaxrl_fp16.training.guards import Guard
 from jaxrl_fp16.training.learn import learn, make_programs
 from jaxrl_fp16.training.learner import check_critic, critic_model, make_learner
 from jaxrl_fp16.training.memory import peak_bytes
-from jaxrl_fp16.training.optimizer import make_schedule
 from jaxrl_fp16.training.run import announced, open_run
 from jaxrl_fp16.training.run_config import resolve_algorithm
 from jaxrl_fp16.training.setup import naming
 from jaxrl_fp16.training.supervised import check_pairs
 from jaxrl_fp16.training.terms import tokenisation_terms
-from jaxrl_fp16.training.warm_start import drop_warm_start, keep_warm_start, warm_start
+from jaxrl_fp16.training.warm_start import begin, log_start
 from jaxrl_fp16.training.watch import Watch
 
 
@@ -45,96 +45,61 @@ def train(config):
     `CheckpointError` for a run that stopped itself.
     """
     algorithm = resolve_algorithm(config)
-    make_critic = _critic_of(algorithm)
     with open_training(config) as (run, params):
-        config, setup, t = run.config, run.setup, run.config.training
-        rows = t.prompts_per_step * config.sampling.group_size
-        run.log.say(
-            f"{algorithm.preset}: {config.run.steps} steps of {t.prompts_per_step} prompts x "
-            f"{config.sampling.group_size} = {rows} rows, in minibatches of {t.minibatch_size}"
-        )
-        # The policy: warm-started if asked for, or as a checkpoint left it.
-        anew, metrics, code = run.starts_anew(), {}, 0
-        if config.sft.steps and anew:
-            params, metrics, code = warm_start(run, params)
+        config, t = run.config, run.config.training
+        run.log.say(_plan(algorithm, config))
+        start, code = begin(run, params, lambda run, params: make_learner(run, algorithm, params))
         if code:
             return Outcome(run.folder, config.precision, code)
-        learner, start, position = make_learner(run, algorithm, params), 0, 0
-        if not anew:
-            learner, position, start = run.restore(learner)
-        run.start_log(start, config.run.steps)
+        run.start_log(start.step, config.run.steps)
         if t.probe:
             run.log.say("probe: learning rate 0; no weight moves from here on, nothing is saved and nothing exported")
-        if anew:
-            run.log.metrics(0, metrics | run.evaluate(learner.policy.params))
-        if config.sft.steps and anew:
-            if t.probe:
-                drop_warm_start(run)
-            else:
-                keep_warm_start(run, learner)
+        evaluate = lambda learner: run.evaluate(learner.sampling_params)
+        log_start(run, start, evaluate, kept=not t.probe)
+        steps = iterations(run, algorithm, start)
+        code = follow(run, start.learner, steps, config.run.steps, config.optimizer, evaluate, frozen=t.probe)
+        return Outcome(run.folder, config.precision, code, t.probe)
 
-        # The programs: each compiles once.
-        critic = make_critic(config, run.model) if make_critic else None
-        programs = make_programs(config, algorithm, run.model, critic, setup, learner)
-        sample = make_sampler(
-            run.model, setup.rollout_precision.policy, config.sampling,
-            eos_id=setup.eos_ids, pad_id=setup.pad_id, tokenizer=setup.tokenizer,
-        )
-        guard, watch = SkipGuard(run), Watch(run, algorithm)
-        rounds = t.max_sampling_rounds if algorithm.dynamic_sampling else 1
 
-        for step in range(start + 1, config.run.steps + 1):
-            began, first = time.perf_counter(), step == start + 1
-            key, sample_key, order_key = jax.random.split(learner.policy.key, 3)
-            learner = learner.replace(policy=learner.policy.replace(key=key))
+def _plan(algorithm, config):
+    t, group = config.training, config.sampling.group_size
+    return (
+        f"{algorithm.preset}: {config.run.steps} steps of {t.prompts_per_step} prompts x {group} = "
+        f"{t.prompts_per_step * group} rows, in minibatches of {t.minibatch_size}"
+    )
 
-            # Prompts, a group of responses to each, and what they earn.
-            run.stage(f"step {step}: sampling and grading")
-            draw = partial(draw_batch, run, sample, learner.policy.params, sample_key)
-            with announced(run.log, first, "compiling the sampler"):
-                prompts, graded, draws = sample_unequal(draw, position, rounds, t.truncated, setup.mesh)
-            position = prompts.position
-            sampled = time.perf_counter()
 
-            # Log-probs, advantages, optimizer steps.
-            run.stage(f"step {step}: learning")
-            with announced(run.log, first, "compiling scorer and update"):
-                learner, metrics, taken = learn(
-                    config, algorithm, programs, learner, graded, order_key, setup.mesh,
-                    critic_alone=learner.critic is not None and step <= config.critic.warmup_steps,
-                    keep=watch.keep,
-                )
-            done = time.perf_counter()
+def iterations(run, algorithm, start):
+    """The RL iterations after `start`: sample, grade, score, update. Yields a Step after each."""
+    config, setup, learner, position = run.config, run.setup, start.learner, start.position
+    critic = critic_model(config, run.model) if needs_critic(algorithm) else None
+    programs = make_programs(setup, algorithm, run.model, critic, learner)
+    engine = make_engine(setup, run.model)
+    watch, rounds = Watch(run, algorithm), config.training.max_sampling_rounds if algorithm.dynamic_sampling else 1
+    for step in range(start.step + 1, config.run.steps + 1):
+        began, first = time.perf_counter(), step == start.step + 1
+        key, sample_key, order_key = jax.random.split(learner.actor.key, 3)
+        learner = learner.replace(actor=learner.actor.replace(key=key))
 
-            # What happened, and what is kept of it.
-            metrics |= rollout_metrics(config, graded, prompts, draws) | retokenised(run, graded.rollout)
-            metrics |= {
-                "learning_rate": 0.0 if t.probe else float(make_schedule(config.optimizer)(learner.policy.step)),
-                "seconds/sample": sampled - began, "seconds/learn": done - sampled,
-                "tokens_per_second": draws.tokens / (done - began),
-            }
-            peak = peak_bytes(setup.mesh.local_devices[0])
-            metrics |= {} if peak is None else {"memory/device_peak_bytes": peak}
-            metrics |= watch.look(step, learner.policy, taken)
-            last = step == config.run.steps
-            if (last or run.evaluation_due(step)) and not t.probe:  # its weights were evaluated at the start
-                metrics |= run.evaluate(learner.policy.params)
-            run.stage(f"step {step}: writing")
-            run.log.metrics(step, metrics)
-            run.log.samples(step, sample_records(prompts, graded))
-            for step_metrics in taken:
-                guard.check(step_metrics)
-            check_bounds(run, step, metrics)
-            stops = run.stops()
-            if (last or stops or run.checkpoints.due(step)) and not t.probe:
-                run.checkpoints.save(step, learner, {"position": position}, metrics)
-            if stops:
-                code = run.end_by_signal(step, "a probe saves nothing" if t.probe else None)
-                return Outcome(run.folder, config.precision, code)
+        # Prompts, a group of responses to each, and what they earn.
+        run.stage(f"step {step}: sampling and grading")
+        draw = partial(draw_batch, run, engine, learner.sampling_params, sample_key)
+        with announced(run.log, first, "compiling the sampler"):
+            prompts, graded, draws = sample_unequal(draw, position, rounds, config.training.truncated, setup.mesh)
+        position, sampled = prompts.position, time.perf_counter()
 
-        if config.run.export and not t.probe:
-            run.export(learner.policy.params)
-        return Outcome(run.folder, config.precision, 0, t.probe)
+        # Log-probs, advantages, optimizer steps.
+        run.stage(f"step {step}: learning")
+        critic_alone = critic is not None and step <= config.critic.warmup_steps
+        with announced(run.log, first, "compiling scorer and update"):
+            learner, metrics, taken = learn(programs, learner, graded, order_key, critic_alone, watch.keep)
+        done = time.perf_counter()
+
+        metrics |= rollout_metrics(config, graded, prompts, draws) | retokenised(run, graded.rollout)
+        metrics |= {"seconds/sample": sampled - began, "seconds/learn": done - sampled,
+                    "tokens_per_second": draws.tokens / (done - began)}
+        metrics |= device_peak(setup.mesh) | watch.look(step, learner.actor, taken)
+        yield Step(step, learner, metrics, position, taken, sample_records(prompts, graded), watch.cause)
 
 
 # -- before the first step -----------------------------------------------------------------------
@@ -144,13 +109,9 @@ def open_training(config):
     """`open_run` as `train` needs it: with all that can be refused before the start."""
     algorithm = resolve_algorithm(config)
     return open_run(
-        config, "train", check=check_data, reference=needs_reference(algorithm), critic=_critic_of(algorithm),
+        config, "train", check=check_data, reference=needs_reference(algorithm), critic=needs_critic(algorithm),
         rewarded=True,
     )
-
-
-def _critic_of(algorithm):
-    return critic_model if needs_critic(algorithm) else None
 
 
 def check_data(setup, task):
@@ -166,14 +127,14 @@ def check_data(setup, task):
 # -- within a step -------------------------------------------------------------------------------
 
 
-def draw_batch(run, sample, params, key, position, number):
+def draw_batch(run, engine, params, key, position, number):
     """`(PromptBatch, Graded)`: the prompts from `position` on, and what `params` made of them in draw `number`."""
     t, setup = run.config.training, run.setup
     prompts = next_prompts(
         run.task, setup.tokenizer, position, t.prompts_per_step, t.max_prompt_tokens, run.config.run.seed
     )
     key = jax.random.fold_in(key, number) if number else key
-    graded = sample_and_grade(sample, params, prompts, run.task, setup, key)
+    graded = sample_and_grade(engine, params, prompts, run.task, setup, key)
     check_rewards(graded.rewards, t.max_failed_rewards)
     return prompts, graded
 
@@ -207,6 +168,12 @@ def rollout_metrics(config, graded, prompts, draws):
     }
 
 
+def device_peak(mesh):
+    """The most that the first device has held so far; nothing where it does not count."""
+    peak = peak_bytes(mesh.local_devices[0])
+    return {} if peak is None else {"memory/device_peak_bytes": peak}
+
+
 def retokenised(run, rollout):
     """What a server that works on text would change of `rollout`."""
     rows = run.config.training.tokenisation_rows
@@ -225,6 +192,3 @@ def sample_records(prompts, graded):
                 "prompt": prompt, "response": responses[place], "answer": example.answer,
                 "reward": float(rewards[place]),
             }
-
-
-__all__ = ["Outcome", "open_training", "train"]

@@ -19,7 +19,9 @@ from jaxrl_fp16.tasks import render
 from jaxrl_fp16.tokenizer import encode_pairs
 from jaxrl_fp16.training.collect import fitting_rows
 from jaxrl_fp16.training.dpo import PreferencePairs, make_dpo_update, make_pair_scorer, pair_loss
-from jaxrl_fp16.training.learn import Learner
+from jaxrl_fp16.training.follow import Step
+from jaxrl_fp16.training.learn import host_floats
+from jaxrl_fp16.training.learner import Learner
 from jaxrl_fp16.training.optimizer import make_optimizer
 from jaxrl_fp16.training.run import announced
 from jaxrl_fp16.training.setup import naming
@@ -74,20 +76,20 @@ def preference_learner(run, params):
     reference = jax.tree.map(jnp.copy, params)
     optimizer, shardings = make_optimizer(run.config.dpo.optimizer), param_shardings(run.model, run.setup.mesh)
     scale = run.setup.precision.loss_scale
-    return Learner(create_train_state(params, optimizer, scale, run.keys[2], shardings), reference=reference)
+    return Learner(create_train_state(params, optimizer, scale, run.setup.keys.learning, shardings), reference=reference)
 
 
 def optimize(run, learner, position=0, start=0):
     """The steps of section `dpo` after step `start`, from `learner` and a position in the data.
 
-    Yields `(step, state, metrics, position)` after each; a yielded state is donated to the next step.
+    Yields a Step after each.
     """
-    section, setup, state = run.config.dpo, run.setup, learner.policy
+    section, setup = run.config.dpo, run.setup
     sizes = dict(microbatch_size=section.microbatch_size)
     scorer = make_pair_scorer(run.model, setup.precision.policy, **sizes)
     update = make_dpo_update(
         run.model, setup.precision.policy, section, make_optimizer(section.optimizer),
-        state_shardings=shardings_of(state), **sizes,
+        state_shardings=shardings_of(learner.actor), **sizes,
     )
     for step in range(start + 1, section.steps + 1):
         pairs, position = next_preferences(
@@ -95,9 +97,10 @@ def optimize(run, learner, position=0, start=0):
         )
         pairs = shard_batch(pairs, setup.mesh)
         with announced(run.log, step == start + 1, "compiling scorer and update"):
-            pairs = pairs.replace(ref_logprobs=scorer(learner.reference, pairs))
-            state, metrics = update(state, pairs)
-        yield step, state, metrics, position
+            pairs = pairs.replace(ref_logprobs=scorer(learner.reference_params, pairs))
+            actor, metrics = update(learner.actor, pairs)
+        learner, metrics = learner.replace(actor=actor), host_floats(metrics)
+        yield Step(step, learner, metrics, position, [metrics])
 
 
 def make_held_out(run, reference):
@@ -129,8 +132,3 @@ def _in_batches(pairs, size):
     pairs = jax.tree.map(lambda x: np.pad(x, ((0, missing), (0, 0), (0, 0))), pairs)
     count = pairs.tokens.shape[0]
     return [jax.tree.map(lambda x, at=at: x[at:at + size], pairs) for at in range(0, count, size)]
-
-
-__all__ = [
-    "check_preferences", "encode_preferences", "make_held_out", "next_preferences", "optimize", "preference_learner",
-]

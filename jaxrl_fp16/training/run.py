@@ -5,7 +5,6 @@ What is wrong with the config, the data or the model is refused before the run f
 
 from __future__ import annotations
 
-from collections.abc import Callable
 import contextlib
 import dataclasses
 from pathlib import Path
@@ -21,15 +20,16 @@ from jaxrl_fp16.console import Console
 from jaxrl_fp16.logs import RunLog, truncate
 from jaxrl_fp16.models import save_pretrained
 from jaxrl_fp16.parallel import LOST_PROCESS, from_first_process
-from jaxrl_fp16.tasks import Task, open_task
+from jaxrl_fp16.tasks import Task
 from jaxrl_fp16.training.checkpoint import CheckpointError, Checkpoints
 from jaxrl_fp16.training.evaluate import evaluate, make_evaluators
 from jaxrl_fp16.training.folder_lock import only_writer
+from jaxrl_fp16.training.learner import critic_model
 from jaxrl_fp16.training.guards import Guard, ending_in_order
 from jaxrl_fp16.training.memory import MIB, check_fits, device_bytes, estimate, parameter_count
 from jaxrl_fp16.training.reward_model import make_grader, open_reward_model
 from jaxrl_fp16.training.setup import (
-    Setup, check_resumed, load_params, make_model, naming, new_folder, set_up, write_record,
+    Setup, check_resumed, naming, new_folder, opened, set_up, write_record,
 )
 from jaxrl_fp16.training.watchdog import Signals, Watchdog, caught_signals, leaving_on_abort
 
@@ -39,20 +39,22 @@ class Run:
     """What is open. `log` is the console alone until `start_log`."""
 
     setup: Setup
-    config: Any
     task: Task
     model: Any
     evaluators: list
-    keys: jax.Array         # of: weights, supervised steps, learning, evaluation
     folder: Path
     signals: Signals
     watchdog: Watchdog
-    checkpoints: Checkpoints
     stack: contextlib.ExitStack
-    log: Console = dataclasses.field(default_factory=Console)
+    log: Console
+    checkpoints: Checkpoints = dataclasses.field(init=False)  # opened below `folder`, which the log tells of
     ending: int | None = None   # the signal after which all processes end, once `stops` has said so
-    # What was not finite in the latest optimizer step that was skipped, as text; None where nobody can tell.
-    cause: Callable[[], str | None] = lambda: None
+
+    @property
+    def config(self):
+        """The resolved one."""
+        return self.setup.config
+
 
     def starts_anew(self):
         """Whether there is nothing to restore: a new run, or one that was killed before its first checkpoint,
@@ -110,7 +112,7 @@ class Run:
             self.stage(f"evaluating {evaluator.name}")
             with self.log.announce(f"evaluating {evaluator.name}"):
                 metrics |= evaluate(
-                    evaluator, params, self.setup, self.config.training.max_prompt_tokens, self.keys[3]
+                    evaluator, params, self.setup, self.config.training.max_prompt_tokens, self.setup.keys.evaluation
                 )
             self.stage(f"what follows evaluating {evaluator.name}")
         return metrics
@@ -156,9 +158,9 @@ class Run:
 
 
 @contextlib.contextmanager
-def open_run(config, command, *, check=None, reference=False, critic=None, rewarded=False):
+def open_run(config, command, *, check=None, reference=False, critic=False, rewarded=False):
     """Gives `(Run, parameters)`. `reference`: whether one will take memory.
-    critic: `(config, model) -> its module`, where one will. command: whose run it is; None for one that only
+    critic: whether PPO's will. command: whose run it is; None for one that only
     reads a run's folder, which others may write meanwhile.
 
     Where `rewarded`, and the config names a reward model, `run.task` is graded by it; the
@@ -172,13 +174,12 @@ def open_run(config, command, *, check=None, reference=False, critic=None, rewar
     if config.resume is not None:
         check_resumed(config, config.resume, command)
     with contextlib.ExitStack() as stack:
-        task = stack.enter_context(naming_at_entry("task", open_task(config.task)))
-        keys = jax.random.split(jax.random.key(config.run.seed), 4)
-        model = make_model(setup)
+        bench = stack.enter_context(opened(setup))
+        task, model = bench.task, bench.model
         with naming("evaluation"):
-            evaluators = make_evaluators(config, model, setup, task)
+            evaluators = make_evaluators(bench)
         others = dict(reference=reference and config.training.reference == "device",
-                      critic=critic(config, model) if critic else None)
+                      critic=critic_model(config, model) if critic else None)
         needs = _check_memory(setup, model, **others)   # before `check` makes rows: as many as the config asks for
         if check is not None:
             check(setup, task)
@@ -186,29 +187,20 @@ def open_run(config, command, *, check=None, reference=False, critic=None, rewar
         if judge is not None:
             task = dataclasses.replace(task, grade=make_grader(judge, config.task.reward_model, setup.mesh))
             needs = _check_memory(setup, model, **others, reward_model=judge.model)
-        params = load_params(setup, model, keys[0])
+        params = bench.load_params()
         folder = stack.enter_context(open_folder(config, alone=command is not None))
         signals = stack.enter_context(caught_signals())
         watchdog = stack.enter_context(Watchdog(config.training.stage_seconds, "training.stage_seconds"))
         if jax.process_count() > 1:
             stack.enter_context(leaving_on_abort(lambda: f"{LOST_PROCESS}; {watchdog.saved}"))
         console = Console(quiet=jax.process_index() != 0)
-        run = Run(setup, config, task, model, evaluators, keys, folder, signals, watchdog, None, stack, console)
+        run = Run(setup, task, model, evaluators, folder, signals, watchdog, stack, console)
         run.checkpoints = stack.enter_context(run.open_checkpoints("checkpoints"))
         stack.enter_context(ending_in_order(run))
         if command is not None and jax.process_index() == 0:
             write_record(setup, folder, command, judge.precision.policy if judge else None)
         _introduce(run, needs, judge)
         yield run, params
-
-
-@contextlib.contextmanager
-def naming_at_entry(section, context):
-    """`context`, with ValueErrors of its opening, and no later ones, turned into refusals."""
-    with contextlib.ExitStack() as stack:
-        with naming(section):
-            opened = stack.enter_context(context)
-        yield opened
 
 
 def _check_memory(setup, model, **others):
@@ -256,6 +248,3 @@ def _introduce(run, needs, judge):
 def announced(log, first, text):
     """Says what compiles, where this is the first time."""
     return log.announce(text) if first else contextlib.nullcontext()
-
-
-__all__ = ["Run", "announced", "naming_at_entry", "open_folder", "open_run"]

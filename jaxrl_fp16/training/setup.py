@@ -15,7 +15,7 @@ import json
 import os
 from pathlib import Path
 import platform as host
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
@@ -25,7 +25,7 @@ from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, load_pretrain
 from jaxrl_fp16.models.config_json import read_json
 from jaxrl_fp16.parallel import check_same_config, initialize_distributed, make_mesh
 from jaxrl_fp16.precision import Precision, get_precision, resolve_precision
-from jaxrl_fp16.tasks import ALPHABET
+from jaxrl_fp16.tasks import ALPHABET, Task, open_task
 from jaxrl_fp16.tokenizer import (
     character_tokenizer, check_vocabulary, end_ids, load_tokenizer, pad_id, vocabulary_size,
 )
@@ -48,6 +48,40 @@ class Setup:
     eos_ids: tuple[int, ...]
     pad_id: int
 
+    @property
+    def keys(self):
+        """The run's `Keys`."""
+        return Keys(*jax.random.split(jax.random.key(self.config.run.seed), len(Keys._fields)))
+
+
+class Keys(NamedTuple):
+    """What each part of a command draws from; all of `run.seed`."""
+
+    weights: jax.Array      # random ones, where no folder is read
+    supervised: jax.Array   # the train state of supervised steps
+    learning: jax.Array     # the actor's, from which sampling and data order come, and the critic's
+    evaluation: jax.Array   # the same at each evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A command with its task and model, none of whose weights is read yet."""
+
+    setup: Setup
+    task: Task
+    model: Decoder
+
+    def load_params(self, any_weights=False):
+        """`load_params` of this model."""
+        return load_params(self.setup, self.model, any_weights)
+
+
+@contextlib.contextmanager
+def opened(setup):
+    """Gives `Opened`; the task's grading processes end with the context. Raises ConfigError."""
+    with naming_at_entry("task", open_task(setup.config.task)) as task:
+        yield Opened(setup, task, make_model(setup))
+
 
 @contextlib.contextmanager
 def naming(section):
@@ -59,6 +93,22 @@ def naming(section):
     except ValueError as error:
         text = str(error)
         raise ConfigError(text if text.startswith(section) else f"{section}: {text}") from error
+
+
+@contextlib.contextmanager
+def naming_at_entry(section, context):
+    """`context`, with ValueErrors of its opening, and no later ones, turned into refusals."""
+    with contextlib.ExitStack() as stack:
+        with naming(section):
+            entered = stack.enter_context(context)
+        yield entered
+
+
+def set_up_alone(command, config):
+    """`set_up` of a command that reads no run folder."""
+    if config.resume is not None:
+        raise ConfigError(f"{command} reads no run folder; allowed: --model.path {config.resume}/model, after export")
+    return set_up(config)
 
 
 def set_up(config):
@@ -146,7 +196,7 @@ def make_model(setup):
         return Decoder(config, attention=section.attention, remat=section.remat, numerics=setup.config.numerics)
 
 
-def load_params(setup, model, key, any_weights=False):
+def load_params(setup, model, any_weights=False):
     """float32 parameters of `make_model`'s model on the mesh: from `model.path`, or random. Raises ConfigError.
 
     any_weights: also such as are no finite numbers of the compute dtype.
@@ -154,7 +204,7 @@ def load_params(setup, model, key, any_weights=False):
     path, compute = setup.config.model.path, None if any_weights else setup.precision.policy.compute_dtype.name
     with _naming_model():
         if path is None:
-            return init_params(model, key, setup.mesh)
+            return init_params(model, setup.keys.weights, setup.mesh)
         return load_pretrained(path, mesh=setup.mesh, compute_dtype=compute)[1]
 
 
@@ -271,8 +321,3 @@ def _replace(path, text):
 def _policy_text(policy):
     params, compute, output = policy.param_dtype.name, policy.compute_dtype.name, policy.output_dtype.name
     return f"params={params},compute={compute},output={output}"
-
-
-__all__ = [
-    "Setup", "naming", "set_up", "make_model", "load_params", "new_folder", "check_resumed", "write_record",
-]

@@ -22,6 +22,20 @@ class TrainState:
     step: jax.Array        # int32 []: optimizer steps that were taken
     key: jax.Array         # PRNG key; whoever draws from it splits it
 
+    @property
+    def trained_params(self):
+        """What gradients are taken of and the optimizer moves; its moments mirror this tree."""
+        return self.params
+
+    def with_trained(self, params):
+        """The state with other `trained_params`."""
+        return self.replace(params=params)
+
+    @property
+    def sampling_params(self):
+        """What a forward computes with: sampler's, scorer's and gradient program's."""
+        return self.params
+
 
 def init_train_state(params, optimizer, loss_scale, key, *, copy=True):
     """A fresh `TrainState` for `optimizer`, an `optax.GradientTransformation`.

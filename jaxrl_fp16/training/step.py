@@ -31,9 +31,10 @@ def guarded_step(loss_fn, optimizer, state, batch, microbatch_size, *, empty=Fal
     norm = optax.tree.norm(grads)
     finite, empty = jnp.isfinite(norm), jnp.asarray(empty)
     taken = finite & ~empty
-    updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-    params = state.params if frozen else optax.apply_updates(state.params, updates)
-    stepped = state.replace(params=params, opt_state=opt_state, step=state.step + 1)
+    trained = state.trained_params
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    moved = trained if frozen else optax.apply_updates(trained, updates)
+    stepped = state.with_trained(moved).replace(opt_state=opt_state, step=state.step + 1)
     kept = _select(taken, stepped, state)
     scale = _select(empty, state.loss_scale, state.loss_scale.adjust(finite))
     metrics = dict(
@@ -52,15 +53,15 @@ def _accumulate(loss_fn, state, microbatches):
     """(loss, scaled float32 gradients, aux stacked) over microbatches, arrays [n,...], one after another."""
 
     def scaled_loss(params, microbatch):
-        share, aux = loss_fn(params, microbatch)
+        share, aux = loss_fn(state.with_trained(params).sampling_params, microbatch)
         return state.loss_scale.scale(share), (share, aux)
 
     def body(carry, microbatch):
         total, grads = carry
-        new, (share, aux) = jax.grad(scaled_loss, has_aux=True)(state.params, microbatch)
+        new, (share, aux) = jax.grad(scaled_loss, has_aux=True)(state.trained_params, microbatch)
         return (total + share, jax.tree.map(jnp.add, grads, new)), aux
 
-    zeros = jax.tree.map(jnp.zeros_like, state.params)
+    zeros = jax.tree.map(jnp.zeros_like, state.trained_params)
     (loss, grads), aux = lax.scan(body, (jnp.zeros(()), zeros), microbatches)
     return loss, grads, aux
 

@@ -15,6 +15,9 @@ from jaxrl_fp16.ranges import make_peaks
 from jaxrl_fp16.tasks import render
 from jaxrl_fp16.tokenizer import encode_pairs
 from jaxrl_fp16.training.collect import fitting_rows
+from jaxrl_fp16.training.follow import Step
+from jaxrl_fp16.training.learn import host_floats
+from jaxrl_fp16.training.learner import Learner
 from jaxrl_fp16.training.optimizer import make_optimizer
 from jaxrl_fp16.training.run import announced
 from jaxrl_fp16.training.setup import naming
@@ -69,15 +72,14 @@ def check_pairs(setup, task):
 def fresh_state(run, params):
     """A train state for section `sft`'s optimizer. Takes `params` over."""
     scale, shardings = run.setup.precision.loss_scale, param_shardings(run.model, run.setup.mesh)
-    return create_train_state(params, make_optimizer(run.config.sft.optimizer), scale, run.keys[1], shardings)
+    return create_train_state(params, make_optimizer(run.config.sft.optimizer), scale, run.setup.keys.supervised, shardings)
 
 
 def supervise(run, state, position=0, start=0):
     """The steps of section `sft` after step `start`, from `state` and a position in the data.
 
-    Yields `(step, state, metrics, position)` after each; a yielded state is donated to the next step.
-    The run's `cause` tells what was not finite in one that was skipped.
-    Beside the update's own metrics stand `examples` and `filled`, the share of columns that hold a token.
+    Yields a Step after each. Beside the update's own metrics stand `examples` and `filled`, the share of columns
+    that hold a token.
     """
     section, setup = run.config.sft, run.setup
     update = make_sft_update(
@@ -92,8 +94,9 @@ def supervise(run, state, position=0, start=0):
         )
         with announced(run.log, step == start + 1, "compiling the supervised step"):
             state, metrics = update(state, shard_batch(pairs, setup.mesh))
-        run.cause = partial(_cause, run, peaks, state.params, metrics["loss_scale"], pairs)
-        yield step, state, metrics | {"examples": examples, "filled": pairs.mask.mean()}, position
+        cause = partial(_cause, run, peaks, state.sampling_params, metrics["loss_scale"], pairs)
+        metrics = host_floats(metrics) | {"examples": float(examples), "filled": float(pairs.mask.mean())}
+        yield Step(step, Learner(state), metrics, position, [metrics], cause=cause)
 
 
 def _loss_of(logprobs, entropy, rows, tokens):
@@ -107,6 +110,3 @@ def _cause(run, peaks, params, scale, pairs):
         for part in range(len(parts.tokens))
     )
     return name_in_parts(run, peaks, params, scale, microbatches, np.maximum(pairs.loss_mask.sum(), 1))
-
-
-__all__ = ["check_pairs", "fresh_state", "next_pairs", "supervise"]

@@ -1,16 +1,61 @@
-"""Supervised steps before the first iteration of `train` and `dpo`, or as a command of their own."""
+"""Where a training begins: anew, after a warm start of supervised steps, or where a checkpoint left it."""
 
 from __future__ import annotations
 
+import dataclasses
 import shutil
+from typing import Any
 
 import jax
 
 from jaxrl_fp16.training.guards import SkipGuard
-from jaxrl_fp16.training.learn import Learner
+from jaxrl_fp16.training.learner import Learner
 from jaxrl_fp16.training.supervised import fresh_state, supervise
 
 FOLDER = "warm_start"  # of its checkpoints
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """What a training's first step goes on from."""
+
+    learner: Learner
+    position: int = 0                       # in the data
+    step: int = 0                           # steps that were taken before
+    metrics: dict[str, Any] | None = None   # of the warm start; None: a checkpoint was restored, or nothing is logged
+
+
+def begin(run, params, make_learner):
+    """`(Start, exit code)` of a training that a warm start may come before; the code is 0, or a signal's with no Start.
+
+    make_learner: `(run, params) -> Learner`; takes params over.
+    """
+    anew, metrics, code = run.starts_anew(), {}, 0
+    if run.config.sft.steps and anew:
+        params, metrics, code = warm_start(run, params)
+    if code:
+        return None, code
+    learner = make_learner(run, params)
+    return (Start(learner, metrics=metrics) if anew else restored(run, learner)), 0
+
+
+def restored(run, learner):
+    """The Start that the newest sound checkpoint holds; `learner` is the template."""
+    found, position, step = run.restore(learner.saved())
+    return Start(Learner.of_saved(found), position, step)
+
+
+def log_start(run, start, evaluate, kept=True):
+    """Metrics before the first step, `evaluate(learner)` among them, and a checkpoint in the warm start's place, or
+    with `kept` false none. Nothing for what a checkpoint restored."""
+    if start.metrics is None:
+        return
+    run.log.metrics(0, start.metrics | evaluate(start.learner))
+    if run.config.sft.steps and kept:
+        run.checkpoints.save(0, start.learner.saved(), {"position": 0})
+        run.checkpoints.wait()
+    if run.config.sft.steps:
+        drop_warm_start(run)
 
 
 def warm_start(run, params):
@@ -23,17 +68,19 @@ def warm_start(run, params):
     shown, learner, known, start = max(1, section.steps // 5), Learner(fresh_state(run, params)), {}, 0
     with run.open_checkpoints(FOLDER, best=None, export="latest") as checkpoints:
         if run.config.resume is not None and not checkpoints.is_empty():
-            learner, known, start = checkpoints.restore(learner)
+            found, known, start = checkpoints.restore(learner.saved())
+            learner = Learner.of_saved(found)
             run.log.say(f"warm start: resumed after step {start}")
             if known["done"] or start >= section.steps:
-                return learner.policy.params, known["metrics"], 0
+                return learner.sampling_params, known["metrics"], 0
         run.stage("warm start")
-        for step, state, metrics, position in supervise(run, learner.policy, known.get("position", 0), start):
+        for taken in supervise(run, learner.actor, known.get("position", 0), start):
+            step, learner = taken.number, taken.learner
             run.stage(f"warm start, after step {step}")
-            guard.check(jax.device_get(metrics))
-            accuracy = _accuracy_when_due(run, step, state.params)
+            guard.check(taken.metrics, taken.cause)
+            accuracy = _accuracy_when_due(run, step, learner.sampling_params)
             done = step == section.steps or (accuracy is not None and accuracy >= section.until_accuracy)
-            metrics = {"sft/loss": float(metrics["loss"]), "sft/steps": step}
+            metrics = {"sft/loss": taken.metrics["loss"], "sft/steps": step}
             if step % shown == 0 or done:
                 shown_accuracy = "" if accuracy is None else f"  {run.evaluators[0].name} {accuracy:.3f}"
                 run.log.say(
@@ -41,19 +88,12 @@ def warm_start(run, params):
                 )
             stops = run.stops()
             if done or stops or checkpoints.due(step):
-                extra = {"position": position, "done": done, "metrics": metrics}
-                checkpoints.save(step, Learner(state), extra)
+                extra = {"position": taken.position, "done": done, "metrics": metrics}
+                checkpoints.save(step, learner.saved(), extra)
             if done or stops:
                 break
     code = run.end_by_signal(0, f"saved in the warm start, after step {step}") if stops else 0
-    return state.params, metrics, code
-
-
-def keep_warm_start(run, learner):
-    """A checkpoint of step 0 takes the place of those within the warm start."""
-    run.checkpoints.save(0, learner, {"position": 0})
-    run.checkpoints.wait()
-    drop_warm_start(run)
+    return learner.sampling_params, metrics, code
 
 
 def drop_warm_start(run):
@@ -69,6 +109,3 @@ def _accuracy_when_due(run, step, params):
         return None
     first = run.evaluators[0]
     return run.evaluate(params, [first])[f"eval/{first.name}/accuracy"]
-
-
-__all__ = ["drop_warm_start", "keep_warm_start", "warm_start"]

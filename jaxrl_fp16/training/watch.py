@@ -23,7 +23,7 @@ OUT_OF_MEMORY = "not named: the program that looks inside needs more memory than
 
 
 class Watch:
-    """Looks at each iteration of a run from outside. It becomes the run's `cause`."""
+    """Looks at each iteration of a run from outside."""
 
     def __init__(self, run, algorithm):
         config, policy = run.config, run.setup.precision.policy
@@ -33,7 +33,6 @@ class Watch:
         self._ranges = make_ranges(run.model, policy, loss_of, **options)
         self._peaks = make_peaks(run.model, policy, loss_of, **options)
         self._batch = self._suspect = None
-        run.cause = self.cause
 
     def keep(self, rows_of, minibatches):
         """The iteration's rows: `rows_of(int32 [n]) -> Batch`, and those of each optimizer step, int32 [M]."""
@@ -53,7 +52,7 @@ class Watch:
             self._batch = None  # its arrays need not wait for the next iteration
             return metrics
         scale = [values["loss_scale"] for values in taken if values["skipped"]][-1]
-        self._suspect = state.params, jnp.asarray(scale, jnp.float32), skipped[-1]
+        self._suspect = state.sampling_params, jnp.asarray(scale, jnp.float32), skipped[-1]
         total = int(state.loss_scale.skipped)
         if (total - len(skipped)).bit_length() < total.bit_length():
             text = self.cause() or "nothing, when it is computed again"
@@ -82,8 +81,8 @@ class Watch:
         idle = (to_host(minibatch.advantages).reshape(len(index), -1) == 0).all(axis=1)
         index = index[np.argsort(idle, kind="stable")]
         with self.run.log.announce("looking at the ranges"):
-            found = self._ranges(state.params, state.loss_scale.loss_scale, rows_of(index[:count]), total)
-            found, weights = jax.tree.map(to_host, (found, weight_ranges(state.params)))
+            found = self._ranges(state.sampling_params, state.loss_scale.loss_scale, rows_of(index[:count]), total)
+            found, weights = jax.tree.map(to_host, (found, weight_ranges(state.sampling_params)))
         return summarize(self.run.model, self.run.setup.precision.policy, found, weights)
 
 

@@ -103,7 +103,8 @@ def task():
 
 def evaluators(toy, task, *sets, **section):
     config = parse_config(Config, {"evaluation": {"sets": list(sets), **section}})
-    return make_evaluators(config, toy.model, SETUP, task)
+    setup = SimpleNamespace(**vars(SETUP), config=config)
+    return make_evaluators(SimpleNamespace(setup=setup, task=task, model=toy.model))
 
 
 def test_sets_of_a_config(toy, task, tmp_path):

@@ -56,7 +56,7 @@ def test_a_bug_stays_one():
 def test_what_the_skip_guard_counts():
     precision = SimpleNamespace(loss_scale=make_loss_scale(LossScaleConfig(initial=8.0, minimum=2.0)))
     own = SimpleNamespace(loss_scale=make_loss_scale(LossScaleConfig(minimum=1.0)))
-    run = SimpleNamespace(config=SimpleNamespace(training=SimpleNamespace(max_skipped_steps=3)), cause=lambda: None,
+    run = SimpleNamespace(config=SimpleNamespace(training=SimpleNamespace(max_skipped_steps=3)),
                           setup=SimpleNamespace(precision=precision, critic_precision=own))
     step = lambda skipped, scale=8.0, **more: {"skipped": skipped, "loss_scale": scale, **more}
     guard = SkipGuard(run)

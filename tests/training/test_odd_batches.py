@@ -56,10 +56,10 @@ def run(tiny, compile_cache, tmp_path, monkeypatch, capsys):
     before it, and after)."""
     states = []
 
-    def watched(config, algorithm, programs, learner, *arguments, **options):
-        states.append(numbers(learner.policy))
-        learned = learn(config, algorithm, programs, learner, *arguments, **options)
-        states.append(numbers(learned[0].policy))
+    def watched(programs, learner, *arguments, **options):
+        states.append(numbers(learner.actor))
+        learned = learn(programs, learner, *arguments, **options)
+        states.append(numbers(learned[0].actor))
         return learned
 
     def run(change, body, *flags):
@@ -69,7 +69,7 @@ def run(tiny, compile_cache, tmp_path, monkeypatch, capsys):
 
         monkeypatch.setattr("jaxrl_fp16.training.loop.learn", watched)
         if change is not None:
-            monkeypatch.setattr("jaxrl_fp16.training.loop.make_sampler", changed)
+            monkeypatch.setattr("jaxrl_fp16.training.engine.make_sampler", changed)
         (tmp_path / "reward.py").write_text(f"def reward(prompts, responses, examples):\n    {body}\n")
         code = cli.main(["train", str(tiny), "--run.compile_cache", compile_cache, "--run.dir", str(tmp_path / "runs"),
                          "--task.reward_file", str(tmp_path / "reward.py"), "--logging.tensorboard", "false",

@@ -22,10 +22,10 @@ def probe(tiny, compile_cache, digits_reward, tmp_path_factory):
         with pytest.MonkeyPatch.context() as patch:
             learn = loop.learn
 
-            def watched(config, algorithm, programs, learner, *rest, **named):
-                seen.append(jax.tree.map(np.array, learner.policy.params))
-                learner, *others = learn(config, algorithm, programs, learner, *rest, **named)
-                seen.append(jax.tree.map(np.array, learner.policy.params))
+            def watched(programs, learner, *rest, **named):
+                seen.append(jax.tree.map(np.array, learner.actor.params))
+                learner, *others = learn(programs, learner, *rest, **named)
+                seen.append(jax.tree.map(np.array, learner.actor.params))
                 return learner, *others
 
             patch.setattr(loop, "learn", watched)

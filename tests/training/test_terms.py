@@ -18,7 +18,8 @@ from jaxrl_fp16.sampling.support import draw
 from jaxrl_fp16.tasks import Rewards
 from jaxrl_fp16.training import init_train_state, make_value_update
 from jaxrl_fp16.training.collect import Graded
-from jaxrl_fp16.training.learn import Learner, _minibatches, learn, make_programs
+from jaxrl_fp16.training.learn import _minibatches, learn, make_programs
+from jaxrl_fp16.training.learner import Learner
 from jaxrl_fp16.training.optimizer import OptimizerConfig, make_optimizer
 from jaxrl_fp16.training.run_config import Config, resolve_algorithm
 from jaxrl_fp16.training.terms import staleness_terms, summed_kl, tokenisation_terms, truncation_term
@@ -96,10 +97,10 @@ class Iteration:
     def run(self, params=None, iterations=1):
         """`(learner, metrics of the last iteration, parameters before each optimizer step)`, on the same rollouts."""
         algorithm, before = resolve_algorithm(self.config), []
-        setup = SimpleNamespace(precision=self.precision, mesh=self.mesh)
+        setup = SimpleNamespace(config=self.config, precision=self.precision, mesh=self.mesh)
         optimizer = make_optimizer(self.config.optimizer)
         learner = Learner(init_train_state(params or self.params, optimizer, self.precision.loss_scale, self.key))
-        programs = make_programs(self.config, algorithm, self.model, None, setup, learner)
+        programs = make_programs(setup, algorithm, self.model, None, learner)
 
         def update(state, batch):
             before.append(jax.tree.map(np.array, state.params))
@@ -107,7 +108,7 @@ class Iteration:
 
         watched = dataclasses.replace(programs, update=update)
         for _ in range(iterations):
-            learner, metrics, _ = learn(self.config, algorithm, watched, learner, self.graded, self.key, self.mesh)
+            learner, metrics, _ = learn(watched, learner, self.graded, self.key)
         return learner, metrics, before
 
 
@@ -117,7 +118,7 @@ def test_staleness_by_hand(bigrams, old_logprobs):
     iteration = Iteration(bigrams, old_logprobs=old_logprobs)
     learner, metrics, (start, between) = iteration.run()
     jax.tree.map(np.testing.assert_array_equal, start, iteration.params)
-    assert np.abs(learner.policy.params["embedding"] - start["embedding"]).max() > 0.1
+    assert np.abs(learner.actor.params["embedding"] - start["embedding"]).max() > 0.1
     first, second = _minibatches(jax.random.fold_in(iteration.key, 0), ROWS, 4)
 
     def kl(params, index):
@@ -154,9 +155,9 @@ def test_a_probe_moves_no_bit_of_the_weights(bigrams):
     odd[0, :3] = -0.0, 1e-40, -1e-40
     params = {**iteration.params, "embedding": jnp.asarray(odd)}
     learner, metrics, before = iteration.run(params, iterations=2)
-    assert all(bits(found) == bits(params) for found in (*before, learner.policy.params))
-    adam = learner.policy.opt_state[1][0]
-    assert learner.policy.step == adam.count == 4 and all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(adam.mu))
+    assert all(bits(found) == bits(params) for found in (*before, learner.actor.params))
+    adam = learner.actor.opt_state[1][0]
+    assert learner.actor.step == adam.count == 4 and all(np.abs(leaf).max() > 0 for leaf in jax.tree.leaves(adam.mu))
     assert metrics["grad_norm"] > 0 == metrics["skipped"] + metrics["empty"]
     # What is left of two minibatches is rounding.
     assert abs(metrics["terms/staleness"]) < 1e-12 and metrics["terms/numerics"] > 1e-5

@@ -121,7 +121,7 @@ def test_skips_are_looked_into_ever_more_rarely(monkeypatch):
         total += count
         taken = [{"skipped": float(place < count), "loss_scale": 8.0} for place in range(3)]
         watch.keep(None, [np.arange(4)] * 3)
-        state = SimpleNamespace(params=None, loss_scale=SimpleNamespace(skipped=np.int32(total)))
+        state = SimpleNamespace(sampling_params=None, loss_scale=SimpleNamespace(skipped=np.int32(total)))
         if "nonfinite" in watch.look(step, state, taken):
             found.append(total)
     assert found == [1, 2, 5, 8] and len(asked) == len(said) == 4

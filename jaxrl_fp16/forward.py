@@ -17,7 +17,9 @@ from jaxrl_fp16.masking import align, left_align, segment_positions, zero_where_
 from jaxrl_fp16.models.critic import Critic, decoder_of
 from jaxrl_fp16.models.layers import matmul
 from jaxrl_fp16.models.numerics import DEFAULT, jit_by_model
+from jaxrl_fp16.types import Decisions
 
+NONE = Decisions()
 LOGIT_BYTES = 2**26  # float32 logits that exist at once; larger gained no speed, smaller starves the matmul
 
 
@@ -130,27 +132,31 @@ def token_logprobs(model, params, tokens, mask, *, policy, temperature=1.0, supp
     examples a token is of; an example's tokens stand together. Each example is then
     scored as if it stood alone, with 0 at its first token.
     """
-    logprobs, _ = score(model, params, tokens, mask, policy, temperature, support, segments=segments)
+    logprobs, _ = score(model, params, tokens, mask, policy, temperature, Decisions(support), segments=segments)
     return logprobs
 
 
-def score(model, params, tokens, mask, policy, temperature=1.0, support=None, with_entropy=False, segments=None):
+def score(
+    model, params, tokens, mask, policy, temperature=1.0, decisions=NONE, with_entropy=False, segments=None
+):
     """`token_logprobs` and, if asked, each token's entropy, both float32 [B,T]; zeros where not asked.
 
+    decisions: what the sampler decided beside the tokens, as `Rollout.decisions`.
     Logits are made in chunks of columns, forward and backward, and never exist at once.
     """
     hidden, alignment = hidden_states(model, params, tokens, mask, policy, segments)
     head = cast_to_compute(params, policy, numerics_of(model))["head"]
-    return score_hidden(hidden, alignment, head, tokens, mask, temperature, support, with_entropy, segments)
+    return score_hidden(hidden, alignment, head, tokens, mask, temperature, decisions, with_entropy, segments)
 
 
 def score_hidden(
-    hidden, alignment, head, tokens, mask, temperature=1.0, support=None, with_entropy=False, segments=None
+    hidden, alignment, head, tokens, mask, temperature=1.0, decisions=NONE, with_entropy=False, segments=None
 ):
     """The rest of `score`, from what `hidden_states` gives and the head [V,D] of the same dtype."""
     order, inverse = alignment
     present = align(mask, order).astype(bool)
     targets = _next(jnp.where(present, align(tokens, order), 0))
+    support = decisions.support
     if support is not None:
         unkept = jnp.full((tokens.shape[0], tokens.shape[1] - support.shape[1], support.shape[2]), -1)
         support = _next(align(jnp.concatenate([unkept, support], axis=1), order))

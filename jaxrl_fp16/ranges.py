@@ -16,7 +16,7 @@ from flax import struct
 import jax
 import jax.numpy as jnp
 
-from jaxrl_fp16.forward import align_rows, cast_to_compute, in_compute_dtype, score_hidden
+from jaxrl_fp16.forward import NONE, align_rows, cast_to_compute, in_compute_dtype, score_hidden
 from jaxrl_fp16.masking import align
 from jaxrl_fp16.models.layers import Projection
 from jaxrl_fp16.models.taps import tap_names, tapped_forward
@@ -135,13 +135,14 @@ def _differentiated(model, policy, loss_of, temperature, with_entropy):
     """`(params, scale, rows, total) -> (loss, taps, gradients by tap, gradients)`; gradients are scaled."""
 
     def forward(params, add, rows, total):
-        given = getattr(rows, "segments", None), getattr(rows, "support", None)
-        tokens, segments, alignment = align_rows(rows.tokens, rows.mask, given[0])
+        packed = getattr(rows, "segments", None)
+        tokens, segments, alignment = align_rows(rows.tokens, rows.mask, packed)
         cast, inside = cast_to_compute(params, policy, model.numerics), {}
         with nn.intercept_methods(_reader(inside)):
             hidden, taps = tapped_forward(in_compute_dtype(model, policy), cast, tokens, add=add, segments=segments)
         logprobs, entropy = score_hidden(
-            hidden, alignment, cast["head"], rows.tokens, rows.mask, temperature, given[1], with_entropy, given[0]
+            hidden, alignment, cast["head"], rows.tokens, rows.mask, temperature,
+            getattr(rows, "decisions", NONE), with_entropy, packed,
         )
         return loss_of(logprobs, entropy, rows, total), (taps, inside)
 

@@ -81,16 +81,16 @@ def _layer_of(name, num_layers):
 
 
 def by_tensor(model, tree):
-    """`[(name, values)]` of every tensor of a folder that holds `model`, named as there, from embedding to head.
+    """`[(name, values)]` of every tensor of a folder that holds `model`, from embedding to head.
 
     tree: one like the parameters, on the host, whose leaves or structs are of arrays [L] or [].
     """
-    layers, rows = model.config.num_layers, []
+    rows = []
     for tensor in tensor_table(model):
         values = at(tree, tensor.path)
-        for layer, name in enumerate(tensor.names(layers)):
-            own = jax.tree.map(lambda x, layer=layer: x[layer], values) if tensor.stacked else values
-            rows.append((PLACES[tensor.path[0]], layer, name, own))
+        for index, name in tensor.entries(jax.tree.leaves(values)[0].shape):
+            own = jax.tree.map(lambda x, index=index: x[index], values) if index else values
+            rows.append((PLACES[tensor.path[0]], index, name, own))
     return [(name, own) for _, _, name, own in sorted(rows, key=itemgetter(0, 1))]
 
 

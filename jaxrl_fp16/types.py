@@ -11,6 +11,13 @@ import jax
 
 
 @struct.dataclass
+class Decisions:
+    """What a sampler decided beside the tokens. Whoever scores the tokens is given all of it, as one argument."""
+
+    support: jax.Array | None = None  # int32 [B,N,K]: kept ids, filled with -1; only with top-k or top-p
+
+
+@struct.dataclass
 class Rollout:
     """What the sampler returns: rows are prompt-major, `B = n * group_size`.
 
@@ -24,6 +31,11 @@ class Rollout:
     finished: jax.Array                     # bool [B]: ended by itself, not by the length limit
     support: jax.Array | None = None        # int32 [B,N,K]: kept ids, filled with -1; only with top-k or top-p
     full_logprobs: jax.Array | None = None  # float32 [B,T]: of the whole vocabulary at that temperature; likewise
+
+    @property
+    def decisions(self):
+        """What scoring these tokens takes beside them."""
+        return Decisions(self.support)
 
 
 @struct.dataclass
@@ -40,3 +52,8 @@ class Batch:
     values: jax.Array | None = None            # float32 [B,T]: the critic's old values, with PPO
     returns: jax.Array | None = None           # float32 [B,T]: the critic's targets, with PPO
     support: jax.Array | None = None           # int32 [B,N,K]: Rollout.support
+
+    @property
+    def decisions(self):
+        """What scoring these tokens takes beside them."""
+        return Decisions(self.support)

@@ -11,6 +11,7 @@ from jaxrl_fp16.forward import (
 )
 from jaxrl_fp16.models import Critic, Decoder, DecoderConfig, critic_params, init_params
 from jaxrl_fp16.precision import get_precision
+from jaxrl_fp16.types import Decisions
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -169,7 +170,7 @@ def test_chunks_change_neither_values_nor_gradients(params, monkeypatch, truncat
     support = some_support(COLUMNS) if truncated else None
 
     def ours(params):
-        return weighed(score(MODEL, params, TOKENS, MASK, FP32, 0.7, support, with_entropy=True))
+        return weighed(score(MODEL, params, TOKENS, MASK, FP32, 0.7, Decisions(support), with_entropy=True))
 
     value, grads = jax.jit(jax.value_and_grad(ours))(params)
     expected, expected_grads = jax.jit(jax.value_and_grad(lambda p: weighed(naive(p, 0.7, support))))(params)

@@ -34,8 +34,8 @@ from jaxrl_fp16.forward import (
 )
 from jaxrl_fp16.masking import align
 from jaxrl_fp16.models.attention import BLOCK, PACKABLE
-from jaxrl_fp16.models.decoder import Attention, angles_of, unstack_layers
-from jaxrl_fp16.models.layers import GatedMLP, RMSNorm
+from jaxrl_fp16.models.decoder import angles_of, attention_of, mlp_of, unstack_layers
+from jaxrl_fp16.models.layers import RMSNorm
 from jaxrl_fp16.models.numerics import jit
 from jaxrl_fp16.models.taps import IN_A_LAYER, tap_names, tapped_decode_step, tapped_forward
 from jaxrl_fp16.precision import get_precision
@@ -190,8 +190,8 @@ def _errors_of_layer(model, layer, dtype, before, taps, after):
     angles = angles_of(c, jnp.arange(before.shape[1])[None])
     seen, looked = (_wide(taps[norm].astype(dtype)) for norm in ("attention_norm", "mlp_norm"))
     middle = (before + taps["attention"]).astype(before.dtype)
-    mixed, _ = Attention(c, model.attention).apply({"params": layer["attention"]}, seen, angles, None, None, None)
-    made = GatedMLP(c.intermediate_size, c.mlp_bias).apply({"params": layer["mlp"]}, looked)
+    mixed, _ = attention_of(c, model.attention).apply({"params": layer["attention"]}, seen, angles, None, None, None)
+    made = mlp_of(c).apply({"params": layer["mlp"]}, looked)
     return {
         "attention_norm": seen - _norm(model, layer["attention_norm"], before),
         "attention": _wide(middle) - _wide(before) - mixed,

@@ -13,6 +13,8 @@ import zlib
 
 import numpy as np
 
+from jaxrl_fp16.types import Decisions
+
 FORMAT = "jaxrl_fp16 rollouts 1"
 # field -> (dtype, letters of its shape)
 ARRAYS = {
@@ -44,6 +46,11 @@ class ScoredRollout:
     scorer: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)    # precision -> float32 [B,T]
     gradient: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # the gradient program's, likewise
     entropy: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)   # nats a token, by the scorer
+
+    @property
+    def decisions(self):
+        """As Rollout's."""
+        return Decisions(self.support)
 
 
 def file_name(precision):

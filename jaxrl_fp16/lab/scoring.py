@@ -136,7 +136,7 @@ def _score(laboratory, scorer, params, rollout):
     def run(number, chunk):
         return scorer(params, *shard_batch(chunk, laboratory.setup.mesh))
 
-    return _in_chunks(laboratory, run, (rollout.tokens, rollout.mask, rollout.support), _rows(laboratory, rollout))
+    return _in_chunks(laboratory, run, (rollout.tokens, rollout.mask, rollout.decisions), _rows(laboratory, rollout))
 
 
 def _score_by_gradient(laboratory, precision, state, rollouts):

@@ -22,7 +22,8 @@ from jaxrl_fp16.config import Doc
 from jaxrl_fp16.masking import segment_positions
 from jaxrl_fp16.models import attention
 from jaxrl_fp16.models.families import FAMILIES
-from jaxrl_fp16.models.layers import GatedMLP, Projection, RMSNorm, RopeScaling, rope_angles, rotate
+from jaxrl_fp16.models.family import AttentionShape
+from jaxrl_fp16.models.layers import Projection, RMSNorm, RopeScaling, rope_angles, rotate
 from jaxrl_fp16.models.numerics import NumericsConfig
 
 
@@ -30,7 +31,7 @@ from jaxrl_fp16.models.numerics import NumericsConfig
 class DecoderConfig:
     """A decoder's shape. Fields left None take the family's value."""
 
-    family: Annotated[str, Doc("a key of FAMILIES: qwen2, qwen3, llama")]
+    family: Annotated[str, Doc(f"the model's kind: {', '.join(FAMILIES)}")]
     vocab_size: Annotated[int, Ge(1), Doc("rows of the embedding")]
     hidden_size: Annotated[int, Ge(1), Doc("width of the residual stream")]
     intermediate_size: Annotated[int, Ge(1), Doc("width inside the MLP")]
@@ -73,20 +74,22 @@ class Cache:
 class Attention(nn.Module):
     """Self-attention with rotary positions, grouped heads (2305.13245) and, in Qwen3, normalised heads."""
 
-    config: DecoderConfig
+    shape: AttentionShape
+    width: int      # of the residual stream
+    norm_eps: float
     kind: str
     numerics: NumericsConfig = NumericsConfig()
 
     @nn.compact
     def __call__(self, x, angles, cache, positions, segments):
-        c = self.config
+        c = self.shape
         kept = jnp.float32 if self.numerics.float32_cache else x.dtype
         weights = jnp.float32 if self.numerics.float32_weights else None
-        q = self._heads("q", c.num_heads)(x)
-        k = self._heads("k", c.num_kv_heads)(x)
-        v = self._heads("v", c.num_kv_heads)(x).astype(kept)
+        q = self._heads("q", c.heads)(x)
+        k = self._heads("k", c.kv_heads)(x)
+        v = self._heads("v", c.kv_heads)(x).astype(kept)
         if c.qk_norm:
-            q, k = RMSNorm(c.norm_eps, name="q_norm")(q), RMSNorm(c.norm_eps, name="k_norm")(k)
+            q, k = RMSNorm(self.norm_eps, name="q_norm")(q), RMSNorm(self.norm_eps, name="k_norm")(k)
         q, k = rotate(q, angles).astype(kept), rotate(k, angles).astype(kept)
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if positions is None:
@@ -95,20 +98,31 @@ class Attention(nn.Module):
         else:
             cache = Cache(_write(cache.keys, positions, k), _write(cache.values, positions, v))
             mixed = attention.attend_cache(self.kind, q, cache.keys, cache.values, positions, weights)
-        shape, inner = (c.num_heads, c.head_dim, c.hidden_size), c.num_heads * c.head_dim
-        bias = (c.hidden_size,) if c.output_bias else None
-        return Projection("bthe,hed->btd", shape, inner, bias, name="o")(mixed.astype(x.dtype)), cache
+        kernel, inner = (c.heads, c.head_dim, self.width), c.heads * c.head_dim
+        bias = (self.width,) if c.output_bias else None
+        return Projection("bthe,hed->btd", kernel, inner, bias, name="o")(mixed.astype(x.dtype)), cache
 
     def _heads(self, name, heads):
-        c = self.config
+        c = self.shape
         bias = (heads, c.head_dim) if c.qkv_bias else None
-        return Projection("btd,dhe->bthe", (c.hidden_size, heads, c.head_dim), c.hidden_size, bias, name=name)
+        return Projection("btd,dhe->bthe", (self.width, heads, c.head_dim), self.width, bias, name=name)
 
 
 def _write(stored, positions, new):
     """`stored` [B,K,S,E] with `new` [B,K,1,E] in each row's slot: a scatter that XLA does in place."""
     at = stored.at[jnp.arange(len(positions)), :, positions]
     return at.set(attention.store(new[:, :, 0]), mode="promise_in_bounds", unique_indices=True)
+
+
+def attention_of(config, kind, numerics=NumericsConfig(), **module):
+    """The attention that a config's family names."""
+    shape = FAMILIES[config.family].attention(config)
+    return Attention(shape, config.hidden_size, config.norm_eps, kind, numerics, **module)
+
+
+def mlp_of(config, **module):
+    """The MLP that a config's family names."""
+    return FAMILIES[config.family].mlp(config, **module)
 
 
 class Block(nn.Module):
@@ -128,11 +142,11 @@ class Block(nn.Module):
     def __call__(self, x, angles, cache=None, positions=None, segments=None):
         c = self.config
         normed = RMSNorm(c.norm_eps, name="attention_norm")(x).astype(self.dtype)
-        attend = Attention(c, self.kind, self.numerics, name="attention")
+        attend = attention_of(c, self.kind, self.numerics, name="attention")
         mixed, cache = attend(normed, angles, cache, positions, segments)
         x = (x + mixed).astype(x.dtype)
         normed = RMSNorm(c.norm_eps, name="mlp_norm")(x).astype(self.dtype)
-        x = (x + GatedMLP(c.intermediate_size, c.mlp_bias, name="mlp")(normed)).astype(x.dtype)
+        x = (x + mlp_of(c, name="mlp")(normed)).astype(x.dtype)
         return x, cache if self.keep else None
 
 
@@ -225,6 +239,3 @@ def decode_step(model, params, layers, token, caches, positions):
         written.append(cache)
     x = RMSNorm(c.norm_eps).apply({"params": params["final_norm"]}, x).astype(model.hidden_dtype)
     return x, written
-
-
-__all__ = ["DecoderConfig", "Cache", "block_of", "Decoder", "embed", "angles_of", "unstack_layers", "decode_step"]

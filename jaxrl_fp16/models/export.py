@@ -1,13 +1,13 @@
 """A Decoder, or a reward model, and its parameters -> a Hugging Face folder that Transformers and vLLM load.
 
-Here and there as in `hf.py`. The folder is written beside its final place and
-renamed when whole: an interrupted export leaves nothing partial under that name.
+The folder is written beside its final place and renamed when whole: an interrupted export leaves nothing partial under that name.
 """
 
 from __future__ import annotations
 
 from contextlib import contextmanager, nullcontext
 import json
+import math
 import os
 from pathlib import Path
 import shutil
@@ -127,9 +127,9 @@ def _write_weights(place, model, params, dtype, shard_bytes):
     where, total = {}, 0
     for number, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {}
-        for there, tensor, layer in shard:
-            tensors[there] = _tensor_there(tensor, at(params, tensor.path), layer, dtype)
+        tensors = {
+            entry: _to_hf(tensor, at(params, tensor.path), index, dtype) for entry, tensor, index in shard
+        }
         where.update(dict.fromkeys(tensors, name))
         total += sum(array.nbytes for array in tensors.values())
         if place is not None:
@@ -140,14 +140,13 @@ def _write_weights(place, model, params, dtype, shard_bytes):
 
 
 def _entries(model, params):
-    """(name there, its row of the table, layer or None), number of values: layer after layer."""
-    num_layers, entries = decoder_of(model).config.num_layers, []
+    """`((name in the folder, its row of the table, its place in our array), number of values)`: layer after layer."""
+    entries = []
     for tensor in tensor_table(model):
-        layers = range(num_layers) if tensor.stacked else [None]
-        count = at(params, tensor.path).size // len(layers)
-        names = tensor.names(num_layers)
-        entries += [((name, tensor, layer), count) for name, layer in zip(names, layers, strict=True)]
-    return sorted(entries, key=lambda entry: -1 if entry[0][2] is None else entry[0][2])
+        shape = at(params, tensor.path).shape
+        count = math.prod(shape[len(tensor.counted):])
+        entries += [((name, tensor, index), count) for index, name in tensor.entries(shape)]
+    return sorted(entries, key=lambda entry: entry[0][2][:1] or (-1,))
 
 
 def _split(entries, itemsize, shard_bytes):
@@ -162,11 +161,11 @@ def _split(entries, itemsize, shard_bytes):
     return shards
 
 
-def _tensor_there(tensor, array, layer, dtype):
-    """One tensor there, fetched from the devices and cast on the host."""
-    array = to_host(array if layer is None else array[layer])
+def _to_hf(tensor, array, index, dtype):
+    """One tensor as the folder holds it, fetched from the devices and cast on the host."""
+    array = to_host(array[index] if index else array)
     # A file gets an array's memory whatever its strides say: a transposed view would be written untransposed.
-    return np.ascontiguousarray(tensor.as_there(array).astype(dtype))
+    return np.ascontiguousarray(tensor.to_hf(array).astype(dtype))
 
 
 # -- files --------------------------------------------------------------------------------------
@@ -209,6 +208,3 @@ def _flush(path):
 
 def _write_json(path, mapping):
     path.write_text(json.dumps(mapping, indent=2) + "\n", encoding="utf-8")
-
-
-__all__ = ["save_pretrained", "save_reward_model"]

@@ -11,9 +11,12 @@ import dataclasses
 import math
 from typing import Any
 
+from flax import linen as nn
+import numpy as np
+
 Axes = tuple[str | None, ...]
 
-# How an array there is laid out in terms of one here: for each axis there, the axes here that it
+# How a Hugging Face tensor is laid out in terms of our array: for each of its axes, those of ours that it
 # merges. "same" keeps every axis. PyTorch stores a linear layer as [out, in] and all heads as one axis.
 TRANSFORMS = {
     "same": None,
@@ -24,15 +27,19 @@ TRANSFORMS = {
 }
 
 
+COUNTED = ("layer", "expert")  # what a tensor's name may count, in the order of our arrays' leading axes
+
+
 @dataclasses.dataclass(frozen=True)
 class Tensor:
-    """One tensor of a Hugging Face checkpoint ("there") and its place in our parameters ("here").
+    """A row of a family's table: tensors of a Hugging Face folder, and the array of our parameters that holds them.
 
-    name: its name there; `{layer}` where each layer has one of its own.
-    path: its place here; layers are stacked along a leading axis.
-    axes: logical axes of the array here, the stacking axis left out.
+    name: of the tensors; with `{layer}`, and within it `{expert}`, where there is one for each. Our array stacks
+      those along leading axes, layers first.
+    path: our array's place in the parameters.
+    axes: logical axes of our array, without the leading ones.
     kind: how the two are laid out (a key of TRANSFORMS).
-    The methods are about one layer: shapes and indices are without the stacking axis.
+    The `hf_` methods are about one tensor: shapes and indices are without the leading axes.
     """
 
     name: str
@@ -41,24 +48,26 @@ class Tensor:
     kind: str = "same"
 
     @property
-    def stacked(self):
-        return "{layer}" in self.name
+    def counted(self):
+        """What its name counts, in the order of our array's leading axes: names out of COUNTED."""
+        return tuple(each for each in COUNTED if f"{{{each}}}" in self.name)
 
     @property
     def groups(self):
-        """For each axis there, the axes here that it merges."""
+        """For each axis of a tensor, the axes of ours that it merges."""
         return TRANSFORMS[self.kind] or tuple((axis,) for axis in range(len(self.axes)))
 
-    def names(self, num_layers):
-        """Its names there, by layer."""
-        return [self.name.format(layer=i) for i in range(num_layers)] if self.stacked else [self.name]
+    def entries(self, shape):
+        """`[(index, name)]` of all its tensors: the place of each along the leading axes of our array of `shape`."""
+        counts = shape[:len(self.counted)]
+        return [(index, self.name.format(**dict(zip(self.counted, index)))) for index in np.ndindex(*counts)]
 
-    def shape_there(self, shape):
-        """The shape there of an array whose shape here is `shape`."""
+    def hf_shape(self, shape):
+        """The tensor's shape, where ours is `shape`."""
         return tuple(math.prod(shape[axis] for axis in group) for group in self.groups)
 
-    def index_there(self, index, shape):
-        """Slices there for slices here; of merged axes only the first may be cut."""
+    def hf_index(self, index, shape):
+        """Slices of the tensor for slices of ours; of merged axes only the first may be cut."""
         slices = []
         for first, *rest in self.groups:
             inner = math.prod(shape[axis] for axis in rest)
@@ -67,17 +76,36 @@ class Tensor:
             slices.append(slice(index[first].start * inner, index[first].stop * inner))
         return tuple(slices)
 
-    def as_there(self, array):
-        """An array here as it stands there. Of a contiguous NumPy array a view: filling it fills `array`."""
+    def to_hf(self, array):
+        """Our array as the tensor is laid out. Of a contiguous NumPy array a view: filling it fills `array`."""
         order = [axis for group in self.groups for axis in group]
-        return array.transpose(order).reshape(self.shape_there(array.shape))
+        return array.transpose(order).reshape(self.hf_shape(array.shape))
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionShape:
+    """What a family's attention is made of."""
+
+    heads: int          # of queries
+    kv_heads: int       # of keys and values; divides heads
+    head_dim: int
+    qkv_bias: bool      # on query, key and value projections
+    output_bias: bool   # on the output projection
+    qk_norm: bool       # RMSNorm on each query and key head
+
+    @property
+    def cached(self):
+        """Entries that a cache keeps of a token, in each layer."""
+        return 2 * self.kv_heads * self.head_dim
 
 
 @dataclasses.dataclass(frozen=True)
 class Family:
     """name: `model_type` of config.json.  defaults: of `DecoderConfig` fields left None.
     read: config.json -> fields.  write: DecoderConfig -> config.json.  tensors: DecoderConfig -> table.
-    Both `read` and `write` raise ValueError for what the other side cannot express."""
+    Both `read` and `write` raise ValueError for what the other side cannot express.
+    attention: DecoderConfig -> AttentionShape.  mlp: `(DecoderConfig, **linen's own arguments)` -> the module that
+    takes [B,T,D] in the compute dtype and gives float32 [B,T,D]."""
 
     name: str
     architecture: str
@@ -85,11 +113,10 @@ class Family:
     read: Callable[[dict], dict]
     write: Callable[[Any], dict]
     tensors: Callable[[Any], list[Tensor]]
+    attention: Callable[[Any], AttentionShape]
+    mlp: Callable[..., nn.Module]
 
     @property
     def classifier(self):
         """The architecture of the same body with a head of scores in place of the language model's."""
         return self.architecture.replace("ForCausalLM", "ForSequenceClassification")
-
-
-__all__ = ["Axes", "TRANSFORMS", "Tensor", "Family"]

@@ -1,14 +1,14 @@
 """A Hugging Face folder -> a Decoder, or a reward model, and its float32 parameters.
 
-Here: one of our arrays, layers stacked along a leading axis.  There: one tensor
-of the folder.  Nothing is downloaded, no code of the folder runs, and the host
-never holds a second copy: each array, or each device's part of it, is filled
-from the mapped files layer by layer.
+One of our arrays holds a tensor of every layer, stacked. Nothing is downloaded, no
+code of the folder runs, and the host never holds a second copy: each array, or each
+device's part of it, is filled from the mapped files tensor by tensor.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -76,13 +76,13 @@ def _load_params(folder, model, mesh, compute_dtype):
         raise PretrainedError(f"{folder}: config.json asks for {num_layers} layers; {len(stored)} tensors are there; "
                               "allowed: the weights of that config.json")
     table = tensor_table(model)
-    _check_tensors(folder, model, stored, _expected(num_layers, table, shapes))
+    _check_tensors(folder, model, stored, _expected(table, shapes))
     shardings = None if mesh is None else param_shardings(model, mesh)
     params = {}
     for tensor in table:
         shape = at(shapes, tensor.path).shape
         sharding = None if mesh is None else at(shardings, tensor.path)
-        put(params, tensor.path, _load(tensor, shape, sharding, stored, num_layers))
+        put(params, tensor.path, _load(tensor, shape, sharding, stored))
     if compute_dtype is not None:
         check_range(model, params, compute_dtype, source=folder)
     return params
@@ -129,33 +129,34 @@ def check_range(model, params, dtype, source="parameters"):
 
     One reduction on the device; the error names the tensor as Hugging Face does, after `source`.
     """
-    limit = float(jnp.finfo(dtype).max)
-    peaks = _peaks(params)
-    for tensor in tensor_table(model):
-        found = to_host(at(peaks, tensor.path))
-        per_layer = found if tensor.stacked else [found.max()]
-        for name, peak in zip(tensor.names(decoder_of(model).config.num_layers), per_layer, strict=True):
+    limit, table = float(jnp.finfo(dtype).max), tensor_table(model)
+    depths = tuple(len(tensor.counted) for tensor in table)
+    peaks = _peaks(depths, [at(params, tensor.path) for tensor in table])
+    for tensor, found in zip(table, map(to_host, peaks), strict=True):
+        for index, name in tensor.entries(found.shape):
+            peak = found[index].max()
             if not peak <= limit:  # a NaN compares false
                 raise PretrainedError(f"{source}: tensor {name} holds {peak:g}; allowed: finite values up to "
                                       f"{limit:g}, the range of {jnp.dtype(dtype).name}")
 
 
-@jax.jit
-def _peaks(params):
-    """Largest magnitude along all but the first axis of each array. NaN wins over any number."""
-    return jax.tree.map(lambda x: jnp.max(jnp.abs(x), axis=tuple(range(1, x.ndim))), params)
+@partial(jax.jit, static_argnums=0)
+def _peaks(depths, arrays):
+    """Largest magnitude along all but the first `depth` axes of each array, and at least one. NaN wins over any
+    number."""
+    return [jnp.max(jnp.abs(x), axis=tuple(range(max(depth, 1), x.ndim))) for depth, x in zip(depths, arrays)]
 
 
 # -- what must be there -------------------------------------------------------------------------
 
 
-def _expected(num_layers, table, shapes):
-    """Tensor name -> shape there."""
+def _expected(table, shapes):
+    """Tensor name -> shape in the folder."""
     expected = {}
     for tensor in table:
         shape = at(shapes, tensor.path).shape
-        shape = tensor.shape_there(shape[1:] if tensor.stacked else shape)
-        expected.update(dict.fromkeys(tensor.names(num_layers), shape))
+        stored = tensor.hf_shape(shape[len(tensor.counted):])
+        expected.update({name: stored for _, name in tensor.entries(shape)})
     return expected
 
 
@@ -195,33 +196,30 @@ def _check_tied(folder, head, embedding):
 # -- from files to devices ----------------------------------------------------------------------
 
 
-def _load(tensor, shape, sharding, stored, num_layers):
-    """One array here, each device's part of it read once; on the default device if `sharding` is None."""
+def _load(tensor, shape, sharding, stored):
+    """One of our arrays, each device's part of it read once; on the default device if `sharding` is None."""
     if sharding is None:
         bounds = tuple((0, size) for size in shape)
-        return jax.block_until_ready(jax.device_put(_read_part(tensor, shape, bounds, stored, num_layers)))
+        return jax.block_until_ready(jax.device_put(_read_part(tensor, shape, bounds, stored)))
     holders = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
         bounds = tuple(part.indices(size)[:2] for part, size in zip(index, shape, strict=True))
         holders.setdefault(bounds, []).append(device)
     parts = []
     for bounds, devices in holders.items():
-        part = _read_part(tensor, shape, bounds, stored, num_layers)
+        part = _read_part(tensor, shape, bounds, stored)
         parts += [jax.device_put(part, device) for device in devices]
         jax.block_until_ready(parts)  # else the parts of all devices would wait in host memory
     return jax.make_array_from_single_device_arrays(shape, sharding, parts)
 
 
-def _read_part(tensor, shape, bounds, stored, num_layers):
-    """float32: the part of an array here within `bounds`, (start, stop) for each axis."""
-    part = _aligned([stop - start for start, stop in bounds])
-    index = [slice(*bound) for bound in bounds]
-    names = tensor.names(num_layers)
-    layers, layer_shape = part[None], shape
-    if tensor.stacked:
-        layers, layer_shape, names = part, shape[1:], names[index.pop(0)]
-    for layer, name in zip(layers, names, strict=True):
-        stored[name].read_into(tensor.as_there(layer), tensor.index_there(index, layer_shape))
+def _read_part(tensor, shape, bounds, stored):
+    """float32: the part of one of our arrays within `bounds`, (start, stop) for each axis."""
+    part, depth, names = _aligned([stop - start for start, stop in bounds]), len(tensor.counted), dict(tensor.entries(shape))
+    index = tensor.hf_index([slice(*bound) for bound in bounds[depth:]], shape[depth:])
+    for place in np.ndindex(part.shape[:depth]):
+        name = names[tuple(start + offset for (start, _), offset in zip(bounds, place))]
+        stored[name].read_into(tensor.to_hf(part[place]), index)
     return part
 
 
@@ -231,6 +229,3 @@ def _aligned(shape):
     room = np.empty(size + ALIGNMENT, np.uint8)
     start = -room.ctypes.data % ALIGNMENT
     return room[start:start + size].view(np.float32).reshape(shape)
-
-
-__all__ = ["load_pretrained", "load_reward_model", "read_config", "check_range", "PretrainedError"]

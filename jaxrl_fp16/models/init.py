@@ -35,7 +35,7 @@ def param_axes(model):
         return {"body": param_axes(model.body), "value": {"kernel": PartitionSpec("embed", None), **bias}}
     axes = {}
     for tensor in FAMILIES[model.config.family].tensors(model.config):
-        stacking = ("layers",) if tensor.stacked else ()
+        stacking = (f"{each}s" for each in tensor.counted)
         put(axes, tensor.path, PartitionSpec(*stacking, *tensor.axes))
     return axes
 

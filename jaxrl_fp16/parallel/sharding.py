@@ -24,6 +24,7 @@ RULES = {
     "head_dim": None,
     "norm": None,
     "layers": None,
+    "experts": None,
 }
 
 

@@ -156,7 +156,7 @@ def _score(programs, learner, rollout, first):
     """
     score_all = programs.config.training.old_logprobs == "recompute" and needs_scorer(programs.algorithm)
     scored = rollout if score_all else programs.take(rollout, first)
-    pi, entropy = programs.scorer(learner.sampling_params, scored.tokens, scored.mask, scored.support)
+    pi, entropy = programs.scorer(learner.sampling_params, scored.tokens, scored.mask, scored.decisions)
     metrics = programs.compare(scored.logprobs, pi, scored.response_mask, prefix="mismatch")
     metrics["entropy"] = masked_mean(entropy, scored.response_mask)
     metrics |= {"terms/numerics": metrics["mismatch/kl_k3"], "terms/truncation": truncation_term(rollout)}
@@ -176,7 +176,7 @@ def _make_batch(programs, learner, graded, old):
     mask = rollout.response_mask & counts[:, None]
     reference = values = None
     if needs_reference(algorithm):
-        reference, _ = programs.scorer(learner.reference_params, rollout.tokens, rollout.mask, rollout.support)
+        reference, _ = programs.scorer(learner.reference_params, rollout.tokens, rollout.mask, rollout.decisions)
     if learner.critic is not None:
         values = programs.valuer(learner.critic.sampling_params, rollout.tokens, rollout.mask)
     advantages, returns = programs.advantages(rewards, lengths, valid, mask, old, reference, values)

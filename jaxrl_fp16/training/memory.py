@@ -13,7 +13,7 @@ import jax
 import numpy as np
 
 from jaxrl_fp16.forward import LOGIT_BYTES
-from jaxrl_fp16.models import param_shapes
+from jaxrl_fp16.models import FAMILIES, param_shapes
 
 MIB = 2**20
 LOWERS_MEMORY = "sampling.max_rows, training.microbatch_size, model.remat, mesh.fsdp"
@@ -37,7 +37,8 @@ def estimate(config, model, mesh, compute_dtype, *, reference=False, critic=None
     decoded = min(rows, config.sampling.max_rows or rows) / parts
     learnt = config.training.microbatch_size / parts
     kept = c.num_layers if config.model.remat else 12 * c.num_layers  # a layer keeps about 12 arrays like its input
-    inside = 4 * (3 * c.intermediate_size + 4 * c.num_heads * c.head_dim)  # float32, of the layer at work
+    attention = FAMILIES[c.family].attention(c)
+    inside = 4 * (3 * c.intermediate_size + 4 * attention.heads * attention.head_dim)  # float32, of the layer at work
     return {
         "parameters": 4 * trained // shared,
         "Adam's moments": 8 * trained // shared,
@@ -45,7 +46,7 @@ def estimate(config, model, mesh, compute_dtype, *, reference=False, critic=None
         "compute copy": half * count // shared,
         **({"reference": 4 * count // shared} if reference else {}),
         **({"reward model": (4 + half) * parameter_count(reward_model) // shared} if reward_model else {}),
-        "key-value cache": int(2 * half * c.num_layers * c.num_kv_heads * c.head_dim * columns * decoded),
+        "key-value cache": int(half * c.num_layers * attention.cached * columns * decoded),
         "activations": int(columns * learnt * (kept * c.hidden_size * half + inside)),
         "logits": 3 * LOGIT_BYTES,
     }

@@ -8,23 +8,23 @@ from __future__ import annotations
 import jax
 from jax import lax
 
-from jaxrl_fp16.forward import numerics_of, score, token_values
+from jaxrl_fp16.forward import NONE, numerics_of, score, token_values
 from jaxrl_fp16.models.numerics import jit
 from jaxrl_fp16.training.step import join_rows, split_rows
 
 
 def make_scorer(model, policy, *, microbatch_size, temperature=1.0, with_entropy=False):
-    """A jitted `(params, tokens, mask, support) -> (logprobs, entropies)`, float32 [B,T] each.
+    """A jitted `(params, tokens, mask, decisions) -> (logprobs, entropies)`, float32 [B,T] each.
 
     `microbatch_size` rows, a divisor of B, are in memory at once; entropies are zeros unless asked for.
     """
 
-    def scorer(params, tokens, mask, support=None):
+    def scorer(params, tokens, mask, decisions=NONE):
         def rows(chunk):
-            tokens, mask, support = chunk
-            return score(model, params, tokens, mask, policy, temperature, support, with_entropy)
+            tokens, mask, decisions = chunk
+            return score(model, params, tokens, mask, policy, temperature, decisions, with_entropy)
 
-        results = lax.map(rows, split_rows((tokens, mask, support), microbatch_size))
+        results = lax.map(rows, split_rows((tokens, mask, decisions), microbatch_size))
         return jax.tree.map(join_rows, results)
 
     return jit(scorer, numerics_of(model))

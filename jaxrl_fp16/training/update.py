@@ -33,7 +33,7 @@ def make_update(
 
         def loss_fn(params, rows):
             logprobs, entropy = score(
-                model, params, rows.tokens, rows.mask, policy, temperature, rows.support,
+                model, params, rows.tokens, rows.mask, policy, temperature, rows.decisions,
                 with_entropy=algorithm.entropy_coef != 0,
             )
             loss, metrics = loss_of_rows(algorithm, logprobs, entropy, rows, limit, normalizer)

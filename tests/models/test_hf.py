@@ -19,7 +19,10 @@ from jaxrl_fp16.models import (
     FAMILIES, Decoder, DecoderConfig, PretrainedError, RopeScaling, check_range, load_pretrained,
     param_shapes, read_config, save_pretrained,
 )
+from jaxrl_fp16.models import export, hf
 from jaxrl_fp16.models.family import TRANSFORMS, Tensor
+from jaxrl_fp16.models.weight_files import find_tensors
+from jaxrl_fp16.parallel import axes_sharding, make_mesh
 
 SHAPE = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2,
              head_dim=8)
@@ -91,23 +94,39 @@ def test_table_names_every_parameter_once(family, tie):
     table = FAMILIES[family].tensors(model.config)
     assert sorted(tensor.path for tensor in table) == sorted(shapes)
     for tensor in table:
-        assert len(tensor.axes) + tensor.stacked == len(shapes[tensor.path])
+        assert len(tensor.axes) + len(tensor.counted) == len(shapes[tensor.path])
 
 
 @pytest.mark.parametrize("kind", TRANSFORMS)
-def test_an_array_as_it_stands_there_is_a_view(kind):
+def test_an_array_as_a_folder_holds_it_is_a_view(kind):
     rank = {"same": 2, "transpose": 2, "bias_of_heads": 2}.get(kind, 3)
     tensor, here = Tensor("x", ("x",), (None,) * rank, kind), np.arange(24.0).reshape((4, 6, 1)[:rank])
-    there = tensor.as_there(here)
-    assert there.shape == tensor.shape_there(here.shape) and np.shares_memory(there, here)
+    there = tensor.to_hf(here)
+    assert there.shape == tensor.hf_shape(here.shape) and np.shares_memory(there, here)
     index = (slice(1, 3), *(slice(0, size) for size in here.shape[1:]))
-    np.testing.assert_array_equal(there[tensor.index_there(index, here.shape)], tensor.as_there(here[index]))
+    np.testing.assert_array_equal(there[tensor.hf_index(index, here.shape)], tensor.to_hf(here[index]))
 
 
 def test_heads_are_cut_whole():
     tensor = Tensor("x", ("x",), ("embed", "heads", "head_dim"), "to_heads")
     with pytest.raises(ValueError, match="whole heads"):
-        tensor.index_there((slice(0, 4), slice(0, 2), slice(0, 3)), (4, 2, 6))
+        tensor.hf_index((slice(0, 4), slice(0, 2), slice(0, 3)), (4, 2, 6))
+
+
+def test_a_tensor_of_each_expert_of_each_layer_is_read_and_written(tmp_path):
+    """What a mixture of experts will need of the table: one array for all, stacked by layer and then by expert."""
+    tensor = Tensor("model.{layer}.experts.{expert}.up.weight", ("up",), ("embed", "mlp"), "transpose")
+    wanted = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
+    entries = tensor.entries(wanted.shape)
+    assert tensor.counted == ("layer", "expert") and entries[4] == ((1, 1), "model.1.experts.1.up.weight")
+    tensors = {name: export._to_hf(tensor, jnp.asarray(wanted), index, "float32") for index, name in entries}
+    assert len(tensors) == 6 and {array.shape for array in tensors.values()} == {tensor.hf_shape((4, 5))} == {(5, 4)}
+    save_file(tensors, tmp_path / "model.safetensors")
+    stored = find_tensors(tmp_path)
+    np.testing.assert_array_equal(hf._read_part(tensor, wanted.shape, [(0, size) for size in wanted.shape], stored), wanted)
+    part = hf._read_part(tensor, wanted.shape, [(1, 2), (1, 3), (0, 4), (2, 5)], stored)
+    np.testing.assert_array_equal(part, wanted[1:2, 1:3, :, 2:5])
+    assert axes_sharding(("layers", "experts", "embed", "mlp"), wanted.shape, make_mesh()).spec[:2] == (None, None)
 
 
 # -- in and out -----------------------------------------------------------------------------------

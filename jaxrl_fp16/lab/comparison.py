@@ -20,6 +20,7 @@ import numpy as np
 from jaxrl_fp16.config import load_config
 from jaxrl_fp16.lab.verdicts import find_collapse
 from jaxrl_fp16.logs import METRICS, read_metrics
+from jaxrl_fp16.rl import rule_of
 from jaxrl_fp16.training.run_config import Config
 
 CONFIGS, OUTCOMES = "configs", "outcomes.json"
@@ -176,24 +177,13 @@ def series(run, key, width=1):
     windows = collections.defaultdict(list)
     for step, value in found:
         windows[-(-step // width)].append((step, value))
-    combine = _combination(key)
+    combine = rule_of(key).steps
     steps = np.array([np.mean([step for step, _ in window]) for window in windows.values()])
     return steps, np.array([combine([value for _, value in window]) for window in windows.values()], np.float64)
 
 
 def _number(value):
     return float(value) if isinstance(value, (int, float)) else math.nan
-
-
-def _combination(key):
-    name = key.rpartition("/")[2]
-    if name.endswith("_max"):
-        return max
-    if name.endswith("_min"):
-        return min
-    if name in ("skipped", "empty"):
-        return sum
-    return (lambda values: values[-1]) if name == "loss_scale" else np.mean
 
 
 def window_of(comparison):

@@ -8,32 +8,16 @@ from jaxrl_fp16.rl.advantages import (
     overlong_zone,
     rewards_on_last_token,
 )
-from jaxrl_fp16.rl.algorithms import (
-    PRESETS,
-    AlgorithmConfig,
-    check_algorithm,
-    get_algorithm,
-    needs_critic,
-    needs_reference,
-    needs_scorer,
-)
-from jaxrl_fp16.rl.importance import (
-    IMPORTANCES,
-    LEVELS,
-    LOG_RATIO_LIMIT,
-    Importance,
-    Normalizer,
-    clamp_log_ratio,
-    finish_metrics,
-    importance_weights,
-    merge_metrics,
-    normalizer_of,
-)
+from jaxrl_fp16.rl.aggregation import AGGREGATIONS
+from jaxrl_fp16.rl.algorithms import LOSSES, PRESETS, AlgorithmConfig, get_algorithm
+from jaxrl_fp16.rl.importance import IMPORTANCES, LEVELS, LOG_RATIO_LIMIT, Importance, clamp_log_ratio, importance_weights
 from jaxrl_fp16.rl.kl import KL_ESTIMATORS, k1, k2, k3, kl_penalized_rewards
-from jaxrl_fp16.rl.losses import AGGREGATIONS, LOSSES, policy_loss, value_loss
+from jaxrl_fp16.rl.losses import policy_loss, value_loss
+from jaxrl_fp16.rl.metrics import Normalizer, combine_steps, finish_metrics, host_floats, merge_metrics, normalizer_of, rule_of
 from jaxrl_fp16.rl.mismatch import mismatch_metrics
 from jaxrl_fp16.rl.pairwise import pairwise_reward_loss
 from jaxrl_fp16.rl.preference import PREFERENCE_LOSSES, PreferenceConfig, dpo_loss, pair_normalizer
+from jaxrl_fp16.rl.requirements import check_algorithm, needs_critic, needs_reference, needs_scorer
 
 __all__ = [
     "AGGREGATIONS",
@@ -51,11 +35,13 @@ __all__ = [
     "PreferenceConfig",
     "check_algorithm",
     "clamp_log_ratio",
+    "combine_steps",
     "dpo_loss",
     "finish_metrics",
     "gae",
     "get_algorithm",
     "group_advantages",
+    "host_floats",
     "importance_weights",
     "k1",
     "k2",
@@ -73,5 +59,6 @@ __all__ = [
     "pairwise_reward_loss",
     "policy_loss",
     "rewards_on_last_token",
+    "rule_of",
     "value_loss",
 ]

@@ -166,6 +166,3 @@ def overlong_zone(zone, max_new_tokens):
     if not 0 < tokens <= max_new_tokens:
         raise ValueError(f"overlong_penalty is {zone}; allowed: above 0, up to max_new_tokens {max_new_tokens}")
     return tokens
-
-
-__all__ = ["BASELINES", "group_advantages", "gae", "rewards_on_last_token", "overlong_penalty", "overlong_zone"]

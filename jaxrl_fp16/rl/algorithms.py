@@ -1,7 +1,12 @@
-"""Algorithms as data: what a preset is made of, and which combinations are refused.
+"""Algorithms as data: the policy losses of a token, the settings of all parts, and presets of them.
 
-A loss, correction, aggregation, advantage or KL estimator that is added to its
-module's table can be named here at once; a new algorithm is one row of `PRESETS`.
+A new algorithm is a row of `PRESETS`; a new loss a function and a row of `LOSSES`, its settings fields of
+`AlgorithmConfig`. What is added to another part's table can be named at once.
+
+B: rows (responses).  T: columns.
+
+`m`: mask.  `lp`, `old`: log-probs of the sampled tokens under the policy that trains, and under the scorer with
+the sampling weights.  `A`: advantages.  All is float32.
 """
 
 from __future__ import annotations
@@ -11,13 +16,94 @@ import functools
 from typing import Annotated, Any, Literal, get_type_hints
 
 from annotated_types import Ge, Gt, Le
+from flax import struct
+import jax
+from jax import lax
+import jax.numpy as jnp
 from pydantic import FiniteFloat, TypeAdapter, ValidationError
 
 from jaxrl_fp16.config import Doc
+from jaxrl_fp16.masking import masked_sum
 from jaxrl_fp16.rl.advantages import BASELINES
-from jaxrl_fp16.rl.importance import IMPORTANCES, LEVELS
+from jaxrl_fp16.rl.aggregation import AGGREGATIONS
+from jaxrl_fp16.rl.importance import IMPORTANCES, LEVELS, clamp_log_ratio
 from jaxrl_fp16.rl.kl import KL_ESTIMATORS
-from jaxrl_fp16.rl.losses import AGGREGATIONS, LOSSES, SCORER_FREE_LOSSES
+
+
+@struct.dataclass
+class TokenLoss:
+    """A policy loss before weights and aggregation."""
+
+    loss: jax.Array                     # float32 [B,T]
+    log_ratio: jax.Array | None = None  # float32 [B,T], or [B,1] for a ratio per row: lp - old, unclamped
+    cut: jax.Array | None = None        # bool [B,T]: clipping took the token's gradient or bounded its weight
+
+
+def _clip_ratio(algorithm, ratio):
+    # lax.clamp passes the whole gradient inside and none outside.
+    return lax.clamp(1.0 - algorithm.clip_low, ratio, 1.0 + algorithm.clip_high)
+
+
+def _clipped_surrogate(algorithm, ratio, advantages):
+    """`-min(r*A, clip(r)*A)` and where the clipped term was taken."""
+    plain, clipped = ratio * advantages, _clip_ratio(algorithm, ratio) * advantages
+    # Not jnp.minimum: it halves the gradient of a tie, and an unclipped ratio always ties.
+    cut = clipped < plain
+    return -jnp.where(cut, clipped, plain), cut
+
+
+def ppo_clip(algorithm, lp, old, _, advantages):
+    """PPO's clipped surrogate (arXiv 1707.06347), optionally dual-clipped (arXiv 1912.09729).
+
+        r = exp(lp - old);  l = -min(r*A, clip(r, 1 - clip_low, 1 + clip_high)*A)
+        with dual_clip c and A < 0: l = min(l, -c*A)
+    """
+    log_ratio = lp - old
+    loss, cut = _clipped_surrogate(algorithm, jnp.exp(clamp_log_ratio(log_ratio)), advantages)
+    if algorithm.dual_clip is not None:
+        bound = -algorithm.dual_clip * advantages
+        beyond = (advantages < 0) & (bound < loss)
+        loss, cut = jnp.where(beyond, bound, loss), cut | beyond
+    return TokenLoss(loss, log_ratio, cut)
+
+
+def gspo(algorithm, lp, old, mask, advantages):
+    """Group sequence policy optimization in its token form (arXiv 2507.18071).
+
+        s_b = exp(sum_t m*(lp - old) / n_b);  s = sg(s_b) * exp(lp - sg(lp))
+        l = -min(s*A, clip(s, 1 - clip_low, 1 + clip_high)*A)
+    """
+    tokens = jnp.sum(mask.astype(bool), axis=1, keepdims=True)
+    log_ratio = masked_sum(lp - old, mask, axis=1)[:, None] / jnp.maximum(tokens, 1)
+    # The sum of logs is the definition's product, and lets the clamp stop the gradient as it does elsewhere.
+    ratio = jnp.exp(clamp_log_ratio(lax.stop_gradient(log_ratio) + (lp - lax.stop_gradient(lp))))
+    loss, cut = _clipped_surrogate(algorithm, ratio, advantages)
+    return TokenLoss(loss, log_ratio, cut)
+
+
+def cispo(algorithm, lp, old, _, advantages):
+    """Clipped importance weights on a policy gradient (arXiv 2506.13585).
+
+        w = sg(clip(exp(lp - old), 1 - clip_low, 1 + clip_high));  l = -w*A*lp
+    """
+    log_ratio = lp - old
+    ratio = lax.stop_gradient(jnp.exp(clamp_log_ratio(log_ratio)))
+    weight = _clip_ratio(algorithm, ratio)
+    return TokenLoss(-weight * advantages * lp, log_ratio, weight != ratio)
+
+
+def pg(_algorithm, lp, _old, _mask, advantages):
+    """The policy gradient: `l = -A*lp`; its importance weight comes from `sg(lp)` and `mu`."""
+    return TokenLoss(-advantages * lp)
+
+
+# name -> (algorithm, lp [B,T], old [B,T], mask [B,T], advantages [B,T]) -> TokenLoss
+LOSSES = {"ppo_clip": ppo_clip, "gspo": gspo, "cispo": cispo, "pg": pg}
+# These never read `old`: their importance weight is taken between the current policy and the sampler.
+SCORER_FREE_LOSSES = frozenset({"pg"})
+
+
+# -- settings ------------------------------------------------------------------------------------
 
 Share = Annotated[float, Ge(0), Le(1)]
 Positive = Annotated[float, Gt(0)]
@@ -136,58 +222,3 @@ def get_algorithm(name, **overrides):
         if key not in allowed:
             raise ValueError(f"algorithm field {key!r} is unknown; allowed: {', '.join(allowed)}")
     return AlgorithmConfig(preset=name, **{**PRESETS[name], **overrides})
-
-
-def needs_scorer(algorithm):
-    """Whether loss or reward reads `old`, so that every minibatch needs the scorer's log-probs."""
-    in_reward = needs_reference(algorithm) and algorithm.kl_in == "reward"
-    return in_reward or algorithm.loss not in SCORER_FREE_LOSSES
-
-
-def needs_reference(algorithm):
-    """Whether a KL term, in the loss or in the reward, reads the reference's log-probs."""
-    return algorithm.kl_coef > 0
-
-
-def needs_critic(algorithm):
-    """Whether advantages come from a critic's values."""
-    return algorithm.advantage == "gae"
-
-
-def check_algorithm(algorithm, group_size, old_logprobs="recompute"):
-    """Refuses what the algorithm cannot learn from.
-
-    Args:
-      algorithm: an `AlgorithmConfig`.
-      group_size: responses a prompt.
-      old_logprobs: `recompute` by the scorer, or `rollout` for the sampler's own.
-
-    Raises:
-      ValueError: for a group without a baseline, for dynamic sampling of single
-        responses, and for an importance weight that would be 1 by construction.
-    """
-    if old_logprobs not in ("recompute", "rollout"):
-        raise ValueError(f"old_logprobs is {old_logprobs!r}; allowed: recompute, rollout")
-    if group_size < 1:
-        raise ValueError(f"group_size is {group_size}; allowed: 1 or more")
-    if group_size == 1 and not needs_critic(algorithm):
-        raise ValueError(f"group_size is 1; advantage {algorithm.advantage!r} allows 2 or more, gae 1")
-    if group_size == 1 and algorithm.dynamic_sampling:
-        raise ValueError("group_size is 1; dynamic_sampling allows 2 or more: one reward equals itself")
-    weighs_old = algorithm.importance != "none" and algorithm.loss not in SCORER_FREE_LOSSES
-    if old_logprobs == "rollout" and weighs_old:
-        raise ValueError(
-            f"old_logprobs is 'rollout'; importance {algorithm.importance!r} with loss {algorithm.loss!r} "
-            "allows 'recompute': its weight would be 1 by construction"
-        )
-
-
-__all__ = [
-    "PRESETS",
-    "AlgorithmConfig",
-    "check_algorithm",
-    "get_algorithm",
-    "needs_critic",
-    "needs_reference",
-    "needs_scorer",
-]

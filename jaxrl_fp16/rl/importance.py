@@ -3,8 +3,7 @@
 B: rows (responses).  T: columns.
 
 The weight is a constant to the gradient. It is taken per token, or per row as
-the product over the row's tokens, and then capped, masked or left alone. Below
-it stand the statistics of ratios, in a form that adds up over microbatches.
+the product over the row's tokens, and then capped, masked or left alone.
 """
 
 from __future__ import annotations
@@ -113,103 +112,3 @@ def importance_weights(log_ratio, mask, importance="is", level="token", cap=None
     log_ratio = LEVELS[level](log_ratio, mask)
     weight, cut = IMPORTANCES[importance](jnp.exp(clamp_log_ratio(log_ratio)), cap, floor)
     return Importance(weight, log_ratio, cut)
-
-
-@struct.dataclass
-class Normalizer:
-    """What a minibatch's sums are divided by. Its microbatches all use the same one."""
-
-    tokens: jax.Array     # int32 []: sum(mask)
-    rows: jax.Array       # int32 []: B, rows without a token included
-    responses: jax.Array  # int32 []: rows with a token; only metrics per row divide by it
-
-
-def normalizer_of(mask):
-    """The `Normalizer` of a whole minibatch's mask [B,T]."""
-    mask = mask.astype(bool)
-    return Normalizer(
-        tokens=jnp.sum(mask), rows=jnp.asarray(mask.shape[0]), responses=jnp.sum(jnp.any(mask, axis=1))
-    )
-
-
-def _counted(x, mask):
-    """Which entries of `x` count: the tokens of [B,T], the rows with a token of [B,1]."""
-    mask = mask.astype(bool)
-    return jnp.any(mask, axis=1, keepdims=True) if x.shape[1] == 1 else mask
-
-
-def mean_metric(x, mask, normalizer):
-    """This call's share of the minibatch's mean of `x`: over tokens for [B,T], over responses for [B,1]."""
-    # With T = 1 the two readings agree: a response is a token.
-    total = normalizer.responses if x.shape[1] == 1 else normalizer.tokens
-    return masked_sum(x, _counted(x, mask)) / jnp.maximum(total, 1)
-
-
-def ratio_metrics(name, log_ratio, mask, normalizer):
-    """Mean, extremes and biting clamps of `exp(log_ratio)`, [B,T] or [B,1]."""
-    ratio, counted = jnp.exp(clamp_log_ratio(log_ratio)), _counted(log_ratio, mask)
-    return {
-        f"{name}_mean": mean_metric(ratio, mask, normalizer),
-        f"{name}_max": jnp.max(jnp.where(counted, ratio, -jnp.inf)),
-        f"{name}_min": jnp.min(jnp.where(counted, ratio, jnp.inf)),
-        f"{name}_clamp_count": masked_sum(clamp_bites(log_ratio), counted),
-    }
-
-
-def importance_metrics(importance, mask, normalizer):
-    """Statistics of the raw ratio, before the cap, and the share that cap and floor cut."""
-    square = jnp.exp(2.0 * clamp_log_ratio(importance.log_ratio))
-    return ratio_metrics("importance", importance.log_ratio, mask, normalizer) | {
-        "importance_square_mean": mean_metric(square, mask, normalizer),
-        "importance_cut_fraction": mean_metric(importance.cut, mask, normalizer),
-    }
-
-
-def merge_metrics(stacked):
-    """The minibatch's metrics out of its microbatches', stacked on axis 0 as `lax.scan` stacks them.
-
-    A name that ends in `_max` or `_min` says how it combines; every other one adds up.
-    """
-    extremes = {"max": jnp.max, "min": jnp.min}
-
-    def reduce(name, x):
-        return extremes.get(name.rpartition("_")[2], jnp.sum)(x, axis=0)
-
-    return finish_metrics({name: reduce(name, x) for name, x in stacked.items()})
-
-
-def finish_metrics(metrics):
-    """A whole minibatch's metrics from its sums; once finished they stay as they are.
-
-    `x_square_mean` becomes `x_ess`, the effective sample size `(sum w)^2 / (n * sum w^2)`
-    as a share of the `n` weights: it does not add up, the two means that make it do.
-    The extremes of no token at all, infinite so as to lose to every other, become 0.
-    """
-    finished = {}
-    for name, value in metrics.items():
-        if name.endswith("_square_mean"):
-            mean = metrics[name.replace("_square_mean", "_mean")]
-            finished[name.replace("_square_mean", "_ess")] = jnp.where(value > 0, mean**2 / value, 0.0)
-        elif name.endswith(("_max", "_min")):
-            finished[name] = jnp.where(jnp.isinf(value), 0.0, value)
-        else:
-            finished[name] = value
-    return finished
-
-
-__all__ = [
-    "IMPORTANCES",
-    "LEVELS",
-    "LOG_RATIO_LIMIT",
-    "Importance",
-    "Normalizer",
-    "clamp_bites",
-    "clamp_log_ratio",
-    "finish_metrics",
-    "importance_metrics",
-    "importance_weights",
-    "mean_metric",
-    "merge_metrics",
-    "normalizer_of",
-    "ratio_metrics",
-]

@@ -77,6 +77,3 @@ def kl_penalized_rewards(rewards, old_logprobs, ref_logprobs, mask, kl_coef):
     if rewards.ndim == 1:
         return lax.stop_gradient(rewards - kl_coef * masked_sum(difference, mask, axis=1))
     raise ValueError(f"rewards of shape {rewards.shape}; allowed: [B] or [B,T]")
-
-
-__all__ = ["CLAMPED_ESTIMATORS", "KL_ESTIMATORS", "k1", "k2", "k3", "kl_penalized_rewards"]

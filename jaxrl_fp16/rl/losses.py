@@ -9,116 +9,16 @@ under the frozen reference.  `A`: advantages.  All is float32.
 
 from __future__ import annotations
 
-from flax import struct
 import jax
 from jax import lax
 import jax.numpy as jnp
 
 from jaxrl_fp16.masking import masked_sum, zero_where_masked
-from jaxrl_fp16.rl.importance import (
-    clamp_bites,
-    clamp_log_ratio,
-    finish_metrics,
-    importance_metrics,
-    importance_weights,
-    mean_metric,
-    normalizer_of,
-    ratio_metrics,
-)
+from jaxrl_fp16.rl.aggregation import AGGREGATIONS
+from jaxrl_fp16.rl.algorithms import LOSSES, SCORER_FREE_LOSSES
+from jaxrl_fp16.rl.importance import clamp_bites, importance_weights
 from jaxrl_fp16.rl.kl import CLAMPED_ESTIMATORS, KL_ESTIMATORS, k3
-
-
-def token_mean(x, mask, normalizer, _):
-    """`sum(m*x) / sum(m)`: every token of the minibatch weighs the same (DAPO, arXiv 2503.14476)."""
-    return masked_sum(x, mask) / jnp.maximum(normalizer.tokens, 1)
-
-
-def sequence_mean(x, mask, normalizer, _):
-    """`mean_b(sum_t(m*x) / n_b)`: every response weighs the same (GRPO, arXiv 2402.03300)."""
-    tokens = jnp.sum(mask.astype(bool), axis=1)
-    return jnp.sum(masked_sum(x, mask, axis=1) / jnp.maximum(tokens, 1)) / normalizer.rows
-
-
-def fixed_length(x, mask, normalizer, max_new_tokens):
-    """`mean_b(sum_t(m*x) / L)`: no length bias (Dr. GRPO, arXiv 2503.20783)."""
-    return masked_sum(x, mask) / (normalizer.rows * max_new_tokens)
-
-
-# name -> (x [B,T], mask [B,T], normalizer, max_new_tokens) -> scalar
-AGGREGATIONS = {"token_mean": token_mean, "sequence_mean": sequence_mean, "fixed_length": fixed_length}
-
-
-@struct.dataclass
-class TokenLoss:
-    """A policy loss before weights and aggregation."""
-
-    loss: jax.Array                     # float32 [B,T]
-    log_ratio: jax.Array | None = None  # float32 [B,T], or [B,1] for a ratio per row: lp - old, unclamped
-    cut: jax.Array | None = None        # bool [B,T]: clipping took the token's gradient or bounded its weight
-
-
-def _clip_ratio(algorithm, ratio):
-    # lax.clamp passes the whole gradient inside and none outside.
-    return lax.clamp(1.0 - algorithm.clip_low, ratio, 1.0 + algorithm.clip_high)
-
-
-def _clipped_surrogate(algorithm, ratio, advantages):
-    """`-min(r*A, clip(r)*A)` and where the clipped term was taken."""
-    plain, clipped = ratio * advantages, _clip_ratio(algorithm, ratio) * advantages
-    # Not jnp.minimum: it halves the gradient of a tie, and an unclipped ratio always ties.
-    cut = clipped < plain
-    return -jnp.where(cut, clipped, plain), cut
-
-
-def ppo_clip(algorithm, lp, old, _, advantages):
-    """PPO's clipped surrogate (arXiv 1707.06347), optionally dual-clipped (arXiv 1912.09729).
-
-        r = exp(lp - old);  l = -min(r*A, clip(r, 1 - clip_low, 1 + clip_high)*A)
-        with dual_clip c and A < 0: l = min(l, -c*A)
-    """
-    log_ratio = lp - old
-    loss, cut = _clipped_surrogate(algorithm, jnp.exp(clamp_log_ratio(log_ratio)), advantages)
-    if algorithm.dual_clip is not None:
-        bound = -algorithm.dual_clip * advantages
-        beyond = (advantages < 0) & (bound < loss)
-        loss, cut = jnp.where(beyond, bound, loss), cut | beyond
-    return TokenLoss(loss, log_ratio, cut)
-
-
-def gspo(algorithm, lp, old, mask, advantages):
-    """Group sequence policy optimization in its token form (arXiv 2507.18071).
-
-        s_b = exp(sum_t m*(lp - old) / n_b);  s = sg(s_b) * exp(lp - sg(lp))
-        l = -min(s*A, clip(s, 1 - clip_low, 1 + clip_high)*A)
-    """
-    tokens = jnp.sum(mask.astype(bool), axis=1, keepdims=True)
-    log_ratio = masked_sum(lp - old, mask, axis=1)[:, None] / jnp.maximum(tokens, 1)
-    # The sum of logs is the definition's product, and lets the clamp stop the gradient as it does elsewhere.
-    ratio = jnp.exp(clamp_log_ratio(lax.stop_gradient(log_ratio) + (lp - lax.stop_gradient(lp))))
-    loss, cut = _clipped_surrogate(algorithm, ratio, advantages)
-    return TokenLoss(loss, log_ratio, cut)
-
-
-def cispo(algorithm, lp, old, _, advantages):
-    """Clipped importance weights on a policy gradient (arXiv 2506.13585).
-
-        w = sg(clip(exp(lp - old), 1 - clip_low, 1 + clip_high));  l = -w*A*lp
-    """
-    log_ratio = lp - old
-    ratio = lax.stop_gradient(jnp.exp(clamp_log_ratio(log_ratio)))
-    weight = _clip_ratio(algorithm, ratio)
-    return TokenLoss(-weight * advantages * lp, log_ratio, weight != ratio)
-
-
-def pg(_algorithm, lp, _old, _mask, advantages):
-    """The policy gradient: `l = -A*lp`; its importance weight comes from `sg(lp)` and `mu`."""
-    return TokenLoss(-advantages * lp)
-
-
-# name -> (algorithm, lp [B,T], old [B,T], mask [B,T], advantages [B,T]) -> TokenLoss
-LOSSES = {"ppo_clip": ppo_clip, "gspo": gspo, "cispo": cispo, "pg": pg}
-# These never read `old`: their importance weight is taken between the current policy and the sampler.
-SCORER_FREE_LOSSES = frozenset({"pg"})
+from jaxrl_fp16.rl.metrics import finish_metrics, importance_metrics, mean_metric, normalizer_of, ratio_metrics
 
 
 def _constant(x, mask):
@@ -261,6 +161,3 @@ def value_loss(algorithm, values, old_values, returns, mask, *, max_new_tokens, 
     means = {"value_clip_fraction": cut, "value_mean": values, "return_mean": returns, "value_error": plain}
     metrics = {"value_loss": loss, **{name: mean_metric(x, mask, normalizer) for name, x in means.items()}}
     return loss, jax.tree.map(lax.stop_gradient, metrics)
-
-
-__all__ = ["AGGREGATIONS", "LOSSES", "SCORER_FREE_LOSSES", "TokenLoss", "policy_loss", "value_loss"]

@@ -95,6 +95,3 @@ def mismatch_metrics(rollout_logprobs, train_logprobs, mask, prefix="mismatch"):
     metrics = _token_metrics(log_mu, log_pi, mask)
     metrics |= _row_metrics(masked_sum(log_pi - log_mu, mask, axis=1), jnp.any(mask, axis=1))
     return {f"{prefix}/{name}": value for name, value in metrics.items()}
-
-
-__all__ = ["mismatch_metrics"]

@@ -38,6 +38,3 @@ def pairwise_reward_loss(chosen, rejected, pairs=None):
         "score": jnp.sum(chosen + rejected) / (2 * pairs),
     }
     return jnp.sum(jax.nn.softplus(-margin)) / pairs, jax.tree.map(jax.lax.stop_gradient, metrics)
-
-
-__all__ = ["pairwise_reward_loss"]

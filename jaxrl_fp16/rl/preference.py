@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxrl_fp16.config import Doc
 from jaxrl_fp16.masking import masked_sum
-from jaxrl_fp16.rl.importance import mean_metric, normalizer_of
+from jaxrl_fp16.rl.metrics import mean_metric, normalizer_of
 
 
 def sigmoid(config, h):
@@ -112,6 +112,3 @@ def pair_normalizer(chosen_mask, rejected_mask):
 def _counted(chosen_mask, rejected_mask):
     """bool [B]: both responses have a token."""
     return jnp.any(chosen_mask.astype(bool), axis=1) & jnp.any(rejected_mask.astype(bool), axis=1)
-
-
-__all__ = ["PREFERENCE_LOSSES", "PreferenceConfig", "dpo_loss", "pair_normalizer"]

@@ -15,8 +15,8 @@ import numpy as np
 from jaxrl_fp16.masking import masked_mean
 from jaxrl_fp16.parallel import batch_sharding, shard_batch
 from jaxrl_fp16.rl import (
-    gae, group_advantages, kl_penalized_rewards, mismatch_metrics, needs_critic, needs_reference, needs_scorer,
-    overlong_penalty, rewards_on_last_token,
+    combine_steps, gae, group_advantages, host_floats, kl_penalized_rewards, mismatch_metrics, needs_critic,
+    needs_reference, needs_scorer, overlong_penalty, rewards_on_last_token,
 )
 from jaxrl_fp16.training.collect import truncation_rule
 from jaxrl_fp16.training.optimizer import make_optimizer
@@ -122,7 +122,7 @@ def learn(programs, learner, graded, key, critic_alone=False, keep=None):
             metrics |= programs.compare(first_pi, logprobs, first_mask, prefix="mismatch_grad")
         drifts.append(programs.summed_kl(minibatch.old_logprobs, logprobs, minibatch.response_mask))
     steps, drifts = jax.device_get((steps, drifts))
-    return learner, {**host_floats(metrics), **staleness_terms(drifts), **_over_steps(steps)}, steps
+    return learner, {**host_floats(metrics), **staleness_terms(drifts), **combine_steps(steps)}, steps
 
 
 def step_on(programs, learner, minibatch, critic_alone=False):
@@ -185,21 +185,3 @@ def _make_batch(programs, learner, graded, old):
         old_logprobs=old, advantages=advantages, ref_logprobs=reference, values=values, returns=returns,
         support=rollout.support,
     )
-
-
-def _over_steps(steps):
-    """An iteration's metrics out of its optimizer steps': means, but extremes for `_max` and `_min`,
-    sums for `skipped` and `empty`, and the last step's loss scale."""
-    def combine(name, values):
-        if name.endswith(("_max", "_min")):
-            return max(values) if name.endswith("_max") else min(values)
-        if name.rpartition("/")[2] in ("skipped", "empty"):
-            return sum(values)
-        return values[-1] if name.rpartition("/")[2] == "loss_scale" else float(np.mean(values))
-
-    return {name: combine(name, [float(step[name]) for step in steps]) for name in steps[0]}
-
-
-def host_floats(metrics):
-    """Scalars on a device as Python's, fetched at once."""
-    return {name: float(value) for name, value in jax.device_get(metrics).items()}

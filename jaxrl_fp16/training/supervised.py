@@ -12,11 +12,11 @@ from jaxrl_fp16.models import param_shardings
 from jaxrl_fp16.packing import pack
 from jaxrl_fp16.parallel import shard_batch
 from jaxrl_fp16.ranges import make_peaks
+from jaxrl_fp16.rl import host_floats
 from jaxrl_fp16.tasks import render
 from jaxrl_fp16.tokenizer import encode_pairs
 from jaxrl_fp16.training.collect import fitting_rows
 from jaxrl_fp16.training.follow import Step
-from jaxrl_fp16.training.learn import host_floats
 from jaxrl_fp16.training.learner import Learner
 from jaxrl_fp16.training.optimizer import make_optimizer
 from jaxrl_fp16.training.run import announced

@@ -13,9 +13,9 @@ import argparse
 import jax
 
 import jaxrl_fp16 as rl
-from jaxrl_fp16.lab.attribution import attribute, shares_by
-from jaxrl_fp16.lab.remedies import measure_remedies
+from jaxrl_fp16.lab.mismatch.attribution import attribute, shares_by
 from record import record
+from remedies import measure_remedies
 from workload import EOS, MODEL, PAD, make_params, make_prompts
 
 

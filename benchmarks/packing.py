@@ -18,7 +18,7 @@ import optax
 
 import jaxrl_fp16 as rl
 from jaxrl_fp16.packing import pack
-from jaxrl_fp16.training.sft import Pairs, make_sft_update
+from jaxrl_fp16.training.updates.sft_update import SFTRows, make_sft_update
 from record import record
 from timing import add_ratios, alternate
 from workload import MODEL, VOCAB, make_params
@@ -70,7 +70,7 @@ def main():
     parser.add_argument("--repeats", type=int, default=3)
     given = parser.parse_args()
     params, examples = make_params(), make_examples(given.examples, given.columns)
-    batches = {"padded": Pairs(*examples), "packed": Pairs(*pack_all(examples, given.microbatch))}
+    batches = {"padded": SFTRows(*examples), "packed": SFTRows(*pack_all(examples, given.microbatch))}
     made = {f"{how} {precision}": (make_step(precision, params, pairs, given.microbatch), pairs)
             for precision in ("fp32", "fp16") for how, pairs in batches.items()}
     tokens = int(examples[1].sum())

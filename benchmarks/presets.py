@@ -23,8 +23,8 @@ import yaml
 from jaxrl_fp16.config import load_config
 from jaxrl_fp16.logs import read_metrics
 from jaxrl_fp16.models import DecoderConfig
-from jaxrl_fp16.rl import PRESETS
-from jaxrl_fp16.training.run_config import Config
+from jaxrl_fp16.objectives import PRESETS
+from jaxrl_fp16.training.runs.run_config import Config
 from record import ROOT, machine, save
 
 RESULTS = ROOT / "benchmarks" / "results"

@@ -18,7 +18,7 @@ from pathlib import Path
 import statistics
 
 from jaxrl_fp16.logs import read_metrics
-from jaxrl_fp16.rl import PRESETS
+from jaxrl_fp16.objectives import PRESETS
 from presets import FINISHED, INTERRUPTED, RESULTS, command, environment, is_of, newest
 from record import ROOT, machine, print_table, save
 

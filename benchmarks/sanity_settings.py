@@ -21,7 +21,7 @@ from jaxrl_fp16.config import load_config
 import jaxrl_fp16 as rl
 from jaxrl_fp16.tasks import open_task
 from jaxrl_fp16.tokenizer import decode_responses, encode_prompts, end_ids, load_tokenizer, pad_id
-from jaxrl_fp16.training.run_config import Config
+from jaxrl_fp16.training.runs.run_config import Config
 from presets import command, newest
 from record import ROOT, record
 

@@ -17,9 +17,9 @@ import tempfile
 
 from jaxrl_fp16.config import load_config, parse_overrides
 from jaxrl_fp16.telemetry import TelemetryConfig
-from jaxrl_fp16.training import loop
-from jaxrl_fp16.training.run_config import Config
-from jaxrl_fp16.training.watch import Watch
+from jaxrl_fp16.training.loops import iterations as loop
+from jaxrl_fp16.training.loops.nonfinite import Watch
+from jaxrl_fp16.training.runs.run_config import Config
 from record import record
 
 WARM = 2  # pairs that compile, and one more

@@ -14,11 +14,11 @@ _HOMES = {
     ),
     "forward": ("token_logprobs", "token_values", "sequence_scores", "logits"),
     "sampling": ("SamplingConfig", "make_sampler"),
-    "rl": (
+    "objectives": (
         "AlgorithmConfig", "get_algorithm", "group_advantages", "gae", "policy_loss", "value_loss",
         "mismatch_metrics", "PreferenceConfig", "dpo_loss", "pairwise_reward_loss",
     ),
-    "training": (
+    "training.updates": (
         "TrainState", "init_train_state", "make_update", "make_value_update", "PreferencePairs", "make_pair_scorer",
         "make_dpo_update", "RewardPairs", "make_reward_update",
     ),

@@ -1,8 +1,6 @@
 """The commands. `main(argv)` returns an exit code: 0 done; 2 refused before the start; 3 stopped by a
 guard; 130 and 143 after SIGINT and SIGTERM."""
 
-from __future__ import annotations
-
 import dataclasses
 from importlib import import_module
 import json
@@ -23,61 +21,19 @@ commands:
 `jaxrl-fp16 COMMAND --help` lists every key."""
 
 
-def _train(config):
-    import jax
-
-    from jaxrl_fp16.training.loop import train
-
-    outcome = train(config)
-    if outcome.code == 0 and jax.process_index() == 0:
-        (_show_probe if outcome.probe else _show)(outcome.folder, outcome.precision)
-    return outcome.code
-
-
-def _command(name):
-    """A command of `training.commands`, imported when it runs."""
-    return lambda config: getattr(import_module("jaxrl_fp16.training.commands"), name)(config)
-
-
-def _filter(config):
-    from jaxrl_fp16.training.filter import run_filter
-
-    outcome = run_filter(config)
-    if outcome.code == 0:
-        _show_filtered(outcome, config.filter)
-    return outcome.code
-
-
-def _compare(config):
-    from jaxrl_fp16.lab.compare import run_compare
-
-    return run_compare(config)
-
-
-def _info(config):
-    from jaxrl_fp16.lab.info import run_info
-
-    return run_info(config)
-
-
-def _mismatch(config):
-    from jaxrl_fp16.lab.mismatch import run_mismatch
-
-    return run_mismatch(config).code
-
-
+# name -> what it does; `commands/NAME.py` has `run_NAME(config) -> exit code`
 COMMANDS = {
-    "train": (_train, "RL, after a warm start where sft.steps asks for one; --resume RUN_FOLDER goes on"),
-    "sft": (_command("run_sft"), "supervised training on the task's solutions"),
-    "warmup": (_command("run_warmup"), "the warm start of train alone, as a model folder"),
-    "dpo": (_command("run_dpo"), "preference optimization on pairs of responses, after a warm start as in train"),
-    "eval": (_command("run_eval"), "accuracy, pass@k and standard error on evaluation.sets"),
-    "filter": (_filter, "the problems that a model solves sometimes; --resume RUN_FOLDER goes on"),
-    "compare": (_compare, "one config under --precisions fp16 bf16 ..., --seeds 0 1 ...; one report of all runs"),
-    "mismatch": (_mismatch, "how far sampler and trainer disagree in each precision, as a page; no training"),
-    "generate": (_command("run_generate"), "responses to prompts, printed"),
-    "info": (_info, "is the model safe in FP16: its weights, activations and gradients against float16's range"),
-    "export": (_command("run_export"), "the newest checkpoint of --resume RUN_FOLDER as a Hugging Face folder, model/"),
+    "train": "RL, after a warm start where sft.steps asks for one; --resume RUN_FOLDER goes on",
+    "sft": "supervised training on the task's solutions",
+    "warmup": "the warm start of train alone, as a model folder",
+    "dpo": "preference optimization on pairs of responses, after a warm start as in train",
+    "eval": "accuracy, pass@k and standard error on evaluation.sets",
+    "filter": "the problems that a model solves sometimes; --resume RUN_FOLDER goes on",
+    "compare": "one config under --precisions fp16 bf16 ..., --seeds 0 1 ...; one report of all runs",
+    "mismatch": "how far sampler and trainer disagree in each precision, as a page; no training",
+    "generate": "responses to prompts, printed",
+    "info": "is the model safe in FP16: its weights, activations and gradients against float16's range",
+    "export": "the newest checkpoint of --resume RUN_FOLDER as a Hugging Face folder, model/",
 }
 
 # Flags of a command that are short for a key; those of a list take several values.
@@ -90,7 +46,7 @@ SHORT = {"compare": {"jobs": "compare.jobs"}}
 def main(argv):
     """Runs one command; `argv` without the program's name."""
     if not argv or argv[0] in ("-h", "--help", "help"):
-        print(USAGE.format(commands="\n".join(f"  {name:10}{text}" for name, (_, text) in COMMANDS.items())))
+        print(USAGE.format(commands="\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())))
         return 0 if argv else 2
     try:
         command, arguments = argv[0], list(argv[1:])
@@ -104,7 +60,7 @@ def main(argv):
 
 
 def _run(command, arguments):
-    from jaxrl_fp16.training.run_config import Config
+    from jaxrl_fp16.training.runs.run_config import Config
 
     if not arguments or arguments[0].startswith("--"):
         raise ConfigError(f"{command} needs a config file: jaxrl-fp16 {command} CONFIG [--key VALUE ...]")
@@ -114,7 +70,7 @@ def _run(command, arguments):
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=Path(path).stem))
     # orbax warns of what it will do by default one day; a person at a console can do nothing about it
     warnings.filterwarnings("ignore", module=r"orbax\..*")
-    return _guarded(COMMANDS[command][0], config)
+    return _guarded(getattr(import_module(f"jaxrl_fp16.commands.{command}"), f"run_{command}"), config)
 
 
 def _lengthened(command, arguments):
@@ -144,9 +100,9 @@ def _guarded(run, config):
     import jax
 
     from jaxrl_fp16.tasks import BatchDeadline, RewardShapeError, WorkerStartError
-    from jaxrl_fp16.training.checkpoint import CheckpointError
-    from jaxrl_fp16.training.guards import Guard
-    from jaxrl_fp16.training.memory import LOWERS_MEMORY, is_out_of_memory
+    from jaxrl_fp16.training.checkpoints.checkpoint import CheckpointError
+    from jaxrl_fp16.training.safety.guards import Guard
+    from jaxrl_fp16.training.safety.memory import LOWERS_MEMORY, is_out_of_memory
 
     try:
         return run(config)
@@ -167,48 +123,13 @@ def _end(code, error):
 
 
 def _help(command):
-    from jaxrl_fp16.training.run_config import Config
+    from jaxrl_fp16.training.runs.run_config import Config
 
-    print(f"usage: jaxrl-fp16 {command} CONFIG [--key VALUE ...]\n\n{COMMANDS[command][1]}\n")
+    print(f"usage: jaxrl-fp16 {command} CONFIG [--key VALUE ...]\n\n{COMMANDS[command]}\n")
     for row in describe(Config):
         print(f"  --{row.key} ({row.type}; {row.default})\n      {row.doc}" if row.doc else
               f"  --{row.key} ({row.type}; {row.default})")
     return 0
-
-
-def _show(folder, precision):
-    """The picture and the table that a run ends with."""
-    from jaxrl_fp16.console import Console
-    from jaxrl_fp16.lab.report import draw_run, summary
-
-    console = Console()
-    console.table(f"what happened, in {precision}", ("", "first", "last"), summary(folder))
-    picture = draw_run(folder, f"{folder.name} in {precision}")
-    if picture is not None:
-        console.say(f"picture: {picture}")
-
-
-def _show_probe(folder, precision):
-    """The table that a probe ends with."""
-    from jaxrl_fp16.console import Console
-    from jaxrl_fp16.lab.probe import COLUMNS, probe_table
-
-    console = Console()
-    console.table(f"probe in {precision}: learning rate 0, no weight moved", COLUMNS, probe_table(folder))
-    console.say("a slope beyond its error comes from the data or from chance (one in twenty beyond two errors), not "
-                "from the policy")
-
-
-def _show_filtered(outcome, bounds):
-    from jaxrl_fp16.console import Console
-    from jaxrl_fp16.lab.report import draw_accuracies, histogram
-    from jaxrl_fp16.training.filter import FILTERED, read_accuracies
-
-    console, accuracies = Console(), read_accuracies(outcome.folder)
-    console.table("accuracy of the model on each problem", ("accuracy", "problems"), histogram(accuracies))
-    path = bounds.output or outcome.folder / FILTERED
-    console.say(f"{outcome.kept} of {outcome.measured} problems lie between {bounds.low:g} and {bounds.high:g}: {path}")
-    console.say(f"picture: {draw_accuracies(outcome.folder, accuracies, bounds.low, bounds.high)}")
 
 
 def entry():

@@ -5,8 +5,6 @@ N: max_new_tokens.  K: kept ids of a truncated distribution.
 The only cast of parameters to the compute dtype stands here.
 """
 
-from __future__ import annotations
-
 from functools import partial
 
 import jax
@@ -265,9 +263,3 @@ def _split(hidden, head, *arrays):
         return jax.tree.map(one, chunks)
 
     return jax.tree.map(cut, (hidden, *arrays)), join
-
-
-__all__ = [
-    "cast_to_compute", "in_compute_dtype", "align_rows", "numerics_of", "hidden_states", "logits_of", "logits",
-    "logprob_of", "entropy_of", "token_logprobs", "score", "score_hidden", "token_values", "sequence_scores",
-]

@@ -201,6 +201,3 @@ def read_metrics(folder: str | os.PathLike) -> list[dict[str, Any]]:
     with open(Path(folder) / METRICS, encoding="utf-8") as lines:
         whole = (line for line in lines if line.endswith("\n"))
         return [{key: _unquoted(value) for key, value in json.loads(line).items()} for line in whole]
-
-
-__all__ = ["METRICS", "SAMPLES", "LoggingConfig", "RunLog", "read_metrics", "truncate", "write_json"]

@@ -4,8 +4,6 @@ B: rows.  T: columns.  A mask is bool or 0/1; where it is 0 a value may be
 anything, NaN too, and reaches neither a result nor a gradient.
 """
 
-from __future__ import annotations
-
 from jax import lax
 import jax.numpy as jnp
 
@@ -63,9 +61,3 @@ def left_align(mask):
 def align(x, order):
     """`x` [B,T,...] with each row gathered by `order` [B,T]."""
     return jnp.take_along_axis(x, order.reshape(order.shape + (1,) * (x.ndim - 2)), axis=1)
-
-
-__all__ = [
-    "zero_where_masked", "masked_sum", "masked_mean", "positions", "segment_positions", "through_first_end",
-    "left_align", "align",
-]

@@ -23,7 +23,7 @@ def pack(tokens, mask, loss_mask, rows):
     """`(Packed, count)`: the first `count` of n examples in `rows` rows; the others are left for the next call.
 
     tokens int32 [n,T], mask and loss_mask bool [n,T] with real tokens at the start, at
-    most T of them: as `encode_pairs` gives them. Examples are taken in their order, so
+    most T of them: as `encode_completions` gives them. Examples are taken in their order, so
     that none is passed over, and as many as `prefix` finds room for.
     """
     sizes = mask.sum(axis=1)
@@ -65,6 +65,3 @@ def first_fit_decreasing(sizes, rows, columns):
             return None
         places[example], room[row] = row, room[row] - sizes[example]
     return places
-
-
-__all__ = ["Packed", "first_fit_decreasing", "pack", "prefix"]

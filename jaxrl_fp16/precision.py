@@ -157,8 +157,3 @@ def resolve_precision(name, platform):
             "allowed on TPU: bf16, fp32"
         )
     return name
-
-
-__all__ = [
-    "LossScaleConfig", "LossScale", "Precision", "make_loss_scale", "get_policy", "get_precision", "resolve_precision",
-]

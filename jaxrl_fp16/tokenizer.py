@@ -29,7 +29,7 @@ class Prompts(NamedTuple):
     kept: np.ndarray       # bool [n]: False where a prompt is set aside; its row is empty
 
 
-class Pairs(NamedTuple):
+class Completions(NamedTuple):
     """Right-padded prompts with their completions, for supervised training."""
 
     tokens: np.ndarray     # int32 [n,T]; prompt, completion, end-of-text, then pad id
@@ -153,7 +153,7 @@ def encode_prompts(tokenizer, texts: Sequence[str], length: int) -> Prompts:
     return Prompts(tokens, mask, kept)
 
 
-def encode_pairs(tokenizer, prompts: Sequence[str], completions: Sequence[str], length: int) -> Pairs:
+def encode_completions(tokenizer, prompts: Sequence[str], completions: Sequence[str], length: int) -> Completions:
     """Pairs in `length` columns. One that does not fit with its end-of-text is set aside; none is cut.
 
     Prompt and completion are encoded apart, as the sampler meets them: no token spans the two.
@@ -167,7 +167,7 @@ def encode_pairs(tokenizer, prompts: Sequence[str], completions: Sequence[str], 
         size = len(rows[index])
         tokens[index, :size], mask[index, :size] = rows[index], True
         loss_mask[index, len(starts[index]):size] = True
-    return Pairs(tokens, mask, loss_mask, kept)
+    return Completions(tokens, mask, loss_mask, kept)
 
 
 def decode_responses(tokenizer, tokens, response_mask, ends: Iterable[int] | None = None) -> list[str]:
@@ -227,7 +227,3 @@ def _sentencepiece(piece: str) -> bytes:
 
 
 _PIECES_TO_BYTES = {"byte level": _byte_level, "sentencepiece": _sentencepiece, "plain": str.encode}
-
-__all__ = ["Prompts", "Pairs", "load_tokenizer", "save_tokenizer", "character_tokenizer", "end_ids", "pad_id",
-           "check_vocabulary", "vocabulary_size", "encode", "encode_prompts", "encode_pairs",
-           "decode_responses", "token_bytes"]

@@ -28,22 +28,22 @@ from jaxrl_fp16.models import Critic, critic_params, param_shardings, save_rewar
 from jaxrl_fp16.parallel import shard_batch
 from jaxrl_fp16.tasks import render
 from jaxrl_fp16.tasks.reward_text import make_writer
-from jaxrl_fp16.training.evaluate import grade_chunks, make_evaluator
-from jaxrl_fp16.training.optimizer import OptimizerConfig, make_optimizer
-from jaxrl_fp16.training.reward_model import encode_texts, score_rows
-from jaxrl_fp16.training.reward_update import RewardPairs, make_reward_update
-from jaxrl_fp16.training.run import Guard, open_run
-from jaxrl_fp16.training.run_config import Config
-from jaxrl_fp16.training.setup import opened, set_up
-from jaxrl_fp16.training.state import create_train_state, shardings_of
-from jaxrl_fp16.training.supervised import check_pairs
-from jaxrl_fp16.training.warm_start import drop_warm_start, warm_start
+from jaxrl_fp16.training.loops.supervised import check_solutions
+from jaxrl_fp16.training.loops.warm_start import drop_warm_start, warm_start
+from jaxrl_fp16.training.rollouts.evaluate import grade_chunks, make_evaluator
+from jaxrl_fp16.training.rollouts.reward_model import encode_texts, score_rows
+from jaxrl_fp16.training.runs.run import Guard, open_run
+from jaxrl_fp16.training.runs.run_config import Config
+from jaxrl_fp16.training.runs.setup import opened, set_up
+from jaxrl_fp16.training.updates.optimizer import OptimizerConfig, make_optimizer
+from jaxrl_fp16.training.updates.reward_update import RewardPairs, make_reward_update
+from jaxrl_fp16.training.updates.state import create_train_state, shardings_of
 
 
 def make_policy(config, name):
     """The folder of a policy as `train` would warm-start it; None after a signal."""
     run = dataclasses.replace(config.run, name=f"{config.run.name or name}_policy")
-    with open_run(dataclasses.replace(config, run=run), "warmup", check=check_pairs) as (run, params):
+    with open_run(dataclasses.replace(config, run=run), "warmup", check=check_solutions) as (run, params):
         params, _, code = warm_start(run, params)
         if code:
             return None

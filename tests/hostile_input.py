@@ -61,7 +61,7 @@ class Watch:
             local = event in ("socket.connect", "socket.bind") and arguments[0].family == socket.AF_UNIX
             return "" if local else repr(arguments[1:] or arguments)
         if event == "subprocess.Popen":
-            return "" if "jaxrl_fp16.tasks.worker" in " ".join(map(str, arguments[1])) else repr(arguments[1])
+            return "" if "jaxrl_fp16.tasks.grading.worker" in " ".join(map(str, arguments[1])) else repr(arguments[1])
         return repr(arguments) if event in PROCESSES else ""
 
 
@@ -95,7 +95,7 @@ def checkpoint(change):
     """Changes the files of a run's checkpoint, and writes checksums that fit them."""
 
     def edit(folder):
-        from jaxrl_fp16.training.manifest import write_manifest
+        from jaxrl_fp16.training.checkpoints.manifest import write_manifest
 
         path = folder / "trained" / "checkpoints" / "1"
         change(path)

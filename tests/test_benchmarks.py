@@ -1,11 +1,19 @@
-"""The table of presets: what is repeated, what is kept of a run that failed, and where the table goes."""
+"""The table of presets: what is repeated, what is kept of a run that failed, where the table goes; remedies."""
 
+import dataclasses
 import importlib
 import json
 from pathlib import Path
 import sys
 
+import jax
+import numpy as np
 import pytest
+
+from jaxrl_fp16.forward import token_logprobs
+from jaxrl_fp16.models import Decoder, DecoderConfig, init_params
+from jaxrl_fp16.precision import get_precision
+from jaxrl_fp16.sampling import SamplingConfig, make_sampler
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
@@ -128,3 +136,35 @@ def test_a_sanity_run_that_collapses_is_a_row_beside_the_others(sanity_mini, mon
     assert (first["arm"], first["last"], first["ended"]) == ("bf16", 0.5, "done")
     assert second["best"] == 0.5 and second["last"] == 0 and "seed 0: gradients" in second["ended"]
     assert second["prob diff, first"] == pytest.approx(5.5e-3) and second["prob diff, last"] == pytest.approx(15.5e-3)
+
+
+# -- remedies ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def remedies(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    yield importlib.import_module("remedies")
+    sys.modules.pop("remedies", None)
+
+
+def test_remedies_are_measured_alone(remedies):
+    model = Decoder(DecoderConfig(family="qwen2", vocab_size=60, hidden_size=32, intermediate_size=48, num_layers=2,
+                                  num_heads=2, num_kv_heads=1, head_dim=16, tie_embeddings=True), attention="plain")
+    params, policy = init_params(model, jax.random.key(0)), get_precision("bf16").policy
+    params["final_norm"]["scale"] = params["final_norm"]["scale"] * 3
+    generator, sampling = np.random.default_rng(0), SamplingConfig(max_new_tokens=12, group_size=1)
+    mask = np.arange(8) >= generator.integers(0, 5, 6)[:, None]
+    prompts = np.where(mask, generator.integers(2, 60, mask.shape), 0).astype(np.int32)
+    chosen = {name: remedies.REMEDIES[name] for name in ("none", "float32_cache")}
+    given = params, prompts, mask, jax.random.key(1)
+    rows = remedies.measure_remedies(model, *given, policy, sampling, eos_id=1, pad_id=0, remedies=chosen, repeats=1)
+    assert [row["remedy"] for row in rows] == ["none", "float32_cache"]
+    rollout = make_sampler(model, policy, sampling, eos_id=1, pad_id=0)(*given)
+    scored = token_logprobs(model, params, rollout.tokens, rollout.mask, policy=policy)
+    apart = np.abs(np.asarray(rollout.logprobs - scored))[np.asarray(rollout.response_mask)]
+    assert rows[0]["abs_diff_max"] == pytest.approx(apart.max(), rel=1e-5)
+    assert rows[1]["token_kl"] != rows[0]["token_kl"]
+    assert all(row["float32_kl"] > 0 and row["sampler_seconds"] > 0 and row["scorer_seconds"] > 0 for row in rows)
+    fields = {field.name for field in dataclasses.fields(model.numerics)}
+    assert {name for remedy in remedies.REMEDIES.values() for name in remedy} == fields

@@ -4,14 +4,14 @@ import pytest
 
 from jaxrl_fp16 import cli
 from jaxrl_fp16.config import describe
-from jaxrl_fp16.training.run_config import Config
+from jaxrl_fp16.training.runs.run_config import Config
 
 
 def test_a_run_that_cannot_fit_is_refused_before_its_weights_are_read(
     tiny, compile_cache, tmp_path, monkeypatch, capsys,
 ):
-    monkeypatch.setattr("jaxrl_fp16.training.run.device_bytes", lambda device: 2**20)
-    monkeypatch.setattr("jaxrl_fp16.training.setup.load_params", lambda *_: pytest.fail("weights were read"))
+    monkeypatch.setattr("jaxrl_fp16.training.runs.run.device_bytes", lambda device: 2**20)
+    monkeypatch.setattr("jaxrl_fp16.training.runs.setup.load_params", lambda *_: pytest.fail("weights were read"))
     flags = ["--run.compile_cache", compile_cache, "--run.dir", str(tmp_path / "runs")]
     assert cli.main(["train", str(tiny), *flags]) == 2
     output = capsys.readouterr()

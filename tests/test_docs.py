@@ -9,10 +9,11 @@ import re
 import numpy as np
 import pytest
 
-from jaxrl_fp16 import rl, yaml_files
+from jaxrl_fp16 import objectives
+from jaxrl_fp16.config import yaml_files
 from jaxrl_fp16.tokenizer import character_tokenizer
-from jaxrl_fp16.training.run_config import TrainingConfig
-from jaxrl_fp16.training.terms import staleness_terms, tokenisation_terms
+from jaxrl_fp16.training.loops.mismatch_terms import staleness_terms, tokenisation_terms
+from jaxrl_fp16.training.runs.run_config import TrainingConfig
 
 DOCS = Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "algorithms.md").read_text()
@@ -35,15 +36,15 @@ ENTRIES = entries()
 
 def test_every_preset_has_its_four_lines_and_no_other_does():
     named = [name for heading in ENTRIES for name in heading]
-    assert len(named) == len(set(named)) and set(named) == set(rl.PRESETS) | OTHERS
+    assert len(named) == len(set(named)) and set(named) == set(objectives.PRESETS) | OTHERS
     for lines in ENTRIES.values():
         assert list(lines) == ["Loss", "Paper", "Config", "Use"]
 
 
-@pytest.mark.parametrize("name", rl.PRESETS)
+@pytest.mark.parametrize("name", objectives.PRESETS)
 def test_the_config_is_the_presets(name):
     shown = yaml_files.parse("\n".join(re.findall(r"`(\w+: [^`]+)`", ENTRIES[name,]["Config"])), "the page")
-    preset, grpo = rl.get_algorithm(name), rl.AlgorithmConfig()
+    preset, grpo = objectives.get_algorithm(name), objectives.AlgorithmConfig()
     for field, value in shown.items():
         assert getattr(preset, field) == value, field
     differs = {field.name for field in dataclasses.fields(preset)
@@ -53,14 +54,14 @@ def test_the_config_is_the_presets(name):
 
 def test_every_named_part_is_explained():
     words = PAGE.split("## Presets")[0]
-    parts = [*rl.BASELINES, "gae", *rl.AGGREGATIONS, *rl.KL_ESTIMATORS, *rl.LEVELS, *(set(rl.IMPORTANCES) - {"none"})]
+    parts = [*objectives.BASELINES, "gae", *objectives.AGGREGATIONS, *objectives.KL_ESTIMATORS, *objectives.LEVELS, *(set(objectives.IMPORTANCES) - {"none"})]
     for part in parts:
         assert re.search(rf"\b{part}\b", words), part
 
 
 def test_the_papers_table_has_every_preset():
     table = PAGE.split("## What 2510.26788 found")[1].split("## ")[0]
-    assert set(re.findall(r"^\| `(\w+)`", table, flags=re.M)) == set(rl.PRESETS)
+    assert set(re.findall(r"^\| `(\w+)`", table, flags=re.M)) == set(objectives.PRESETS)
 
 
 def test_the_four_terms_are_those_that_are_logged():

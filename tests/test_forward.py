@@ -6,9 +6,7 @@ import numpy as np
 import pytest
 
 from jaxrl_fp16 import forward
-from jaxrl_fp16.forward import (
-    cast_to_compute, entropy_of, logits, logprob_of, score, token_logprobs, token_values,
-)
+from jaxrl_fp16.forward import cast_to_compute, entropy_of, logits, logprob_of, score, token_logprobs, token_values
 from jaxrl_fp16.models import Critic, Decoder, DecoderConfig, critic_params, init_params
 from jaxrl_fp16.precision import get_precision
 from jaxrl_fp16.types import Decisions

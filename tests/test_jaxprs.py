@@ -17,13 +17,13 @@ import pytest
 import jaxrl_fp16
 from jaxrl_fp16.forward import token_logprobs
 from jaxrl_fp16.models import Critic, Decoder, DecoderConfig, attention, layers, param_shapes
+from jaxrl_fp16.objectives import PreferenceConfig, get_algorithm
 from jaxrl_fp16.precision import get_precision
-from jaxrl_fp16.rl import PreferenceConfig, get_algorithm
 from jaxrl_fp16.sampling import SamplingConfig, make_sampler
-from jaxrl_fp16.training import (
+from jaxrl_fp16.training.updates import (
     PreferencePairs, init_train_state, make_dpo_update, make_update, make_value_update,
 )
-from jaxrl_fp16.training.sft import Pairs, make_sft_update
+from jaxrl_fp16.training.updates.sft_update import SFTRows, make_sft_update
 from jaxrl_fp16.types import Batch
 
 PRECISIONS = {"fp16": "float16", "bf16": "bfloat16", "fp32": "float32"}
@@ -122,7 +122,7 @@ def packed_jaxpr(precision, kind):
     batch, _ = shapes()
     segments = jax.ShapeDtypeStruct(batch.tokens.shape, jnp.int32)
     make = lambda model, policy, _, optimizer, **settings: make_sft_update(model, policy, optimizer, **settings)
-    pairs = Pairs(batch.tokens, batch.mask, batch.response_mask, segments)
+    pairs = SFTRows(batch.tokens, batch.mask, batch.response_mask, segments)
     return trained_jaxpr(make, decoder(kind), precision, None, pairs)
 
 
@@ -294,8 +294,8 @@ def test_a_cast_in_a_real_program_is_seen(monkeypatch, program, kind, wrong):
 # -- one place casts ------------------------------------------------------------------------------
 
 PACKAGE = Path(jaxrl_fp16.__file__).parent
-NUMERICS = ("forward.py", "masking.py", "models/*.py", "sampling/*.py", "rl/*.py", "training/step.py",
-            "training/update.py", "training/value.py")
+NUMERICS = ("forward.py", "masking.py", "models/**/*.py", "sampling/*.py", "objectives/*.py",
+            *(f"training/updates/{name}.py" for name in ("step", "policy_update", "critic_update")))
 
 
 def functions_with(files, matches):

@@ -7,9 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_fp16.precision import (
-    LossScale, LossScaleConfig, get_precision, make_loss_scale, resolve_precision,
-)
+from jaxrl_fp16.precision import LossScale, LossScaleConfig, get_precision, make_loss_scale, resolve_precision
 
 # -- names -------------------------------------------------------------------------------------
 

@@ -40,7 +40,7 @@ def test_corruption(script, monkeypatch):
     result, module = script("corruption", "--count", 8)
     assert result["problems"] == [] and sum(row["noticed_and_fell_back"] for row in result["rows"]) == 8
     # Where the checksums see nothing, the script does.
-    monkeypatch.setattr("jaxrl_fp16.training.manifest.find_damage", lambda folder: "")
+    monkeypatch.setattr("jaxrl_fp16.training.checkpoints.manifest.find_damage", lambda folder: "")
     monkeypatch.setattr(module, "damage", lambda checkpoint, generator: ("unseen", "config.yaml", lambda: None))
     result, _ = script("corruption", "--count", 3)
     assert len(result["problems"]) == 3 and "step 3 instead of" in result["problems"][0]

@@ -8,7 +8,7 @@ from jaxrl_fp16 import cli
 from jaxrl_fp16.config import load_config
 from jaxrl_fp16.logs import read_metrics
 from jaxrl_fp16.tasks.arithmetic import train_problems
-from jaxrl_fp16.training.run_config import Config
+from jaxrl_fp16.training.runs.run_config import Config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 PAIRS = "sanity_mini", "sanity_gpu"

@@ -181,12 +181,12 @@ def test_encode_prompts():
 
 def test_encode_pairs():
     tokenizer = tk.character_tokenizer("123+=")
-    pairs = tk.encode_pairs(tokenizer, ["1+2=", "1+1=", "1="], ["3", "22", ""], 6)
+    pairs = tk.encode_completions(tokenizer, ["1+2=", "1+1=", "1="], ["3", "22", ""], 6)
     np.testing.assert_array_equal(pairs.kept, [True, False, True])
     np.testing.assert_array_equal(pairs.tokens, [[3, 6, 4, 7, 5, 1], [0] * 6, [3, 7, 1, 0, 0, 0]])
     np.testing.assert_array_equal(pairs.mask, [[1] * 6, [0] * 6, [1, 1, 1, 0, 0, 0]])
     np.testing.assert_array_equal(pairs.loss_mask, [[0, 0, 0, 0, 1, 1], [0] * 6, [0, 0, 1, 0, 0, 0]])
-    assert tk.encode_pairs(tokenizer, ["1"], ["2"], 3).kept.all()
+    assert tk.encode_completions(tokenizer, ["1"], ["2"], 3).kept.all()
 
 
 def test_decode_responses(byte_level):

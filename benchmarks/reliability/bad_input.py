@@ -47,7 +47,7 @@ def command_of(case):
 @contextlib.contextmanager
 def prepared(case, sound, folder):
     """Copies what `lay_out` wrote into `folder` and spoils it; another writer holds a folder meanwhile if asked for."""
-    from jaxrl_fp16.training.folder_lock import only_writer
+    from jaxrl_fp16.training.safety.folder_lock import only_writer
 
     shutil.copytree(sound, folder, dirs_exist_ok=True)
     if case.build is not None:

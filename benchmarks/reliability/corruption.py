@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import optax
 
 import jaxrl_fp16 as rl
-from jaxrl_fp16.training.checkpoint import CheckpointConfig, Checkpoints
+from jaxrl_fp16.training.checkpoints.checkpoint import CheckpointConfig, Checkpoints
 from jaxrl_fp16.types import Batch
 from runs import arguments, arrays_of, conclude, same_bits
 

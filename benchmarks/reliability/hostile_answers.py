@@ -21,7 +21,7 @@ import time
 import psutil
 
 from jaxrl_fp16.tasks import Example, TaskConfig, grading, load_examples, open_task
-from jaxrl_fp16.tasks.answers import gold_answers
+from jaxrl_fp16.tasks.grading.answers import gold_answers
 from runs import arguments, conclude
 
 GROUP, MEMORY_MB = 8, 2048

@@ -20,8 +20,8 @@ import optax
 import jaxrl_fp16 as rl
 from jaxrl_fp16.models import param_shardings
 from jaxrl_fp16.parallel import MeshConfig, make_mesh, to_host
-from jaxrl_fp16.training.checkpoint import Checkpoints
-from jaxrl_fp16.training.state import create_train_state
+from jaxrl_fp16.training.checkpoints.checkpoint import Checkpoints
+from jaxrl_fp16.training.updates.state import create_train_state
 from runs import arguments, conclude
 
 DEVICES = 8

@@ -24,7 +24,7 @@ import numpy as np
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
 from jaxrl_fp16.logs import METRICS, SAMPLES  # noqa: E402
-from jaxrl_fp16.training.checkpoint import CheckpointConfig, Checkpoints  # noqa: E402
+from jaxrl_fp16.training.checkpoints.checkpoint import CheckpointConfig, Checkpoints  # noqa: E402
 from record import ROOT, record  # noqa: E402
 
 RESULTS = ROOT / "benchmarks" / "results"

@@ -25,7 +25,7 @@ def lay_out(folder):
     from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, save_pretrained
     from jaxrl_fp16.tasks import ALPHABET
     from jaxrl_fp16.tokenizer import character_tokenizer, vocabulary_size
-    from jaxrl_fp16.training.run_config import Config
+    from jaxrl_fp16.training.runs.run_config import Config
 
     for name, model in (("random", SHAPE), ("folder", {"path": "model"}), ("shards", {"path": "shards"})):
         (folder / f"{name}.yaml").write_text(json.dumps({**CONFIG, "model": model}))

@@ -1,1 +1,1 @@
-"""Pictures and tables of what runs measured."""
+"""The laboratory: what runs and rollouts measured, as numbers, verdicts, plots and pages."""

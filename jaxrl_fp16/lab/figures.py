@@ -4,8 +4,6 @@ A figure is drawn once, in the light colours. Inside a page `svg_of` turns each
 colour into a CSS variable, so that the page's theme recolours it.
 """
 
-from __future__ import annotations
-
 import io
 import re
 
@@ -93,9 +91,3 @@ def svg_of(figure):
     for name, (light, _) in THEME.items():
         svg = svg.replace(light, f"var({name})")
     return svg
-
-
-__all__ = [
-    "ACCENT", "FAINT", "FOURTH", "GRID", "INK", "PAPER", "SECOND", "SERIES", "THEME", "THIRD", "colour_of", "legend",
-    "name_axes", "new_figure", "save_png", "svg_of",
-]

@@ -114,6 +114,3 @@ td:not(:last-child) { white-space: nowrap; }
 </body>
 </html>
 """
-
-
-__all__ = ["Figure", "Section", "Table", "write_page"]

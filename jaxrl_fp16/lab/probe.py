@@ -1,7 +1,5 @@
 """A probe's steps as a table: what the set-up's mismatch is, how it scatters, and whether it drifts."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np
@@ -52,6 +50,3 @@ def spread_and_drift(at, values):
 
 def _text(value):
     return "-" if math.isnan(value) else f"{value:.3g}"
-
-
-__all__ = ["COLUMNS", "probe_table", "spread_and_drift"]

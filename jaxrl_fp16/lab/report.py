@@ -1,7 +1,5 @@
 """A finished run as a picture and a table: reward, loss scale, mismatch."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 
@@ -138,6 +136,3 @@ def draw_accuracies(folder, accuracies, low, high):
     axes.hist(accuracies, np.linspace(0, 1, BINS + 1), color=ACCENT, rwidth=0.9)
     legend(axes)
     return save_png(figure, Path(folder) / "histogram.png")
-
-
-__all__ = ["summary", "draw_run", "histogram", "draw_accuracies"]

@@ -2,10 +2,10 @@
 
 from jaxrl_fp16.models.critic import Critic, critic_params
 from jaxrl_fp16.models.decoder import Cache, Decoder, DecoderConfig
-from jaxrl_fp16.models.export import save_pretrained, save_reward_model
+from jaxrl_fp16.models.hf.export import save_pretrained, save_reward_model
 from jaxrl_fp16.models.families import FAMILIES
-from jaxrl_fp16.models.family import Family, Tensor
-from jaxrl_fp16.models.hf import PretrainedError, check_range, load_pretrained, load_reward_model, read_config
+from jaxrl_fp16.models.families.family import Family, Tensor
+from jaxrl_fp16.models.hf.load import PretrainedError, check_range, load_pretrained, load_reward_model, read_config
 from jaxrl_fp16.models.init import init_params, param_axes, param_shapes, param_shardings
 from jaxrl_fp16.models.layers import RopeScaling
 from jaxrl_fp16.models.numerics import NumericsConfig

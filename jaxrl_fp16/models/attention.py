@@ -9,8 +9,6 @@ Scores and softmax are float32; queries, keys, values and weights enter a matmul
 in the dtype of the queries, keys and values, or the weights in `weights_dtype`, where it is given.
 """
 
-from __future__ import annotations
-
 from functools import partial
 from typing import Literal
 
@@ -290,5 +288,3 @@ KINDS = {
     "plain": (_plain, _plain_cache),
     "cudnn": (_cudnn, _cudnn_cache),
 }
-
-__all__ = ["BLOCK", "PACKABLE", "AttentionKind", "attend", "attend_cache", "store"]

@@ -41,6 +41,3 @@ def critic_params(body_params, bias=True):
 def decoder_of(model):
     """The Decoder inside a Critic, or the Decoder itself."""
     return model.body if isinstance(model, Critic) else model
-
-
-__all__ = ["Critic", "critic_params", "decoder_of"]

@@ -22,7 +22,7 @@ from jaxrl_fp16.config import Doc
 from jaxrl_fp16.masking import segment_positions
 from jaxrl_fp16.models import attention
 from jaxrl_fp16.models.families import FAMILIES
-from jaxrl_fp16.models.family import AttentionShape
+from jaxrl_fp16.models.families.family import AttentionShape
 from jaxrl_fp16.models.layers import Projection, RMSNorm, RopeScaling, rope_angles, rotate
 from jaxrl_fp16.models.numerics import NumericsConfig
 

@@ -1,7 +1,5 @@
 """A model's parameters as shapes, as logical axes, as shardings, and as fresh values."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import jax
@@ -10,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxrl_fp16.models.critic import Critic, decoder_of
 from jaxrl_fp16.models.families import FAMILIES
-from jaxrl_fp16.models.family import Tensor
+from jaxrl_fp16.models.families.family import Tensor
 from jaxrl_fp16.parallel.sharding import tree_shardings
 
 
@@ -80,6 +78,3 @@ def _initializer(model):
 
 def _with_plain(decoder):
     return decoder.clone(attention="plain", remat=False)
-
-
-__all__ = ["init_params", "param_shapes", "param_axes", "param_shardings", "tensor_table", "put", "at"]

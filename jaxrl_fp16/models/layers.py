@@ -139,6 +139,3 @@ def rotate(x, angles):
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-
-
-__all__ = ["matmul", "Projection", "RMSNorm", "GatedMLP", "RopeScaling", "rope_angles", "rotate"]

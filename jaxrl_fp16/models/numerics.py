@@ -83,6 +83,3 @@ def jit_by_model(numerics_of, **settings):
         return call
 
     return decorate
-
-
-__all__ = ["DEFAULT", "NumericsConfig", "jit", "jit_by_model"]

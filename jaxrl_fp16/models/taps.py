@@ -5,8 +5,6 @@ For looking inside, not for training: every layer is compiled by itself, nothing
 computed again, and what a program returns changes its fusions, hence its last bits.
 """
 
-from __future__ import annotations
-
 from flax import linen as nn
 import jax.numpy as jnp
 
@@ -112,6 +110,3 @@ def _run(see, model, params, layers, tokens, angles_at, caches, positions, segme
         written.append(cache)
     normed = RMSNorm(c.norm_eps).apply({"params": params["final_norm"]}, x)
     return see("final_norm", normed.astype(model.hidden_dtype)), written
-
-
-__all__ = ["tap_names", "tapped_forward", "tapped_decode_step"]

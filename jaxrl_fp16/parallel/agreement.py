@@ -1,7 +1,5 @@
 """Do all processes of a run have the same config? Asked before any of them looks for a device."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 
@@ -43,6 +41,3 @@ def check_same_config(config, timeout=300):
         changed = list(diff(*found[:2]).items())
         shown = "; ".join(f"{key} is {one!r} in one and {other!r} in another" for key, (one, other) in changed[:3])
         raise ValueError(f"their configs differ: {shown}; allowed: one config for all of them")
-
-
-__all__ = ["check_same_config"]

@@ -1,7 +1,5 @@
 """Starting one run in several processes, one for each host or GPU."""
 
-from __future__ import annotations
-
 import ipaddress
 import os
 
@@ -125,6 +123,3 @@ def _is_loopback(address):
         return host == "localhost" or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-__all__ = ["ENVIRONMENT", "LOST_PROCESS", "from_first_process", "initialize_distributed", "is_lost_process"]

@@ -47,6 +47,3 @@ def make_mesh(config=MeshConfig(), devices=None):
     shape = config.shape(len(devices))
     # Auto: XLA decides how intermediate values are divided, from how parameters and rows are.
     return jax.make_mesh(shape, MESH_AXES, (AxisType.Auto,) * len(MESH_AXES), devices=devices)
-
-
-__all__ = ["MESH_AXES", "MeshConfig", "make_mesh"]

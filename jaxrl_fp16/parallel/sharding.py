@@ -6,8 +6,6 @@ not divide stays whole on every device: with 2 key-value heads and a tensor axis
 of 4, each device holds both heads.
 """
 
-from __future__ import annotations
-
 import jax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
@@ -140,9 +138,3 @@ def to_host(x):
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
         return np.asarray(multihost_utils.process_allgather(x, tiled=True))
     return np.asarray(x)
-
-
-__all__ = [
-    "RULES", "axes_sharding", "tree_shardings", "replicated", "batch_sharding", "row_shards", "shard_batch",
-    "state_shardings", "to_host", "to_host_memory", "to_device_memory",
-]

@@ -237,6 +237,3 @@ def _rollout(prompt_tokens, prompt_mask, group, columns, finished):
         support=columns.get("support"),
         full_logprobs=None if full is None else before(nothing, full),
     )
-
-
-__all__ = ["SamplingConfig", "make_sampler"]

@@ -85,6 +85,3 @@ def _run_tokens(step: np.ndarray, token_bytes: Sequence[bytes]) -> np.ndarray:
     table = np.empty_like(states)
     table[:, order] = states
     return table
-
-
-__all__ = ["stop_table"]

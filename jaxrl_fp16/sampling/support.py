@@ -3,8 +3,6 @@
 B: rows.  V: vocabulary.  K: kept ids at most.
 """
 
-from __future__ import annotations
-
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -80,6 +78,3 @@ def _invert(mass, uniform):
     # XLA sums in a tree, which need not rise at every step: an index of mass 0 could be met by a rounding.
     found = jnp.take_along_axis(mass, index[:, None], axis=-1, mode="fill", fill_value=0.0)[:, 0]
     return jnp.where(found > 0, index, jnp.argmax(mass, axis=-1))
-
-
-__all__ = ["support_size", "kept_ids", "draw"]

@@ -2,7 +2,7 @@
 
 from jaxrl_fp16.tasks.arithmetic import ALPHABET, ArithmeticConfig
 from jaxrl_fp16.tasks.examples import Example, load_examples, load_hub_examples
-from jaxrl_fp16.tasks.grading import BatchDeadline, Outcome, PoolConfig, WorkerStartError, open_pool
+from jaxrl_fp16.tasks.grading.pool import BatchDeadline, Outcome, PoolConfig, WorkerStartError, open_pool
 from jaxrl_fp16.tasks.preference import PreferenceFields, load_hub_preferences, load_preferences
 from jaxrl_fp16.tasks.registry import TASKS, Task, TaskConfig, TaskKind, open_task
 from jaxrl_fp16.tasks.reward_text import RewardModelConfig

@@ -17,7 +17,7 @@ from typing import Annotated, Callable, Literal
 
 import annotated_types
 
-from jaxrl_fp16.schema import Doc
+from jaxrl_fp16.config import Doc
 from jaxrl_fp16.tasks.examples import Example
 
 ALPHABET = "0123456789+-*%(),="
@@ -175,7 +175,3 @@ def reward(prompts, responses, examples) -> list[float]:
 def _is_right(response: str, answer: str) -> bool:
     numbers = r"-?\d+(?:,-?\d+)*"
     return bool(re.fullmatch(numbers, response, re.ASCII)) and response.rpartition(",")[2] == answer
-
-
-__all__ = ["ALPHABET", "ArithmeticConfig", "KINDS", "Problems", "is_held_out", "with_error",
-           "train_problems", "held_out_problems", "reward"]

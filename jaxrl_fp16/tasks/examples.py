@@ -116,6 +116,3 @@ def _text(row: Mapping[str, Any], name: str, where: str) -> str:
     if not isinstance(value, str):
         raise ValueError(f"{where}: field {name!r} is a {type(value).__name__}; text or a number is needed")
     return value
-
-
-__all__ = ["Example", "field_of", "load_examples", "load_hub_examples", "read_hub_rows", "read_rows"]

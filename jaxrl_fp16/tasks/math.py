@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 from typing import Any, Iterator, Mapping, Sequence
 
-from jaxrl_fp16.tasks.answers import gold_answers, settle
 from jaxrl_fp16.tasks.examples import Example
-from jaxrl_fp16.tasks.grading import Outcome, PoolConfig, open_pool
+from jaxrl_fp16.tasks.grading.answers import gold_answers, settle
+from jaxrl_fp16.tasks.grading.pool import Outcome, PoolConfig, open_pool
 from jaxrl_fp16.tasks.rewards import Grade, Rewards, gather
 from jaxrl_fp16.tasks.templates import Template, read_answer
 
@@ -19,7 +19,7 @@ def open_math_grader(limits: Mapping[str, Any], max_response_chars: int) -> Iter
     An answer whose grading hangs, crashes or needs too much memory scores 0 and is counted in `timeouts`; so
     every entry is valid. A response of more than `max_response_chars` scores 0. `limits` are fields of `PoolConfig`.
     """
-    config = PoolConfig("jaxrl_fp16.tasks.answers:open_verifier", **limits)
+    config = PoolConfig("jaxrl_fp16.tasks.grading.answers:open_verifier", **limits)
     with open_pool(config) as run:
 
         def grade(template, prompts, responses, examples) -> Rewards:
@@ -65,6 +65,3 @@ def split(examples: Sequence[Example], train_size: int | None,
         raise ValueError(f"task.heldout_size is {held_out_size} and there are {len(examples)} problems; "
                          "at least one must be left to train on")
     return examples[:first_held_out][:train_size], examples[first_held_out:]
-
-
-__all__ = ["open_math_grader", "split"]

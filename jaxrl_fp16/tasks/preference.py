@@ -144,6 +144,3 @@ def _message(value: Any, where: str) -> Mapping[str, str]:
     if not isinstance(content, str):
         raise ValueError(f"{where} has a {type(content).__name__} for content; allowed: text")
     return {"role": role, "content": content}
-
-
-__all__ = ["PreferenceFields", "load_preferences", "load_hub_preferences"]

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Callable, ContextManager, Iterator, Literal, 
 
 from annotated_types import Ge, Gt
 
-from jaxrl_fp16.schema import Doc
+from jaxrl_fp16.config import Doc
 from jaxrl_fp16.tasks import arithmetic, math
 from jaxrl_fp16.tasks.arithmetic import ArithmeticConfig
 from jaxrl_fp16.tasks.examples import Example, load_examples, load_hub_examples
@@ -146,6 +146,3 @@ def _open_grader(config: TaskConfig, kind: TaskKind) -> ContextManager[Grade]:
     if config.reward_file is None:
         return kind.grader(config)
     return open_custom_grader(config.reward_file, config.reward_function, _limits(config))
-
-
-__all__ = ["Task", "TaskConfig", "TaskKind", "TASKS", "open_task"]

@@ -7,7 +7,7 @@ from typing import Annotated, Callable
 
 from annotated_types import Ge
 
-from jaxrl_fp16.schema import Doc
+from jaxrl_fp16.config import Doc
 from jaxrl_fp16.tasks.examples import Example
 from jaxrl_fp16.tasks.templates import FIELD, Template, apply_chat_template, render
 
@@ -61,6 +61,3 @@ def _as_chat(tokenizer) -> Write:
         return apply_chat_template(tokenizer, [*asked, {"role": "assistant", "content": response}])
 
     return write
-
-
-__all__ = ["RewardModelConfig", "Write", "make_writer"]

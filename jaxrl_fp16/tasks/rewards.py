@@ -19,7 +19,7 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from jaxrl_fp16.tasks.examples import Example
-from jaxrl_fp16.tasks.grading import Outcome, PoolConfig, WorkerStartError, open_pool
+from jaxrl_fp16.tasks.grading.pool import Outcome, PoolConfig, WorkerStartError, open_pool
 from jaxrl_fp16.tasks.templates import Template, read_answer
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -150,7 +150,3 @@ def as_reward(value: Any) -> float | None:
     except (TypeError, ValueError, OverflowError):
         return None
     return number if abs(number) <= FLOAT32_MAX else None  # NaN is not
-
-
-__all__ = ["Rewards", "RewardShapeError", "RewardFunction", "Grade", "gather", "inline_grader",
-           "group_arguments", "open_custom_grader", "load_reward", "as_reward"]

@@ -12,8 +12,8 @@ import dataclasses
 import re
 from typing import Callable
 
+from jaxrl_fp16.config import ConfigError
 from jaxrl_fp16.tasks.examples import Example
-from jaxrl_fp16.yaml_files import ConfigError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,6 +163,3 @@ READERS: dict[str, Callable[[str], str]] = {
     "last_number": last_number,
     "text": lambda text: text,
 }
-
-__all__ = ["Template", "TEMPLATES", "READERS", "apply_chat_template", "get_template", "needs_tokenizer", "render",
-           "read_answer", "last_boxed"]

@@ -75,7 +75,7 @@ def test_divided_parameters_go_out_again(mesh, params, folder, tmp_path):
 
 
 def test_each_device_reads_its_part_only(folder, monkeypatch):
-    from jaxrl_fp16.models.weight_files import StoredTensor
+    from jaxrl_fp16.models.hf.weight_files import StoredTensor
 
     read, original = [], StoredTensor.read_into
 

@@ -10,8 +10,8 @@ import numpy as np
 
 from jaxrl_fp16.forward import logits, token_logprobs
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params
+from jaxrl_fp16.objectives import mismatch_metrics
 from jaxrl_fp16.precision import get_precision
-from jaxrl_fp16.rl import mismatch_metrics
 from jaxrl_fp16.sampling import SamplingConfig, make_sampler
 
 ROWS, PROMPT, NEW, VOCAB = 64, 64, 128, 4096

@@ -6,8 +6,7 @@ import re
 
 import pytest
 
-from jaxrl_fp16.tasks.arithmetic import (ALPHABET, KINDS, ArithmeticConfig, held_out_problems, reward,
-                                         train_problems)
+from jaxrl_fp16.tasks.arithmetic import ALPHABET, KINDS, ArithmeticConfig, held_out_problems, reward, train_problems
 
 ALL = ArithmeticConfig(kinds=tuple(KINDS), digits=2, terms=3)
 

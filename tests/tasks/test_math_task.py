@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxrl_fp16.tasks import Example, TaskConfig, load_examples, open_task
-from jaxrl_fp16.tasks.answers import gold_answers
+from jaxrl_fp16.tasks.grading.answers import gold_answers
 
 DATA = Path(os.environ.get("JAXRL_FP16_DATA", Path(__file__).resolve().parents[3] / "shared" / "data"))
 needs_data = pytest.mark.skipif(not DATA.is_dir(), reason=f"no data folder {DATA}; JAXRL_FP16_DATA names one")

@@ -1,9 +1,6 @@
-"""A model of 4,000 parameters and batches for it, shared by the tests of state, step and updates; whole runs."""
+"""A model of 4,000 parameters and batches for it, shared by the tests of state, step and updates."""
 
-import contextlib
 import functools
-import io
-from pathlib import Path
 import types
 
 from flax import linen as nn
@@ -15,10 +12,10 @@ import pytest
 
 from jaxrl_fp16.forward import token_logprobs
 from jaxrl_fp16.models import Critic, Decoder, DecoderConfig, critic_params, init_params
+from jaxrl_fp16.objectives import get_algorithm
 from jaxrl_fp16.parallel import shard_batch
 from jaxrl_fp16.precision import LossScaleConfig, get_precision
-from jaxrl_fp16.rl import get_algorithm
-from jaxrl_fp16.training import init_train_state, make_update, make_value_update
+from jaxrl_fp16.training.updates import init_train_state, make_update, make_value_update
 from jaxrl_fp16.types import Batch
 
 VOCAB, COLUMNS = 32, 20
@@ -169,52 +166,3 @@ def init_params_of(model):
 @pytest.fixture(scope="session")
 def bigrams():
     return Bigrams()
-
-
-# -- whole runs -----------------------------------------------------------------------------------------
-
-REWARD = '''
-def reward(prompts, responses, examples):
-    """The share of digits among four characters."""
-    return [sum(character.isdigit() for character in response) / 4 for response in responses]
-'''
-
-
-@pytest.fixture(scope="session")
-def digits_reward(tmp_path_factory):
-    """A reward file that tells the responses of a random model apart."""
-    path = tmp_path_factory.mktemp("rewards") / "digits.py"
-    path.write_text(REWARD)
-    return str(path)
-
-
-@pytest.fixture(scope="module")
-def train_run(tiny, compile_cache, digits_reward, tmp_path_factory):
-    """train_run(flag, ...) -> how a run with these flags ended, `code` and `folder`, and its console in `said`."""
-    from jaxrl_fp16.config import load_config
-    from jaxrl_fp16.training.loop import train
-    from jaxrl_fp16.training.run_config import Config
-
-    def start(*flags, through=lambda arguments: train(load_config(Config, arguments[0], arguments[1:]))):
-        own = ["--run.dir", str(tmp_path_factory.mktemp("runs")), "--run.compile_cache", compile_cache]
-        if not any("reward_file" in flag for flag in flags):
-            own += ["--task.reward_file", digits_reward]
-        console = io.StringIO()
-        with contextlib.redirect_stdout(console):
-            outcome = through([str(tiny), *own, "--run.name", "tiny", *flags])
-        return types.SimpleNamespace(code=outcome.code, folder=outcome.folder, said=console.getvalue(), flags=own)
-
-    return start
-
-
-@pytest.fixture(scope="module")
-def train_command(train_run):
-    """train_command(flag, ...) -> the same through the command line, which draws the picture too."""
-    from jaxrl_fp16 import cli
-
-    def through(arguments):
-        code = cli.main(["train", *arguments])
-        folders = list(Path(arguments[arguments.index("--run.dir") + 1]).glob("*"))
-        return types.SimpleNamespace(code=code, folder=folders[0] if folders else None)
-
-    return lambda *flags: train_run(*flags, through=through)

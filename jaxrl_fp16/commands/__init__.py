@@ -1,0 +1,1 @@
+"""The commands, one a file: `commands/NAME.py` has `run_NAME(config) -> exit code`."""

@@ -1,0 +1,36 @@
+"""`export`: a checkpoint as a Hugging Face folder."""
+
+from jaxrl_fp16.config import ConfigError
+from jaxrl_fp16.objectives import needs_critic, needs_reference
+from jaxrl_fp16.training.runs.learner import Learner, make_learner
+from jaxrl_fp16.training.runs.run import open_run
+from jaxrl_fp16.training.runs.run_config import resolve_algorithm
+
+
+def run_export(config):
+    """Writes the newest sound checkpoint of `resume` as RUN_FOLDER/model."""
+    if config.resume is None:
+        raise ConfigError("export needs --resume RUN_FOLDER, the run whose checkpoint is to be exported")
+    algorithm = resolve_algorithm(config)
+    others = dict(reference=needs_reference(algorithm), critic=needs_critic(algorithm))
+    with open_run(config, None, **others) as (run, params):
+        template = make_learner(run, algorithm, params)
+        # What was saved depends on the command too: `sft` keeps the policy alone, and `dpo` always a reference.
+        saved = template.replace(reference=template.sampling_params).saved()
+        kept = {name: part if name == "policy" or run.checkpoints.holds(name) else None for name, part in saved.items()}
+        found, _, step = run.checkpoints.restore(kept, _chosen(run))
+        run.log.say(f"the checkpoint of step {step}")
+        run.export(Learner.of_saved(found).sampling_params)
+    return 0
+
+
+def _chosen(run):
+    """The step that `checkpoint.export` asks for; None: the newest sound one."""
+    section = run.config.checkpoint
+    if section.export == "latest":
+        return None
+    best = run.checkpoints.best()
+    if best is None:
+        raise ConfigError(f"checkpoint.export is 'best' and no checkpoint of {run.folder} has a {section.best!r}; "
+                          "allowed: latest")
+    return best

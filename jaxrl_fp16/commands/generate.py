@@ -1,0 +1,41 @@
+"""`generate`: responses to prompts, printed."""
+
+from jaxrl_fp16.config import ConfigError
+from jaxrl_fp16.console import Console
+from jaxrl_fp16.parallel import row_shards
+from jaxrl_fp16.tasks import Example, render
+from jaxrl_fp16.tokenizer import encode_prompts
+from jaxrl_fp16.training.rollouts.collect import PromptBatch, sample_and_grade
+from jaxrl_fp16.training.rollouts.engine import make_engine
+from jaxrl_fp16.training.runs.setup import opened, set_up_alone
+
+
+def run_generate(config):
+    """Prints a group of responses to each prompt, with rewards where the problem has an answer."""
+    setup = set_up_alone("generate", config)
+    config, log = setup.config, Console()
+    with opened(setup) as bench:
+        task = bench.task
+        known = (task.heldout or task.train)[: config.generate.count]
+        examples = [Example(text, "") for text in config.generate.prompts] or list(known)
+        prompts = _prompts(config, setup, task, examples)
+        engine, params = make_engine(setup, bench.model), bench.load_params()
+        with log.announce("compiling the sampler"):
+            graded = sample_and_grade(engine, params, prompts, task, setup, setup.keys.evaluation)
+    for text, example, responses, rewards in zip(prompts.texts, examples, graded.responses, graded.rewards.values):
+        log.say(f"> {text}")
+        for response, reward in zip(responses, rewards):
+            log.say(f"{response}   [{reward:g}]" if example.answer else response)
+    return 0
+
+
+def _prompts(config, setup, task, examples):
+    length = config.training.max_prompt_tokens
+    examples = [*examples, *examples[:1] * (-len(examples) % row_shards(setup.mesh))]  # the caller drops the surplus
+    texts = [render(task.template, example, setup.tokenizer) for example in examples]
+    tokens, mask, kept = encode_prompts(setup.tokenizer, texts, length)
+    if not kept.all():
+        raise ConfigError(
+            f"generate: prompt {texts[int(kept.argmin())][:60]!r} is longer than training.max_prompt_tokens = {length}"
+        )
+    return PromptBatch(examples, texts, tokens, mask, 0, 0)

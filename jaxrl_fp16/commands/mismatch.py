@@ -1,0 +1,173 @@
+"""`mismatch`: the paper's offline figure (arXiv 2510.26788) of one's own model and task.
+
+Samples once in each precision, scores every rollout in every precision and in a
+float32 reference, keeps it all as .npz, and writes a page; or makes the page from
+what was kept.
+"""
+
+import contextlib
+import dataclasses
+from functools import partial
+import json
+import signal
+
+import jax
+
+from jaxrl_fp16.config import ConfigError, naming, to_dict
+from jaxrl_fp16.console import Console
+from jaxrl_fp16.lab.mismatch.attribution import attribute
+from jaxrl_fp16.lab.mismatch.report import console_tables, measure, write_report
+from jaxrl_fp16.lab.mismatch.rollout_files import load_rollouts, save_rollout
+from jaxrl_fp16.lab.mismatch.scoring import (
+    Laboratory, Stopped, check_stored, open_model, read_prompts, sample_rollout, score_rollouts,
+)
+from jaxrl_fp16.logs import write_json
+from jaxrl_fp16.precision import get_precision, resolve_precision
+from jaxrl_fp16.training.runs.run_folder import new_folder, write_record
+from jaxrl_fp16.training.runs.setup import set_up
+from jaxrl_fp16.training.safety.deadlines import caught_signals
+from jaxrl_fp16.training.safety.memory import parameter_count
+
+REPORT = "report.json"
+ATTRIBUTED = 16  # responses of each precision, whose every activation is in memory at once
+
+
+def run_mismatch(config):
+    """Makes the report of `config` in a new run folder; gives the exit code. Raises ConfigError for what is refused."""
+    _refuse_unused(config)
+    setup = set_up(config)
+    config, section = setup.config, setup.config.mismatch
+    precisions = [_open_precision(setup, "precisions", name) for name in section.precisions]
+    reference = _open_precision(setup, "reference", section.reference)
+    names = [precision.name for precision in precisions]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"mismatch.precisions are {', '.join(names)}; allowed: different ones")
+    rollouts = None
+    if section.rollouts is not None:
+        with naming("mismatch.rollouts"):
+            rollouts = load_rollouts(section.rollouts, names)
+    scored = rollouts is not None and all(_is_scored(rollout, [*names, reference.name]) for rollout in rollouts)
+    with contextlib.ExitStack() as stack:
+        console = Console(quiet=jax.process_index() != 0)
+        signals = stack.enter_context(caught_signals())
+        programs = None
+        if not scored or section.attribution:
+            programs = _open_programs(setup, console, signals, rollouts)
+        folder = new_folder(config)
+        write_record(setup, folder, "mismatch")
+        try:
+            if scored:
+                console.say(f"{folder}: all figures from {section.rollouts}, where every score is"
+                            + ("" if programs else "; no model is loaded"))
+            else:
+                rollouts, state = _fill(*programs, precisions, reference, rollouts, folder)
+                programs = (programs[0], state, None)
+            facts = _facts(setup, folder, rollouts, programs[0].model if not scored else None)
+            shares = _attribute(*programs[:2], precisions, rollouts) if section.attribution else {}
+        except Stopped:
+            console.say(f"stopped by {signal.Signals(signals.received).name}; what was sampled is in {folder}/rollouts "
+                        "and goes on with --mismatch.rollouts")
+            return 128 + signals.received
+        _report(console, folder, facts, rollouts, reference.name, section.bins, shares)
+    return 0
+
+
+def _refuse_unused(config):
+    if config.resume is not None:
+        raise ConfigError("mismatch resumes no run; allowed: --mismatch.rollouts FOLDER, for what was sampled before")
+    if config.rollout_precision is not None:
+        raise ConfigError(f"rollout_precision is {config.rollout_precision}; allowed with mismatch: null, as it "
+                          "samples and scores in each of mismatch.precisions")
+    if config.mismatch.attribution and (config.sampling.top_k or config.sampling.top_p < 1):
+        raise ConfigError(f"mismatch.attribution is true with sampling.top_k {config.sampling.top_k} and top_p "
+                          f"{config.sampling.top_p}; allowed: 0 and 1, or attribution false")
+
+
+def _open_precision(setup, field, name):
+    with naming(f"mismatch.{field}"):
+        return get_precision(resolve_precision(name, setup.config.run.platform), setup.config.loss_scale)
+
+
+def _is_scored(rollout, names):
+    """Whether every score that a figure or table needs is there."""
+    return all(name in rollout.scorer and name in rollout.entropy for name in names) and (
+        rollout.precision in rollout.gradient
+    )
+
+
+def _open_programs(setup, console, signals, rollouts):
+    """(Laboratory, TrainState, prompts or None): what sampling and scoring need, refused where at fault."""
+    prompts = read_prompts(setup) if rollouts is None else None
+    model, state = open_model(setup)
+    laboratory = Laboratory(setup, model, console, signals)
+    if rollouts is not None:
+        check_stored(laboratory, rollouts)
+    return laboratory, state, prompts
+
+
+def _fill(laboratory, state, prompts, precisions, reference, rollouts, folder):
+    """Samples, unless there are rollouts, and scores them all; what is there is kept as it comes.
+
+    Returns the rollouts and a state with the same parameters: the one that came is donated.
+    """
+    say, config = laboratory.console.say, laboratory.setup.config
+    keep = partial(save_rollout, folder / "rollouts") if jax.process_index() == 0 else lambda rollout: None
+    say(f"{folder}: {laboratory.model.config.family}, {parameter_count(laboratory.model) / 1e6:,.2f}M parameters, "
+        f"{config.model.attention} attention, in {', '.join(precision.name for precision in precisions)}; "
+        f"reference in {reference.name}")
+    if rollouts is None:
+        say(f"{len(prompts[0])} prompts x {config.sampling.group_size} responses of at most "
+            f"{config.sampling.max_new_tokens} tokens")
+        rollouts = []
+        for precision in precisions:
+            rollouts.append(sample_rollout(laboratory, precision, state.sampling_params, prompts))
+            keep(rollouts[-1])
+    rollouts = [dataclasses.replace(rollout, scorer={}, gradient={}, entropy={}) for rollout in rollouts]
+    others = [] if reference.name in [precision.name for precision in precisions] else [reference]
+    for precision in [*precisions, *others]:
+        state, rollouts = score_rollouts(laboratory, precision, state, rollouts, gradient=precision in precisions)
+    for rollout in rollouts:
+        keep(rollout)
+    return rollouts, state
+
+
+def _attribute(laboratory, state, precisions, rollouts):
+    """By precision, what `attribute` finds in its first responses."""
+    found = {}
+    for precision, rollout in zip(precisions, rollouts, strict=True):
+        laboratory.check_signals()
+        first = {name: getattr(rollout, name)[:ATTRIBUTED] for name in ("tokens", "mask", "response_mask", "logprobs")}
+        with laboratory.console.announce(f"attribution in {precision.name}"), naming("mismatch.attribution"):
+            found[precision.name] = attribute(
+                laboratory.model, state.sampling_params, dataclasses.replace(rollout, **first), precision.policy,
+                temperature=rollout.temperature,
+            )
+    return found
+
+
+def _facts(setup, folder, rollouts, model):
+    """What the numbers hang on, as plain values."""
+    source = folder / "rollouts" if model is not None else setup.config.mismatch.rollouts
+    return {
+        "rollouts": str(source),
+        "responses": {rollout.precision: len(rollout.tokens) for rollout in rollouts},
+        "tokens": {rollout.precision: int(rollout.response_mask.sum()) for rollout in rollouts},
+        "temperature": rollouts[0].temperature,
+        "model": None if model is None else {
+            "path": setup.config.model.path, "parameters": parameter_count(model), "attention": model.attention,
+        },
+        "environment": json.loads((folder / "environment.json").read_text()),
+        "config": to_dict(setup.config),
+    }
+
+
+def _report(console, folder, facts, rollouts, reference, bins, shares):
+    """report.json, report.html and the tables on the console."""
+    if jax.process_index() != 0:
+        return
+    found = measure(rollouts, reference, bins) | ({"attribution": shares} if shares else {})
+    write_json(folder / REPORT, {**facts, "reference": reference, **found})
+    page = write_report(folder, facts, rollouts, reference, found)
+    for title, columns, rows in console_tables(found, reference):
+        console.table(title, columns, rows)
+    console.say(f"report: {page}")

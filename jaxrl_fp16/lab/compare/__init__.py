@@ -1,0 +1,1 @@
+"""Runs of several precisions side by side: planned, started, read, judged and drawn."""

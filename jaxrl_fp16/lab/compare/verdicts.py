@@ -1,0 +1,164 @@
+"""What runs of several precisions say about each other, and no more: paired differences over seeds, collapse.
+
+Two runs of one seed began from the same weights and saw the same data, so their values are
+paired: what is tested is the mean of the n differences against their own spread, by Student's
+t with n - 1 degrees of freedom (two-sided). It takes the differences for normal, which so few
+cannot show. n: seeds that both sides ran.  w: steps of a moving average.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+import dataclasses
+import functools
+import math
+
+import numpy as np
+
+LEVEL = 0.05
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairing:
+    """The values of two sides, seed by seed, held against each other."""
+
+    first: tuple[float, ...]     # of the seeds that both sides have
+    second: tuple[float, ...]
+    ratio: bool                  # whether logarithms were compared: `difference` is then a factor, first / second
+    difference: float            # mean of first - second, or the geometric mean of first / second
+    error: float | None          # its standard error over seeds (of the logarithm, with `ratio`); None with one seed
+    interval: tuple[float, float] | None  # that holds the difference at 95 %
+    p: float | None              # of so large a difference, or a larger one, where none is
+
+
+def pair(first: Mapping[int, float], second: Mapping[int, float], ratio: bool = False) -> Pairing | None:
+    """`{seed: value}` of two sides; None where they have no seed in common.
+
+    With `ratio` the logarithms are compared, unless a value is 0 or negative.
+    Values that are not finite are left out.
+    """
+    seeds = [seed for seed in first if math.isfinite(first[seed]) and math.isfinite(second.get(seed, math.nan))]
+    if not seeds:
+        return None
+    a, b = (tuple(float(side[seed]) for seed in seeds) for side in (first, second))
+    ratio = ratio and min(*a, *b) > 0
+    differences = np.log(a) - np.log(b) if ratio else np.subtract(a, b)
+    mean, error, half, p = paired_t(differences)
+    shown = math.exp if ratio else float
+    interval = None if half is None else (shown(mean - half), shown(mean + half))
+    return Pairing(a, b, ratio, shown(mean), error, interval, p)
+
+
+def paired_t(differences: Sequence[float]):
+    """`(mean, standard error, half of the 95 % interval, p)` of n differences; the last three None for n = 1."""
+    differences = np.asarray(differences, np.float64)
+    n, mean = len(differences), float(np.mean(differences))
+    if n < 2:
+        return mean, None, None, None
+    error = float(np.std(differences, ddof=1)) / math.sqrt(n)
+    if error == 0:  # every seed differs by exactly the same: by nothing, or beyond any noise
+        return mean, 0.0, 0.0, 0.0 if mean else 1.0
+    return mean, error, t_quantile(n - 1) * error, t_tail(mean / error, n - 1)
+
+
+def t_tail(t: float, degrees: int) -> float:
+    """Share of Student's t distribution beyond plus or minus `t`.
+
+    With t = sqrt(degrees) tan(a) its density is that of cos(a)^(degrees - 1), a polynomial
+    of sines and cosines that 64 Gauss points integrate to the last digits.
+    """
+    def area(low, high):
+        points, weights = _gauss()
+        angles = (high - low) / 2 * points + (high + low) / 2
+        return (high - low) / 2 * float(np.sum(weights * np.cos(angles) ** (degrees - 1)))
+
+    return area(math.atan(abs(t) / math.sqrt(degrees)), math.pi / 2) / area(0, math.pi / 2)
+
+
+@functools.cache
+def _gauss():
+    return np.polynomial.legendre.leggauss(64)
+
+
+@functools.cache
+def t_quantile(degrees: int, level: float = LEVEL) -> float:
+    """The t beyond which, on both sides together, lies the share `level`."""
+    low, high = 0.0, 1.0
+    while t_tail(high, degrees) > level:
+        high *= 2
+    for _ in range(60):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_tail(middle, degrees) > level else (low, middle)
+    return high
+
+
+def hold_together(chances: Sequence[float | None], level: float = LEVEL) -> list[bool]:
+    """Which of several tests hold when all are counted (Holm 1979): one wrong among them in `level` of all tables.
+
+    None stands for a comparison that was not tested.
+    """
+    tested = sorted((p, place) for place, p in enumerate(chances) if p is not None)
+    held = [False] * len(chances)
+    for rank, (p, place) in enumerate(tested):
+        if p > level / (len(tested) - rank):
+            break
+        held[place] = True
+    return held
+
+
+def sentence(pairing: Pairing | None, name: str, first: str, second: str, held: bool, tests: int) -> str:
+    """The verdict on one quantity, `name`, of the sides `first` and `second`.
+
+    held: whether it holds among all `tests` of its table.
+    """
+    if pairing is None:
+        return "no seed ran on both sides"
+    if pairing.first == pairing.second:
+        return "the same in every seed" if pairing.p is not None else "the same; one seed: no spread is known"
+    if pairing.p is None:
+        return "one seed: no spread is known"
+    if pairing.p > LEVEL:
+        return "no difference beyond seed noise"
+    verdict = f"{first}'s {name} is {size(pairing)} than {second}'s"
+    return verdict if held else f"{verdict}, taken alone; not beyond chance among {tests} comparisons"
+
+
+def size(pairing: Pairing) -> str:
+    """`12 times smaller`, `0.031 higher`: of the first side."""
+    if pairing.ratio:
+        smaller = pairing.difference < 1
+        factor = 1 / pairing.difference if smaller else pairing.difference
+        return f"{factor:.3g} times {'smaller' if smaller else 'larger'}"
+    return f"{abs(pairing.difference):.3g} {'lower' if pairing.difference < 0 else 'higher'}"
+
+
+# -- collapse ------------------------------------------------------------------------------------
+
+
+def find_collapse(rewards: Sequence[float], share: float = 0.25) -> int | None:
+    """The index from which on a run's reward has collapsed; None for a run that did not.
+
+    Collapsed: from there to the end every moving average (over w steps, a twentieth of the
+    run and at least 5) lies below the highest one before it by more than `share` of that
+    peak's size, by more than six standard errors of such an average (from the
+    spread of neighbouring steps), and for at least w steps. A reward that fell and came back
+    has not collapsed. The size of a peak is its value, or its height above the first average,
+    whichever is larger.
+    """
+    rewards = np.asarray(rewards, np.float64)
+    rewards = np.where(np.isfinite(rewards), rewards, np.nanmin(rewards, initial=0.0))
+    w = window(len(rewards))
+    if len(rewards) < 3 * w:
+        return None
+    averages = np.convolve(rewards, np.full(w, 1 / w), "valid")     # [i] is over the steps i to i + w - 1
+    peak = np.maximum.accumulate(averages)
+    noise = np.std(np.diff(rewards)) / math.sqrt(2) / math.sqrt(w)
+    fall = np.maximum(share * np.maximum(np.abs(peak), peak - averages[0]), 6 * noise)
+    above = np.flatnonzero(averages >= peak - fall)
+    first = int(above[-1]) + w                                      # the last step of the first average below
+    return first if len(averages) - 1 - above[-1] >= w else None
+
+
+def window(steps: int) -> int:
+    """Steps of the moving average that `find_collapse` looks at."""
+    return max(5, steps // 20)

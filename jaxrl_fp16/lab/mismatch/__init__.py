@@ -1,0 +1,1 @@
+"""Sampler against scorer, offline: rollouts scored by several programs, figures, and where the difference arises."""

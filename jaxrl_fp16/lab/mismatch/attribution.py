@@ -1,0 +1,242 @@
+"""Where sampler and scorer come to differ, module by module, and what each remedy buys.
+
+B: rows.  T: columns, left-aligned.  P: prompt columns.  D: hidden size.  V: vocabulary.
+
+What a module gives differs between the decode program and the full-sequence one for
+two reasons: its input differs already, and it rounds differently itself. Replacing its
+output by the other program's would count the first with the second, for every module
+again. Replacing it by what the other program makes of the same input would count the
+second alone, but the rest of a half-precision program rounds anew: a change of 1e-7
+flips roundings on its way, and ends nearly as large as the whole difference, whatever
+module it came from (`literal` in the result holds that reading; its sum of squares is
+many times the whole).
+
+So a module's share is taken to first order, where it is exact. Let `f` be the module in
+float32 on the weights as cast. Its own error in a program is `e = output - f(input)`,
+on that program's input. The programs differ by the sum over modules of `e_decode -
+e_full`, each carried to the log-probs by what follows without further rounding. A share
+is that: the change of the log-probs of a float32 forward when `e_decode - e_full` is added
+to that module's output alone. The sum after attention and after MLP is rounded too;
+that rounding is counted with the module that is summed.
+"""
+
+from functools import partial
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_fp16.forward import (
+    align_rows, cast_to_compute, in_compute_dtype, logits_of, logprob_of, score_hidden, token_logprobs,
+)
+from jaxrl_fp16.masking import align
+from jaxrl_fp16.models.attention import BLOCK, PACKABLE
+from jaxrl_fp16.models.decoder import angles_of, attention_of, mlp_of, unstack_layers
+from jaxrl_fp16.models.layers import RMSNorm
+from jaxrl_fp16.models.numerics import jit
+from jaxrl_fp16.models.taps import IN_A_LAYER, tap_names, tapped_decode_step, tapped_forward
+from jaxrl_fp16.objectives import mismatch_metrics
+from jaxrl_fp16.precision import get_precision
+
+KINDS = {"attention_norm": "norm", "mlp_norm": "norm", "final_norm": "norm"}
+
+
+def attribute(model, params, rollout, policy, *, temperature=1.0, literal=False):
+    """Differences and shares of every module, for a small batch of rollouts.
+
+    Args:
+      model, params, policy: of sampler and scorer; params float32.
+      rollout: a `Rollout` that the sampler drew with these weights, of whole
+        distributions (no top-k, no top-p).
+      literal: also the shares carried on in the compute dtype, for comparison.
+
+    Returns a dict of plain numbers:
+      modules: a list of dicts, in the forward's order: name, kind (embedding, norm, attention,
+        mlp, head; residual: the stream after a layer, which has no share), layer (None outside
+        of layers), `decode_full`, `decode_float32` and `full_float32`, the norms of the differences over the norm of
+        the second, where the module predicts a response token; and `share`, root mean
+        square over response tokens, in nats. The head's differences are of log-probs.
+      end_to_end: root mean square difference of the two tapped programs' log-probs.
+      untapped: the same of `rollout.logprobs` and the scorer: taps change fusions.
+      unexplained: root mean square of the difference less all shares.
+      squares: sum of the squared shares over end_to-end's square; literal_squares likewise.
+      token_kl: of both, `tapped` and `untapped`.
+
+    Raises ValueError for a rollout of a truncated distribution.
+    """
+    if rollout.support is not None:
+        raise ValueError("the rollout has a support, of top-k or top-p; allowed: top_k 0 and top_p 1")
+    batch = _aligned(rollout)
+    cast = cast_to_compute(params, policy, model.numerics)
+    half = in_compute_dtype(model, policy)
+    # A vendor's kernel computes in half precision alone.
+    exact = model.clone(dtype=jnp.float32, attention=model.attention if model.attention in PACKABLE else "blockwise")
+    upcast = jax.tree.map(lambda x: x.astype(jnp.float32), cast)
+    run = lambda function, *given: jit(partial(function, temperature=temperature), model.numerics)(*given, batch)
+    reference = run(partial(_full, exact), cast_to_compute(params, get_precision("fp32").policy))
+    full = run(partial(_full, half), cast)
+    decode = run(partial(_decode, half, columns=_prompt_columns(rollout)), cast)
+    errors = jax.jit(partial(_own_errors, exact, upcast, half.dtype, batch, temperature=temperature))
+    own = jax.tree.map(jnp.subtract, errors(*decode), errors(*full))
+    names = tap_names(model.config.num_layers)
+    shares = _carried(exact, upcast, batch, own, temperature) | {"head": own["head"]}
+    seen = np.asarray(batch["response"])
+    rms = lambda x: float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)[seen]))))
+    whole = decode[0] - full[0]
+    shares = {name: shares.get(name, jnp.zeros_like(whole)) for name in (*names, "head")}
+    scored = token_logprobs(model, params, rollout.tokens, rollout.mask, policy=policy, temperature=temperature)
+    response = np.asarray(rollout.response_mask).astype(bool)
+    untapped = np.asarray(rollout.logprobs - scored, np.float64)[response]
+    squares = lambda parts: sum(rms(x) ** 2 for x in parts.values()) / max(rms(whole) ** 2, 1e-300)
+    kl = lambda *given: float(mismatch_metrics(*given)["mismatch/kl_k3"])
+    found = {
+        "modules": _rows(names, decode, full, reference, batch, {name: rms(x) for name, x in shares.items()}),
+        "end_to_end": rms(whole),
+        "untapped": float(np.sqrt(np.mean(untapped**2))),
+        "unexplained": rms(whole - sum(shares.values())),
+        "squares": squares(shares),
+        "token_kl": {"tapped": kl(decode[0], full[0], batch["response"]),
+                     "untapped": kl(rollout.logprobs, scored, rollout.response_mask)},
+    }
+    if literal:
+        found["literal_squares"] = squares(_carried(half, cast, batch, own, temperature) | {"head": own["head"]})
+    return found
+
+
+def _aligned(rollout):
+    """tokens and masks [B,T] left-aligned; `response`: where a response token stands, `predicts`: where its
+    predecessor does; `lengths` int32 [B] of the prompts."""
+    tokens, _, (order, _) = align_rows(rollout.tokens, rollout.mask)
+    response = align(rollout.response_mask.astype(bool), order)
+    mask = align(rollout.mask.astype(bool), order)
+    lengths = jnp.sum(mask & ~response, axis=1, dtype=jnp.int32)
+    return {"tokens": tokens, "mask": mask, "response": response, "lengths": lengths,
+            "predicts": jnp.roll(response, -1, axis=1).at[:, -1].set(False)}
+
+
+def _prompt_columns(rollout):
+    """How many columns stand before the first response column."""
+    columns = np.flatnonzero(np.asarray(rollout.response_mask).any(axis=0))
+    return int(columns[0]) if len(columns) else rollout.tokens.shape[1]
+
+
+def _scored(hidden, head, batch, temperature):
+    return score_hidden(hidden, align_rows(batch["tokens"], batch["mask"])[2], head, batch["tokens"], batch["mask"],
+                        temperature)[0]
+
+
+def _full(model, params, batch, temperature, add=None):
+    """(log-probs [B,T], taps) of the full-sequence program; 0 where there is no earlier token."""
+    hidden, taps = tapped_forward(model, params, batch["tokens"], add=add)
+    return _scored(hidden, params["head"], batch, temperature), taps
+
+
+def _decode(model, params, batch, columns, temperature):
+    """The same as the sampler comes to them: the prompts at once, then a stored token at a time through the cache."""
+    tokens, lengths = batch["tokens"], batch["lengths"]
+    rows, width = jnp.arange(len(tokens)), tokens.shape[1]
+    slots = -(-width // BLOCK) * BLOCK
+    prompt = jnp.where(jnp.arange(columns) < lengths[:, None], tokens[:, :columns], 0)
+    _, taps, caches = tapped_forward(model, params, prompt, keep_cache=True)
+    caches = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0))), caches)
+    taps = {name: jnp.pad(x, ((0, 0), (0, width - columns), (0, 0))) for name, x in taps.items()}
+    layers = unstack_layers(params["layers"], model.config.num_layers)
+
+    def predict(hidden, at):
+        """Log-prob [B] of the token after position `at`."""
+        target = tokens[rows, jnp.minimum(at + 1, width - 1)]
+        return logprob_of(logits_of(hidden, params["head"])[:, 0] / (temperature or 1.0), target)
+
+    def step(carry, number):
+        caches, taps, logprobs = carry
+        at = jnp.minimum(lengths + number, width - 1)
+        hidden, caches, new = tapped_decode_step(model, params, layers, tokens[rows, at], caches, at)
+        taps = {name: x.at[rows, at].set(new[name][:, 0]) for name, x in taps.items()}
+        logprobs = logprobs.at[rows, jnp.minimum(at + 1, width - 1)].set(predict(hidden, at))
+        return (caches, taps, logprobs), None
+
+    last = jnp.maximum(lengths - 1, 0)
+    first = predict(taps["final_norm"][rows, last][:, None], last)
+    logprobs = jnp.zeros(tokens.shape).at[rows, jnp.minimum(last + 1, width - 1)].set(first)
+    (_, taps, logprobs), _ = lax.scan(step, (caches, taps, logprobs), jnp.arange(width - columns))
+    return jnp.where(batch["response"], logprobs, 0.0), taps
+
+
+def _own_errors(model, params, dtype, batch, logprobs, taps, temperature):
+    """A program's output less the float32 module's on the same input, by name of the tap that it is added to.
+
+    model, params: in float32, the weights as cast; dtype: the program's compute dtype. The head's is of the log-probs.
+    """
+    layers = unstack_layers(params["layers"], model.config.num_layers)
+    stream, table = taps["embedding"], jnp.take(params["embedding"], batch["tokens"], axis=0)
+    errors = {"embedding": jnp.where(batch["mask"][..., None], _wide(stream) - table, 0.0)}
+    for index, layer in enumerate(layers):
+        inside = {module: taps[f"layers.{index}.{module}"] for module in IN_A_LAYER}
+        after = taps[f"layers.{index}"]
+        found = _errors_of_layer(model, layer, dtype, stream, inside, after)
+        errors.update({f"layers.{index}.{module}": error for module, error in found.items()})
+        stream = after
+    errors["final_norm"] = _wide(taps["final_norm"]) - _norm(model, params["final_norm"], stream)
+    exact = _scored(_wide(taps["final_norm"]), params["head"], batch, temperature)
+    return {**errors, "head": jnp.where(batch["response"], logprobs - exact, 0.0)}
+
+
+def _errors_of_layer(model, layer, dtype, before, taps, after):
+    """The same of one layer, from the residual stream before and after it."""
+    c = model.config
+    angles = angles_of(c, jnp.arange(before.shape[1])[None])
+    seen, looked = (_wide(taps[norm].astype(dtype)) for norm in ("attention_norm", "mlp_norm"))
+    middle = (before + taps["attention"]).astype(before.dtype)
+    mixed, _ = attention_of(c, model.attention).apply({"params": layer["attention"]}, seen, angles, None, None, None)
+    made = mlp_of(c).apply({"params": layer["mlp"]}, looked)
+    return {
+        "attention_norm": seen - _norm(model, layer["attention_norm"], before),
+        "attention": _wide(middle) - _wide(before) - mixed,
+        "mlp_norm": looked - _norm(model, layer["mlp_norm"], middle),
+        "mlp": _wide(after) - _wide(middle) - made,
+    }
+
+
+def _wide(x):
+    return x.astype(jnp.float32)
+
+
+def _norm(model, weights, x):
+    return RMSNorm(model.config.norm_eps).apply({"params": weights}, _wide(x))
+
+
+def _carried(model, params, batch, own, temperature):
+    """By name, the change of the log-probs [B,T] when that error alone is added to the module's output."""
+    run = jax.jit(lambda add: _full(model, params, batch, temperature, add)[0])
+    nothing = {name: jnp.zeros_like(x) for name, x in own.items() if name != "head"}
+    base = run(nothing)
+    return {name: run({**nothing, name: own[name]}) - base for name in nothing}
+
+
+def _rows(names, decode, full, reference, batch, shares):
+    seen = np.asarray(batch["predicts"])
+    wide = lambda x: np.asarray(x, np.float64)
+    apart = lambda a, b: float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300))
+    rows = []
+    for name in (*names, "head"):
+        if name == "head":
+            parts = [wide(x[0])[np.asarray(batch["response"])] for x in (decode, full, reference)]
+        else:
+            parts = [wide(x[1][name])[seen] for x in (decode, full, reference)]
+        module = name.rpartition(".")[2]
+        kind = "residual" if module.isdigit() else KINDS.get(module, module)
+        layer = int(name.split(".")[1]) if name.startswith("layers.") else None
+        rows.append({
+            "name": name, "kind": kind, "layer": layer, "decode_full": apart(parts[0], parts[1]),
+            "decode_float32": apart(parts[0], parts[2]), "full_float32": apart(parts[1], parts[2]),
+            "share": shares[name],
+        })
+    return rows
+
+
+def shares_by(found, key):
+    """Part of the squared shares of `attribute`'s result that falls to each `key`: "kind" or "layer"."""
+    total = sum(row["share"] ** 2 for row in found["modules"]) or 1.0
+    groups = dict.fromkeys(row[key] for row in found["modules"])
+    return {group: sum(row["share"] ** 2 for row in found["modules"] if row[key] == group) / total for group in groups}

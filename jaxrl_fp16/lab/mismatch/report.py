@@ -1,0 +1,209 @@
+"""What `mismatch` found: every metric of every pair of programs as tables, and the page with the figures."""
+
+import jax
+import numpy as np
+
+from jaxrl_fp16.lab.figures import svg_of
+from jaxrl_fp16.lab.mismatch import figures as draw
+from jaxrl_fp16.lab.mismatch.attribution_page import attribution_section
+from jaxrl_fp16.lab.mismatch.stats import (
+    DRAWN, PAIRS, binned_kl, by_length, distances, not_finite, pair_logprobs, verdict,
+)
+from jaxrl_fp16.lab.page import Figure, Section, Table, write_page
+from jaxrl_fp16.objectives import mismatch_metrics
+
+METRICS = (  # as they are read, the KL first
+    "kl_k3", "kl_k1", "logprob_abs_diff_mean", "logprob_abs_diff_max", "prob_abs_diff_mean", "prob_diff_max",
+    "prob_diff_min", "seq_log_ratio_mean", "seq_log_ratio_std", "seq_log_ratio_min", "seq_log_ratio_max", "seq_kl",
+    "chi2_token", "chi2_seq", "ess_seq", "exact_fraction",
+)
+compare = jax.jit(mismatch_metrics, static_argnames="prefix")
+
+
+def measure(rollouts, reference, bins):
+    """Every number of the report, from stored rollouts alone: a dict of plain values.
+
+    | key | value |
+    |---|---|
+    | `metrics` | `{precision: {pair: {metric: value}}}`: `mismatch_metrics`, with the left program as `mu` |
+    | `cross` | `{sampled in: {scored in: {metric: value}}}` |
+    | `distances` | `{precision: ...}`: sampler, scorer, reference, and a `verdict` |
+    | `by_length` | `{precision: {pair: ...}}`: slope of the responses' log-ratio |
+    | `binned` | `{along: {precision: {pair: ...}}}`: token KL by position, entropy, length |
+    | `not_finite` | `{precision: {program: tokens}}` |
+    """
+    found = {"metrics": {}, "cross": {}, "distances": {}, "by_length": {}, "not_finite": {}}
+    for rollout in rollouts:
+        name, mask = rollout.precision, rollout.response_mask
+        found["metrics"][name] = {
+            pair: _metrics(*pair_logprobs(rollout, pair, reference), mask) for pair in PAIRS
+        }
+        found["cross"][name] = {
+            scored_in: _metrics(rollout.logprobs, logprobs, mask) for scored_in, logprobs in rollout.scorer.items()
+        }
+        gaps = distances(rollout, reference)
+        found["distances"][name] = {**gaps, "verdict": verdict(gaps)}
+        found["by_length"][name] = {pair: _slope(rollout, pair, reference) for pair in PAIRS}
+        found["not_finite"][name] = not_finite(rollout, reference)
+    return {**found, "binned": binned_kl(rollouts, reference, bins)}
+
+
+def _metrics(log_mu, log_pi, mask):
+    found = jax.device_get(compare(log_mu, log_pi, mask))
+    return {name.partition("/")[2]: float(value) for name, value in found.items()}
+
+
+def _slope(rollout, pair, reference):
+    found = by_length(rollout, pair, reference)
+    return {name: found[name] for name in ("slope", "slope_error", "intercept")}
+
+
+# -- tables --------------------------------------------------------------------------------------
+
+
+def _number(value):
+    return f"{value + 0.0:.3g}"  # the sum takes the sign off a zero
+
+
+def _pair_title(pair, reference):
+    return pair.replace("reference", reference).replace("|", " | ")
+
+
+def metric_rows(found, columns):
+    """Rows (metric, value of each of `columns`, pairs of precision and pair) of every metric."""
+    return [(name, *(_number(found["metrics"][a][b][name]) for a, b in columns)) for name in METRICS]
+
+
+def distance_table(found, reference):
+    """(columns, rows): a precision a row, which of its sampler and scorer is wrong."""
+    columns = ("", *(_pair_title(pair, reference) for pair in DRAWN), "second / third", "errors shared",
+               "which is farther off")
+    rows = []
+    for name, gaps in found["distances"].items():
+        far = gaps["scorer|reference"]
+        ratio = f"{gaps['sampler|reference'] / far:.3f} ± {gaps['error'] / far:.3f}" if far else "-"
+        rows.append((name, *(_number(gaps[pair]) for pair in DRAWN), ratio, f"{gaps['shared']:.3f}", gaps["verdict"]))
+    return columns, rows
+
+
+def console_tables(found, reference):
+    """`(title, columns, rows)` of what the console shows: each precision's metrics, and the distances."""
+    for name in found["metrics"]:
+        columns = [(name, pair) for pair in PAIRS]
+        yield (f"sampled and scored in {name}", ("", *(_pair_title(pair, reference) for pair in PAIRS)),
+               metric_rows(found, columns))
+    yield "which of the two is wrong? token KL (k3)", *distance_table(found, reference)
+
+
+def _metrics_table(found, reference):
+    columns = [(name, pair) for name in found["metrics"] for pair in PAIRS]
+    heads = ("metric", *(f"{name}: {_pair_title(pair, reference)}" for name, pair in columns))
+    return Table(heads, metric_rows(found, columns), "Rows as in the log's mismatch/ metrics; of a pair a|b, a stands "
+                 "for the sampler in their definitions.")
+
+
+def _cross_table(found):
+    scored = list(next(iter(found["cross"].values())))
+    rows = [(f"sampled in {name}", *(_number(row[column]["kl_k3"]) for column in scored))
+            for name, row in found["cross"].items()]
+    return Table(("token KL (k3)", *(f"scored in {name}" for name in scored)), rows)
+
+
+def _slope_table(found, reference):
+    def cell(line):
+        return f"{line['slope']:+.3g} ± {line['slope_error']:.2g}" if np.isfinite(line["slope"]) else "one length"
+
+    rows = [(name, *(cell(lines[pair]) for pair in PAIRS)) for name, lines in found["by_length"].items()]
+    return Table(("per 1K tokens", *(_pair_title(pair, reference) for pair in PAIRS)), rows,
+                 "Slope of the least-squares line, with its standard error.")
+
+
+# -- the page ------------------------------------------------------------------------------------
+
+
+def write_report(folder, facts, rollouts, reference, found):
+    """Writes `report.html` into `folder` and gives its path."""
+    figures = {
+        "scatter": draw.draw_scatter(rollouts), "lines": draw.draw_length(rollouts, reference),
+        **{along: draw.draw_binned(found["binned"], along, reference) for along in draw.ALONG},
+    }
+    drawn = {name: svg_of(figure) for name, figure in figures.items()}
+    sections = [
+        *_warning(found), *_distance_sections(found, reference, drawn), *_length_sections(found, reference, drawn),
+        *([attribution_section(found["attribution"])] if "attribution" in found else []),
+        *_number_sections(facts, found, reference),
+    ]
+    title = f"Sampler against scorer: {', '.join(found['metrics'])}"
+    return write_page(folder / "report.html", title, _lead(facts, found), sections)
+
+
+def _lead(facts, found):
+    parts = [f"{name} {pairs['sampler|scorer']['kl_k3']:.1e}" for name, pairs in found["metrics"].items()]
+    return (f"Token KL (k3) between the sampler's log-probs and the trainer's, on the same tokens with the same "
+            f"weights: {', '.join(parts)}. Responses: {_counts(facts['responses'])}; tokens: "
+            f"{_counts(facts['tokens'])}.")
+
+
+def _counts(by_precision):
+    """`8,192`, or where they differ `8,192 (fp16), 8,001 (bf16)`."""
+    if len(set(by_precision.values())) == 1:
+        return f"{next(iter(by_precision.values())):,}" + (" each" if len(by_precision) > 1 else "")
+    return ", ".join(f"{count:,} ({name})" for name, count in by_precision.items())
+
+
+def _warning(found):
+    odd = [f"{name}: {count:,} tokens by the {program}" for name, programs in found["not_finite"].items()
+           for program, count in programs.items() if count]
+    if odd:
+        yield Section("Log-probs that are not finite", "Figures leave such tokens out; metrics do not. "
+                      + "; ".join(odd) + ".")
+
+
+def _distance_sections(found, reference, drawn):
+    yield Section(
+        "Every token", "Each token that the sampler drew, with its probability under both programs. On the line they "
+        "agree.", figures=[Figure(drawn["scatter"], f"Above: probabilities. Below: the same tokens' log-ratio. At most "
+                                  f"{draw.POINTS:,} tokens a panel, at even distances.")],
+    )
+    columns, rows = distance_table(found, reference)
+    yield Section(
+        "Which of the two is wrong?",
+        f"The same tokens scored in {reference} stand in for the exact answer. The table gives the token KL (k3) of "
+        f"each two of the three. Errors shared: the correlation of the sampler's and the scorer's distance to "
+        f"{reference}, token by token; what they share cancels between them and does no harm to training.",
+        tables=[Table(columns, rows, "Second / third: the KL to the reference, sampler's over scorer's; the error is "
+                                     "that of their difference, over responses.")],
+    )
+
+
+def _length_sections(found, reference, drawn):
+    yield Section(
+        "Log-ratio of whole responses, by length",
+        "The log-ratio of a response, the sum over its tokens of right program less left, is the logarithm of its "
+        "importance weight. A slope means a drift that grows with length.",
+        tables=[_slope_table(found, reference)], figures=[Figure(drawn["lines"])],
+    )
+    texts = {
+        "position": "Whether the two drift apart along a response, as a cache of rounded keys and values might make "
+                    "them.",
+        "entropy": "Whether they differ where the model is sure or where it hesitates.",
+        "length": "Whether tokens of long responses are worse off than those of short ones.",
+    }
+    for along, text in texts.items():
+        caption = "Bars: one standard error, over tokens. Bins hold " + (
+            "equal ranges." if along == "position" else "about equally many tokens.")
+        yield Section(f"Token KL by {along}", text, figures=[Figure(drawn[along], caption)])
+
+
+def _number_sections(facts, found, reference):
+    yield Section("Every measure", tables=[_metrics_table(found, reference)])
+    yield Section("Sampled in one precision, scored in another", "What a sampler and a trainer of two precisions would "
+                  "make of the mismatch.", tables=[_cross_table(found)])
+    environment = facts["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
+    yield Section("What this hangs on", tables=[Table(("", ""), [
+        ("rollouts", facts["rollouts"]), ("temperature", facts["temperature"]),
+        *((name, value) for name, value in (facts["model"] or {}).items()),
+        ("device", f"{environment['devices']} x {environment['device_kind']}"),
+        ("XLA flags", environment["xla_flags"] or "none"), ("versions", versions),
+    ])])

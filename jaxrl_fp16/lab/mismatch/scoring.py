@@ -1,0 +1,209 @@
+"""Samples in each of several precisions, and what each precision's programs say of the same tokens.
+
+B: rows (responses).  T: columns.  n: prompts.  P: prompt columns.
+
+The programs are those of training, with its shapes: the sampler over an iteration's
+prompts, scorer and update over minibatches, a microbatch at a time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxrl_fp16.config import ConfigError, naming, naming_at_entry
+from jaxrl_fp16.console import Console
+from jaxrl_fp16.lab.mismatch.rollout_files import ScoredRollout
+from jaxrl_fp16.models import param_shardings
+from jaxrl_fp16.objectives import needs_reference
+from jaxrl_fp16.parallel import replicated, row_shards, shard_batch, to_host
+from jaxrl_fp16.tasks import open_task
+from jaxrl_fp16.training.rollouts.collect import next_prompts
+from jaxrl_fp16.training.rollouts.engine import make_engine
+from jaxrl_fp16.training.runs.run_config import resolve_algorithm
+from jaxrl_fp16.training.runs.setup import Setup, load_params, make_model
+from jaxrl_fp16.training.safety.deadlines import Signals
+from jaxrl_fp16.training.safety.memory import check_fits, device_bytes, estimate
+from jaxrl_fp16.training.updates.optimizer import make_optimizer
+from jaxrl_fp16.training.updates.policy_update import make_update
+from jaxrl_fp16.training.updates.scorer import make_scorer
+from jaxrl_fp16.training.updates.state import create_train_state, shardings_of
+from jaxrl_fp16.types import Batch
+
+
+class Stopped(Exception):
+    """A signal came; what was under way is given up."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Laboratory:
+    """What sampling and scoring work with. Nothing in it changes but the signals that come."""
+
+    setup: Setup
+    model: Any
+    console: Console
+    signals: Signals
+
+    def check_signals(self):
+        if self.signals.received is not None:
+            raise Stopped
+
+
+def open_model(setup):
+    """`(model, TrainState)` as training starts from; its parameters serve every program here.
+
+    Raises ConfigError for a model that is at fault or cannot fit.
+    """
+    model = make_model(setup)
+    compute = setup.precision.policy.compute_dtype
+    with naming("memory"):
+        needs = estimate(setup.config, model, setup.mesh, compute)
+        check_fits(needs, device_bytes(setup.mesh.devices.flatten()[0]))
+    params = load_params(setup, model)
+    optimizer = make_optimizer(setup.config.optimizer)
+    shardings = param_shardings(model, setup.mesh)
+    return model, create_train_state(params, optimizer, setup.precision.loss_scale, setup.keys.learning, shardings)
+
+
+def model_for(model, precision):
+    """`model`, but with blockwise attention where it wants cuDNN's and `precision` computes in float32, which that
+    kernel does not."""
+    half = precision.policy.compute_dtype.itemsize == 2
+    return model if half or model.attention != "cudnn" else model.clone(attention="blockwise")
+
+
+def read_prompts(setup):
+    """(tokens int32 [n,P], mask bool [n,P]) of the task's first `mismatch.prompts` prompts, in training's order."""
+    config = setup.config
+    count = config.mismatch.prompts or config.training.prompts_per_step
+    with naming_at_entry("task", open_task(config.task)) as task, naming("training"):
+        prompts = next_prompts(
+            task, setup.tokenizer, 0, count, config.training.max_prompt_tokens, config.run.seed
+        )
+    return prompts.tokens, prompts.mask
+
+
+def sample_rollout(laboratory, precision, params, prompts):
+    """A ScoredRollout, not yet scored, of `prompts` as `read_prompts` gives them."""
+    setup, sampling = laboratory.setup, laboratory.setup.config.sampling
+    engine, key = make_engine(setup, model_for(laboratory.model, precision), precision=precision), setup.keys.learning
+    parts = row_shards(setup.mesh)
+    at_once = min(setup.config.training.prompts_per_step, -(-len(prompts[0]) // parts) * parts)
+
+    def run(number, chunk):
+        return engine(params, *chunk, jax.random.fold_in(key, number))  # the same in every precision
+
+    with laboratory.console.announce(f"sampling in {precision.name}"):
+        found = _in_chunks(laboratory, run, prompts, at_once)
+    return ScoredRollout(
+        precision.name, sampling.temperature, found.tokens, found.mask, found.response_mask, found.logprobs,
+        found.finished, found.support,
+    )
+
+
+def score_rollouts(laboratory, precision, state, rollouts, gradient=True):
+    """`(state, rollouts)`, with `precision`'s log-probs and entropies in each rollout.
+
+    `gradient`: those of the gradient program too. `state` is donated; the one that
+    comes back has the same parameters.
+    """
+    scorer = make_scorer(
+        model_for(laboratory.model, precision), precision.policy,
+        microbatch_size=laboratory.setup.config.training.microbatch_size,
+        temperature=laboratory.setup.config.sampling.temperature, with_entropy=True,
+    )
+    done = []
+    for rollout in rollouts:
+        with _announced(laboratory, "the scorer", precision, rollout):
+            logprobs, entropy = _score(laboratory, scorer, state.sampling_params, rollout)
+        done.append(dataclasses.replace(
+            rollout, scorer={**rollout.scorer, precision.name: logprobs},
+            entropy={**rollout.entropy, precision.name: entropy},
+        ))
+    return _score_by_gradient(laboratory, precision, state, done) if gradient else (state, done)
+
+
+def _announced(laboratory, program, precision, rollout):
+    return laboratory.console.announce(f"{program} in {precision.name}, on what {rollout.precision} sampled")
+
+
+def _score(laboratory, scorer, params, rollout):
+    def run(number, chunk):
+        return scorer(params, *shard_batch(chunk, laboratory.setup.mesh))
+
+    return _in_chunks(laboratory, run, (rollout.tokens, rollout.mask, rollout.decisions), _rows(laboratory, rollout))
+
+
+def _score_by_gradient(laboratory, precision, state, rollouts):
+    """Runs the update for the log-probs that it returns from inside its gradient."""
+    config, mesh = laboratory.setup.config, laboratory.setup.mesh
+    algorithm = resolve_algorithm(config)
+    scale = jax.device_put(jax.tree.map(jnp.copy, precision.loss_scale), replicated(mesh))
+    state = state.replace(loss_scale=scale)
+    update = make_update(
+        model_for(laboratory.model, precision), precision.policy, algorithm, make_optimizer(config.optimizer),
+        microbatch_size=config.training.microbatch_size, temperature=config.sampling.temperature,
+        max_new_tokens=config.sampling.max_new_tokens, keep_logprobs=True, state_shardings=shardings_of(state),
+    )
+
+    def run(number, chunk):
+        nonlocal state
+        state, metrics = update(state, shard_batch(chunk, mesh))
+        return metrics["logprobs"]
+
+    done = []
+    for rollout in rollouts:
+        with _announced(laboratory, "the gradient program", precision, rollout):
+            logprobs = _in_chunks(laboratory, run, _idle_batch(algorithm, rollout), _rows(laboratory, rollout))
+        done.append(dataclasses.replace(rollout, gradient={**rollout.gradient, precision.name: logprobs}))
+    return state, done
+
+
+def _idle_batch(algorithm, rollout):
+    """The rollout as a Batch without a token that counts: its step is empty and leaves the state as it is.
+
+    The program is that of training, whatever the mask's values, and so are its log-probs.
+    """
+    return Batch(
+        tokens=rollout.tokens, mask=rollout.mask, response_mask=np.zeros_like(rollout.mask),
+        rollout_logprobs=rollout.logprobs, old_logprobs=rollout.logprobs,
+        advantages=np.zeros(len(rollout.tokens), np.float32), support=rollout.support,
+        ref_logprobs=rollout.logprobs if needs_reference(algorithm) else None,
+    )
+
+
+def _rows(laboratory, rollout):
+    """Rows at once: a minibatch, or for fewer the microbatches that hold them."""
+    t = laboratory.setup.config.training
+    return min(t.minibatch_size, -(-len(rollout.tokens) // t.microbatch_size) * t.microbatch_size)
+
+
+def _in_chunks(laboratory, run, arrays, size):
+    """`run(number, chunk)` over host arrays [n,...], `size` at a time, joined on the host.
+
+    A last chunk that is short is filled with rows again, so that nothing recompiles;
+    what comes of those is dropped.
+    """
+    total, parts = len(jax.tree.leaves(arrays)[0]), []
+    for number, start in enumerate(range(0, total, size)):
+        laboratory.check_signals()
+        take = partial(np.take, indices=np.arange(start, start + size) % total, axis=0)
+        parts.append(jax.tree.map(to_host, run(number, jax.tree.map(take, arrays))))
+    return jax.tree.map(lambda *x: np.concatenate(x)[: total * len(x[0]) // size], *parts)
+
+
+def check_stored(laboratory, rollouts):
+    """Refuses stored rollouts that this model and config cannot have drawn."""
+    vocab, temperature = laboratory.model.config.vocab_size, laboratory.setup.config.sampling.temperature
+    for rollout in rollouts:
+        if rollout.tokens.max() >= vocab:
+            raise ConfigError(f"mismatch.rollouts: {rollout.precision}'s tokens are as high as {rollout.tokens.max()}; "
+                              f"allowed: below the model's vocab_size, {vocab}")
+        if rollout.temperature != temperature:
+            raise ConfigError(f"mismatch.rollouts: {rollout.precision} was sampled at temperature "
+                              f"{rollout.temperature:g}; allowed: sampling.temperature, {temperature:g}")

@@ -1,7 +1,0 @@
-"""Every model family by its name. A new one is a file and a row here."""
-
-from jaxrl_fp16.models import llama, qwen2, qwen3
-
-FAMILIES = {module.FAMILY.name: module.FAMILY for module in (qwen2, qwen3, llama)}
-
-__all__ = ["FAMILIES"]

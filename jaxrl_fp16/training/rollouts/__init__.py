@@ -1,0 +1,1 @@
+"""From prompts to graded rollouts: the engine that samples, the grading, evaluation."""

@@ -1,0 +1,118 @@
+"""From the data to graded rollouts: what an iteration learns from.
+
+n: prompts.  G: group size.  B = n * G rows.  P: prompt columns.  T: columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+import dataclasses
+from functools import lru_cache
+from itertools import islice
+
+import numpy as np
+
+from jaxrl_fp16.parallel import to_host
+from jaxrl_fp16.tasks import Example, Rewards, render
+from jaxrl_fp16.tokenizer import decode_responses, encode_prompts
+from jaxrl_fp16.types import Rollout
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptBatch:
+    """The prompts of one iteration."""
+
+    examples: list[Example]
+    texts: list[str]
+    tokens: np.ndarray     # int32 [n,P], left-padded
+    mask: np.ndarray       # bool [n,P]
+    position: int          # in the data, after these
+    set_aside: int         # prompts passed over: longer than P
+
+
+@lru_cache(maxsize=2)
+def _permutation(seed, epoch, size):
+    return np.random.default_rng([seed, epoch]).permutation(size)
+
+
+def data_order(seed, size, places):
+    """Indices of the rows that stand at `places` of an endless pass over `size` rows, shuffled anew each epoch."""
+    return [int(_permutation(seed, place // size, size)[place % size]) for place in places]
+
+
+def fitting_rows(task, position, chunk, seed, encode, nothing):
+    """Endless `(place, row)` from `position` on: the examples of `task.train` that fit, in the order of `data_order`.
+
+    encode: `examples -> one row each, or None for one that is passed over`, called for
+    `chunk` of them at a time. Raises ValueError(nothing) when a whole epoch holds none.
+    """
+    size, start, found = len(task.train), position, False
+    # From one multiple of the size up to another lies an epoch, and with it every example.
+    while found or position // size <= -(-start // size):
+        places = range(position, position + chunk)
+        examples = [task.train[index] for index in data_order(seed, size, places)]
+        for place, row in zip(places, encode(examples), strict=True):
+            if row is not None:
+                found = True
+                yield place, row
+        position = places.stop
+    raise ValueError(nothing)
+
+
+def next_prompts(task, tokenizer, position, count, length, seed):
+    """`count` prompts of `task.train` from `position` on, in an order that hangs on `seed` and the epoch alone.
+
+    A prompt longer than `length` tokens is set aside, never cut. Raises ValueError
+    when a whole epoch holds none that fits.
+    """
+    def encode(examples):
+        texts = [render(task.template, example, tokenizer) for example in examples]
+        tokens, mask, kept = encode_prompts(tokenizer, texts, length)
+        return [row if keep else None for row, keep in zip(zip(examples, texts, tokens, mask), kept)]
+
+    nothing = (f"none of the {len(task.train)} prompts fits into training.max_prompt_tokens = {length}; "
+               "allowed: a larger limit")
+    places, rows = zip(*islice(fitting_rows(task, position, count, seed, encode, nothing), count))
+    examples, texts, tokens, mask = zip(*rows)
+    end = places[-1] + 1
+    return PromptBatch(list(examples), list(texts), np.stack(tokens), np.stack(mask), end, end - position - count)
+
+
+@dataclasses.dataclass(frozen=True)
+class Graded:
+    """A rollout with its texts and what they earned."""
+
+    rollout: Rollout       # on the devices
+    responses: list[list[str]]   # [n][G]
+    rewards: Rewards             # as graded, [n,G]
+    finished: np.ndarray         # bool [B]
+    lengths: np.ndarray          # int [B]: response tokens
+
+
+def sample_and_grade(engine, params, prompts, task, setup, key):
+    """Samples a group for each prompt, decodes the responses and grades them."""
+    rollout = engine(params, prompts.tokens, prompts.mask, key)
+    tokens, mask, finished = (to_host(x) for x in (rollout.tokens, rollout.response_mask, rollout.finished))
+    texts = decode_responses(setup.tokenizer, tokens, mask, setup.eos_ids)
+    group = len(texts) // len(prompts.texts)
+    responses = in_groups(texts, group)
+    rewards = task.rewards(prompts.texts, responses, prompts.examples)
+    return Graded(rollout, responses, rewards, finished, mask.sum(axis=1))
+
+
+def in_groups(rows: Sequence, group: int) -> list[list]:
+    """A list of B entries as n lists of `group`."""
+    return [list(rows[start:start + group]) for start in range(0, len(rows), group)]
+
+
+def truncation_rule(rule, graded):
+    """What `training.truncated` makes of responses cut by the limit: `(rewards float32 [B], counts bool [B])`.
+
+    `zero` gives them reward 0; `mask` takes them out of the loss and leaves their
+    reward in the baseline; `keep` does nothing.
+    """
+    rewards = graded.rewards.values.reshape(-1)
+    cut = ~graded.finished
+    if rule == "zero":
+        rewards = np.where(cut, 0.0, rewards).astype(np.float32)
+    return rewards, ~cut if rule == "mask" else np.ones_like(cut)

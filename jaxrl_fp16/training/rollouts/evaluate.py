@@ -1,0 +1,129 @@
+"""Accuracy and pass@k of a policy on sets of problems.
+
+n: problems.  k: samples of each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import numpy as np
+
+from jaxrl_fp16.parallel import row_shards
+from jaxrl_fp16.tasks import get_template, load_examples, render
+from jaxrl_fp16.tokenizer import encode_prompts
+from jaxrl_fp16.training.rollouts.collect import PromptBatch, sample_and_grade
+from jaxrl_fp16.training.rollouts.engine import make_engine
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """One evaluation set, with its sampler compiled once."""
+
+    name: str
+    task: object          # its `heldout` are the set's problems
+    engine: object        # as `make_engine` gives it
+    prompts_at_once: int
+    samples: int
+
+
+def make_evaluators(bench):
+    """An Evaluator for each of `evaluation.sets` of an `Opened` command. Raises ValueError for a set at fault."""
+    return [_evaluator_of(bench, section) for section in bench.setup.config.evaluation.sets]
+
+
+def _evaluator_of(bench, section):
+    config, task = bench.setup.config, bench.task
+    if section.path is not None:
+        fields = (config.task.problem_field, config.task.answer_field)
+        task = dataclasses.replace(task, heldout=load_examples(section.path, *fields))
+    if section.template is not None:
+        task = dataclasses.replace(task, template=get_template(section.template, config.task.system))
+    if not len(task.heldout):
+        raise ValueError(
+            f"evaluation set {section.name!r} has no problems; allowed: a path, or task.heldout_size above 0"
+        )
+    task = dataclasses.replace(task, heldout=task.heldout[: section.limit])
+    if config.task.reward_file is None and not all(example.answer for example in task.heldout):
+        raise ValueError(
+            f"evaluation set {section.name!r} has problems without an answer to grade by; allowed: rows with the "
+            "field task.answer_field, or task.reward_file"
+        )
+    sampling = dataclasses.replace(
+        config.sampling, temperature=section.temperature, top_p=section.top_p, top_k=0, group_size=section.samples,
+        max_new_tokens=config.evaluation.max_new_tokens or config.sampling.max_new_tokens, max_rows=0,
+    )
+    return make_evaluator(bench, section.name, task, sampling)
+
+
+def make_evaluator(bench, name, task, sampling):
+    """An Evaluator of `task.heldout` under a SamplingConfig, `evaluation.rows` responses at once."""
+    setup = bench.setup
+    parts, samples = row_shards(setup.mesh), sampling.group_size
+    at_once = min(max(1, setup.config.evaluation.rows // samples), len(task.heldout))
+    return Evaluator(name, task, make_engine(setup, bench.model, sampling), math.ceil(at_once / parts) * parts, samples)
+
+
+def evaluate(evaluator, params, setup, length, key):
+    """Metrics of one set: `eval/NAME/accuracy` (mean reward of all samples), `.../stderr` (over problems),
+    `.../pass@k`, `.../response_length`, `.../finished`, `.../problems`.
+
+    Prompts longer than `length` tokens count as unsolved: a set's size does not hang on a limit.
+    """
+    rewards, lengths, finished = [], [], []
+    for kept, graded in grade_chunks(evaluator, params, setup, length, key):
+        count = len(kept)
+        counted = kept[:, None] & graded.rewards.valid[:count]
+        values = np.where(counted, graded.rewards.values[:count], 0.0)
+        rewards.append(values)
+        lengths.append(graded.lengths[: values.size])
+        finished.append(graded.finished[: values.size])
+    return _metrics(evaluator.name, np.concatenate(rewards), np.concatenate(lengths), np.concatenate(finished))
+
+
+def grade_chunks(evaluator, params, setup, length, key, start=0):
+    """Yields `(kept bool [c], Graded)` for each chunk of a set's problems, in order: the first c groups are theirs.
+
+    kept: False where a prompt has more than `length` tokens. `start`, a multiple of
+    `prompts_at_once`, is the first problem: what a chunk gives hangs on its place alone.
+    """
+    for begin in range(start, len(evaluator.task.heldout), evaluator.prompts_at_once):
+        chunk = evaluator.task.heldout[begin:begin + evaluator.prompts_at_once]
+        prompts, kept = _prompts(evaluator, chunk, setup.tokenizer, length)
+        chunk_key = jax.random.fold_in(key, begin // evaluator.prompts_at_once)
+        yield kept, sample_and_grade(evaluator.engine, params, prompts, evaluator.task, setup, chunk_key)
+
+
+def _prompts(evaluator, chunk, tokenizer, length):
+    """A full batch: a last one that is short is filled with its first problem again, so that nothing recompiles."""
+    missing = evaluator.prompts_at_once - len(chunk)
+    examples = [*chunk, *[chunk[0]] * missing]
+    texts = [render(evaluator.task.template, example, tokenizer) for example in examples]
+    tokens, mask, kept = encode_prompts(tokenizer, texts, length)
+    mask[~kept, -1] = True  # a prompt that does not fit is sampled from one pad token, and not counted
+    return PromptBatch(examples, texts, tokens, mask, 0, 0), kept[: len(chunk)]
+
+
+def _metrics(name, rewards, lengths, finished):
+    count, samples = rewards.shape
+    per_problem = rewards.mean(axis=1)
+    metrics = {
+        "accuracy": per_problem.mean(),
+        "stderr": per_problem.std(ddof=1) / math.sqrt(count) if count > 1 else 0.0,
+        "response_length": lengths.mean(),
+        "finished": finished.mean(),
+        "problems": count,
+    }
+    solved = (rewards > 0.5).sum(axis=1)
+    for k in sorted({2**power for power in range(samples.bit_length())} | {samples}) if samples > 1 else ():
+        metrics[f"pass@{k}"] = np.mean([pass_at_k(samples, int(right), k) for right in solved])
+    return {f"eval/{name}/{key}": float(value) for key, value in metrics.items()}
+
+
+def pass_at_k(samples, right, k):
+    """The unbiased chance that one of `k` samples is right, given `right` of `samples` are (2107.03374)."""
+    if samples - right < k:
+        return 1.0
+    return 1.0 - math.prod((samples - right - i) / (samples - i) for i in range(k))

@@ -1,0 +1,218 @@
+"""What a command starts from: platform, precision, mesh, model, tokenizer, run folder.
+
+Everything that can be refused is refused here, before anything compiles or a
+folder is made.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import itertools
+import json
+import os
+from pathlib import Path
+import platform as host
+from typing import Any, NamedTuple
+
+import jax
+from jax.sharding import Mesh
+
+from jaxrl_fp16.config import ConfigError, diff, load_config, naming, naming_at_entry, to_yaml
+from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, load_pretrained, read_config
+from jaxrl_fp16.models.families.config_json import read_json
+from jaxrl_fp16.parallel import check_same_config, initialize_distributed, make_mesh
+from jaxrl_fp16.precision import Precision, get_precision, resolve_precision
+from jaxrl_fp16.tasks import ALPHABET, Task, open_task
+from jaxrl_fp16.tokenizer import character_tokenizer, check_vocabulary, end_ids, load_tokenizer, pad_id, vocabulary_size
+from jaxrl_fp16.training.runs.run_config import MAY_CHANGE, Config, check_mesh_rows
+
+PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
+RECORDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "jmp", "numpy")
+
+
+@dataclasses.dataclass(frozen=True)
+class Setup:
+    """An opened command: nothing has been compiled, and no file written."""
+
+    config: Config                # resolved: no `auto` is left
+    precision: Precision          # of scorer and update
+    rollout_precision: Precision  # of the sampler: the same but for the ablation
+    critic_precision: Precision   # of PPO's critic: the same unless it has its own
+    mesh: Mesh
+    tokenizer: Any
+    eos_ids: tuple[int, ...]
+    pad_id: int
+
+    @property
+    def keys(self):
+        """The run's `Keys`."""
+        return Keys(*jax.random.split(jax.random.key(self.config.run.seed), len(Keys._fields)))
+
+
+class Keys(NamedTuple):
+    """What each part of a command draws from; all of `run.seed`."""
+
+    weights: jax.Array      # random ones, where no folder is read
+    supervised: jax.Array   # the train state of supervised steps
+    learning: jax.Array     # the actor's, from which sampling and data order come, and the critic's
+    evaluation: jax.Array   # the same at each evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class Opened:
+    """A command with its task and model, none of whose weights is read yet."""
+
+    setup: Setup
+    task: Task
+    model: Decoder
+
+    def load_params(self, any_weights=False):
+        """`load_params` of this model."""
+        return load_params(self.setup, self.model, any_weights)
+
+
+@contextlib.contextmanager
+def opened(setup):
+    """Gives `Opened`; the task's grading processes end with the context. Raises ConfigError."""
+    with naming_at_entry("task", open_task(setup.config.task)) as task:
+        yield Opened(setup, task, make_model(setup))
+
+
+def set_up_alone(command, config):
+    """`set_up` of a command that reads no run folder."""
+    if config.resume is not None:
+        raise ConfigError(f"{command} reads no run folder; allowed: --model.path {config.resume}/model, after export")
+    return set_up(config)
+
+
+def set_up(config):
+    """Checks `config` against this machine and gives a `Setup`. Raises ConfigError.
+
+    Chooses JAX's platform, so it stands before any other use of JAX.
+    """
+    wanted = config.platform or config.run.platform
+    if wanted != "auto":
+        jax.config.update("jax_platforms", PLATFORMS[wanted])
+    with naming("several processes"):
+        if initialize_distributed(heartbeat=config.run.heartbeat_seconds):
+            # A folder of compiled programs may be each host's own.
+            check_same_config(dataclasses.replace(config, run=dataclasses.replace(config.run, compile_cache=None)))
+    found = _platform(wanted)
+    if config.run.compile_cache:
+        jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.run.compile_cache))
+    with naming("precision"):
+        name = resolve_precision(config.precision, found)
+        precision = get_precision(name, config.loss_scale)
+    with naming("rollout_precision"):
+        rollout_name = resolve_precision(config.rollout_precision or name, found)
+        rollout = get_precision(rollout_name, config.loss_scale)
+    with naming("critic.precision"):
+        critic_name = resolve_precision(config.critic.precision or name, found)
+        critic = get_precision(critic_name, config.critic.loss_scale)
+    with naming("mesh"):
+        mesh = make_mesh(config.mesh)
+        check_mesh_rows(config, mesh)
+    with naming("model.tokenizer" if config.model.tokenizer else "model.path"):
+        tokenizer = _tokenizer(config.model)
+        eos_ids = end_ids(tokenizer, _generation_config(config.model))
+    config = dataclasses.replace(
+        config, precision=name, rollout_precision=rollout_name if config.rollout_precision else None, platform=None,
+        run=dataclasses.replace(config.run, platform=found),
+    )
+    return Setup(
+        config=config,
+        precision=precision,
+        rollout_precision=rollout,
+        critic_precision=critic,
+        mesh=mesh,
+        tokenizer=tokenizer,
+        eos_ids=eos_ids,
+        pad_id=pad_id(tokenizer),
+    )
+
+
+def _platform(wanted):
+    """`cpu`, `gpu` or `tpu`: where JAX runs. An absent one that was asked for is refused, never replaced."""
+    try:
+        found, reason = jax.default_backend(), ""
+    except RuntimeError as error:
+        found, reason = None, " ".join(str(error).split())[:200]
+    found = {"cuda": "gpu", "rocm": "gpu"}.get(found, found)
+    if found is None or wanted not in ("auto", found):  # JAX itself goes on to the CPU in silence
+        raise ConfigError(f"run.platform: JAX finds no {wanted} here, {reason or f'but {found}'}; allowed: auto, cpu")
+    return found
+
+
+def _tokenizer(model):
+    folder = model.tokenizer or model.path
+    if folder is None:
+        return character_tokenizer(ALPHABET)
+    return load_tokenizer(folder)
+
+
+def _generation_config(model):
+    if model.path is None:
+        return None
+    path = Path(model.path) / "generation_config.json"
+    return read_json(path) if path.is_file() else None
+
+
+def make_model(setup):
+    """The Decoder of section `model`, none of whose weights is read yet. Raises ConfigError."""
+    section = setup.config.model
+    with _naming_model():
+        if section.path is not None:
+            config = read_config(section.path)
+            _check_shape(section, config)
+        else:
+            config = _decoder_config(section, setup.tokenizer)
+        check_vocabulary(setup.tokenizer, config.vocab_size)
+        return Decoder(config, attention=section.attention, remat=section.remat, numerics=setup.config.numerics)
+
+
+def load_params(setup, model, any_weights=False):
+    """float32 parameters of `make_model`'s model on the mesh: from `model.path`, or random. Raises ConfigError.
+
+    any_weights: also such as are no finite numbers of the compute dtype.
+    """
+    path, compute = setup.config.model.path, None if any_weights else setup.precision.policy.compute_dtype.name
+    with _naming_model():
+        if path is None:
+            return init_params(model, setup.keys.weights, setup.mesh)
+        return load_pretrained(path, mesh=setup.mesh, compute_dtype=compute)[1]
+
+
+@contextlib.contextmanager
+def _naming_model():
+    """As `naming`, always with the section: "model family ..." would pass there for a text that names it."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"model: {error}") from error
+
+
+def _check_shape(section, there):
+    """Refuses a shape beside a path that the folder does not have."""
+    for name, value in _shape_fields(section).items():
+        if value != getattr(there, name):
+            raise ValueError(
+                f"{name} is {value!r} and path {section.path} has {getattr(there, name)!r}; "
+                "allowed: the folder's, or null"
+            )
+
+
+def _shape_fields(section):
+    names = [field.name for field in dataclasses.fields(DecoderConfig)]
+    return {name: getattr(section, name) for name in names if getattr(section, name) is not None}
+
+
+def _decoder_config(section, tokenizer):
+    fields = {"vocab_size": vocabulary_size(tokenizer), **_shape_fields(section)}
+    required = [f.name for f in dataclasses.fields(DecoderConfig) if f.default is dataclasses.MISSING]
+    missing = [name for name in required if name not in fields]
+    if missing:
+        raise ValueError(f"{', '.join(missing)} missing; allowed: model.path, or all of {', '.join(required)}")
+    return DecoderConfig(**fields)

@@ -1,0 +1,1 @@
+"""What stops or guards a run: memory, skipped steps, bounds, deadlines, signals, the folder's lock."""

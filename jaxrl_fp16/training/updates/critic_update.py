@@ -1,0 +1,41 @@
+"""PPO's critic: its update, on a train state and a loss scale of its own.
+
+B: rows of a minibatch.  T: columns.
+"""
+
+import jax.numpy as jnp
+
+from jaxrl_fp16.forward import token_values
+from jaxrl_fp16.objectives import merge_metrics, normalizer_of, value_loss
+from jaxrl_fp16.training.updates.step import guarded_step, jit_update
+
+
+def make_value_update(critic, policy, algorithm, optimizer, *, microbatch_size=8, max_new_tokens=None,
+                      state_shardings=None, frozen=False):
+    """A jitted `update(state, batch) -> (state, metrics)` that regresses the critic on `batch.returns`.
+
+    `batch.values` float32 [B,T] are the critic's at the iteration's start, from
+    which `value_clip` measures. The state is donated; on a mesh `state_shardings`
+    keeps it where it lies. frozen: the parameters stay, and all else runs.
+    """
+
+    def update(state, batch):
+        if batch.values is None or batch.returns is None:
+            raise ValueError("the critic's batch lacks values or returns; both are float32 [B,T], from `gae`")
+        limit = max_new_tokens or batch.tokens.shape[1] - 1
+        normalizer = normalizer_of(batch.response_mask)
+
+        def loss_fn(params, rows):
+            values = token_values(critic, params, rows.tokens, rows.mask, policy=policy)
+            return value_loss(
+                algorithm, values, rows.values, rows.returns, rows.response_mask,
+                max_new_tokens=limit, normalizer=normalizer,
+            )
+
+        empty = ~jnp.any(batch.response_mask.astype(bool))
+        state, metrics, shares = guarded_step(
+            loss_fn, optimizer, state, batch, microbatch_size, empty=empty, frozen=frozen
+        )
+        return state, {**merge_metrics(shares), **metrics}
+
+    return jit_update(update, critic, state_shardings)

@@ -1,0 +1,69 @@
+"""The policy's update: one optimizer step of a PPO or GRPO loss, jitted, state donated.
+
+B: rows of a minibatch.  T: columns.
+"""
+
+import jax.numpy as jnp
+
+from jaxrl_fp16.forward import score
+from jaxrl_fp16.objectives import merge_metrics, normalizer_of, policy_loss
+from jaxrl_fp16.training.updates.step import guarded_step, jit_update, join_rows
+
+
+def make_update(
+    model, policy, algorithm, optimizer, *,
+    microbatch_size=8, temperature=1.0, max_new_tokens=None, keep_logprobs=False, state_shardings=None,
+    frozen=False,
+):
+    """A jitted `update(state, batch) -> (state, metrics)`: one optimizer step, or none (see `guarded_step`).
+
+    `batch` is a `Batch`, the minibatch; `microbatch_size` rows of it, a divisor of
+    B, are in memory at once, and the result is that of all rows at once.
+    temperature: of the sampler. max_new_tokens: the constant of `fixed_length`,
+    T - 1 where None. keep_logprobs adds `logprobs` float32 [B,T] to the metrics: the
+    gradient program's own, before the step. The state is donated; on a mesh
+    `state_shardings` keeps it where it lies. frozen: the parameters stay, and all else runs.
+    """
+
+    def update(state, batch):
+        limit = max_new_tokens or batch.tokens.shape[1] - 1
+        normalizer = normalizer_of(batch.response_mask)
+
+        def loss_fn(params, rows):
+            logprobs, entropy = score(
+                model, params, rows.tokens, rows.mask, policy, temperature, rows.decisions,
+                with_entropy=algorithm.entropy_coef != 0,
+            )
+            loss, metrics = loss_of_rows(algorithm, logprobs, entropy, rows, limit, normalizer)
+            return loss, (metrics, logprobs if keep_logprobs else None)
+
+        empty = _nothing_to_learn(algorithm, batch)
+        state, metrics, (shares, logprobs) = guarded_step(
+            loss_fn, optimizer, state, batch, microbatch_size, empty=empty, frozen=frozen
+        )
+        metrics = {**merge_metrics(shares), **metrics}
+        if keep_logprobs:
+            metrics["logprobs"] = join_rows(logprobs)
+        return state, metrics
+
+    return jit_update(update, model, state_shardings)
+
+
+def loss_of_rows(algorithm, logprobs, entropy, rows, max_new_tokens, normalizer):
+    """`policy_loss` of a microbatch, a `Batch`, out of its log-probs and entropies float32 [B,T]."""
+    return policy_loss(
+        algorithm, logprobs=logprobs, old_logprobs=rows.old_logprobs, rollout_logprobs=rows.rollout_logprobs,
+        advantages=rows.advantages, mask=rows.response_mask, ref_logprobs=rows.ref_logprobs,
+        entropy=entropy if algorithm.entropy_coef else None, max_new_tokens=max_new_tokens, normalizer=normalizer,
+    )
+
+
+def _nothing_to_learn(algorithm, batch):
+    """bool []: no token counts, or every advantage is 0 and no other term pulls. Adam's momentum and
+    weight decay would move the weights all the same."""
+    mask = batch.response_mask.astype(bool)
+    other_terms = (algorithm.kl_coef != 0 and algorithm.kl_in == "loss") or algorithm.entropy_coef != 0
+    if other_terms:
+        return ~jnp.any(mask)
+    advantages = batch.advantages if batch.advantages.ndim == 2 else batch.advantages[:, None]
+    return ~jnp.any(mask & (advantages != 0))

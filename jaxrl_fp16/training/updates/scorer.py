@@ -1,0 +1,40 @@
+"""The scorer: the trainer's forward alone, over many rows a few at a time.
+
+B: rows.  T: columns.
+"""
+
+import jax
+from jax import lax
+
+from jaxrl_fp16.forward import NONE, numerics_of, score, token_values
+from jaxrl_fp16.models.numerics import jit
+from jaxrl_fp16.training.updates.step import join_rows, split_rows
+
+
+def make_scorer(model, policy, *, microbatch_size, temperature=1.0, with_entropy=False):
+    """A jitted `(params, tokens, mask, decisions) -> (logprobs, entropies)`, float32 [B,T] each.
+
+    `microbatch_size` rows, a divisor of B, are in memory at once; entropies are zeros unless asked for.
+    """
+
+    def scorer(params, tokens, mask, decisions=NONE):
+        def rows(chunk):
+            tokens, mask, decisions = chunk
+            return score(model, params, tokens, mask, policy, temperature, decisions, with_entropy)
+
+        results = lax.map(rows, split_rows((tokens, mask, decisions), microbatch_size))
+        return jax.tree.map(join_rows, results)
+
+    return jit(scorer, numerics_of(model))
+
+
+def make_valuer(critic, policy, *, microbatch_size):
+    """A jitted `(params, tokens, mask) -> values` float32 [B,T]: the critic's, likewise."""
+
+    def valuer(params, tokens, mask):
+        def rows(chunk):
+            return token_values(critic, params, *chunk, policy=policy)
+
+        return join_rows(lax.map(rows, split_rows((tokens, mask), microbatch_size)))
+
+    return jit(valuer, numerics_of(critic))

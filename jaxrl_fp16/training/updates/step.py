@@ -1,0 +1,88 @@
+"""One scaled and guarded optimizer step for any loss: policy, critic, supervised.
+
+Cast, forward, loss and scale stand in the loss function and `_gradient`; then
+unscale in float32, finite check, optimizer (which clips), select the old or the
+new state, adjust the scale.
+"""
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+import optax
+
+from jaxrl_fp16.forward import numerics_of
+from jaxrl_fp16.models.numerics import jit
+
+
+def guarded_step(loss_fn, optimizer, state, batch, microbatch_size, *, empty=False, frozen=False):
+    """One optimizer step on `batch`, or none where a gradient is not finite or the batch is `empty` (bool []).
+
+    loss_fn: `(params, microbatch) -> (share, aux)`, the shares adding up to the
+    loss of the whole batch; aux is any tree of arrays. Returns the state, metrics
+    `loss`, `grad_norm` (unscaled, before clipping), `loss_scale` (of this step),
+    `skipped`, `empty`, and aux stacked over microbatches. A skipped step changes the
+    loss scale and its counters alone; an empty one changes nothing. With `frozen` all else
+    runs and the parameters stay, to the bit: adding an update of 0 would turn a -0.0 into 0.0.
+    """
+    loss, grads, aux = _accumulate(loss_fn, state, split_rows(batch, microbatch_size))
+    grads = state.loss_scale.unscale(grads)
+    norm = optax.tree.norm(grads)
+    finite, empty = jnp.isfinite(norm), jnp.asarray(empty)
+    taken = finite & ~empty
+    trained = state.trained_params
+    updates, opt_state = optimizer.update(grads, state.opt_state, trained)
+    moved = trained if frozen else optax.apply_updates(trained, updates)
+    stepped = state.with_trained(moved).replace(opt_state=opt_state, step=state.step + 1)
+    kept = _select(taken, stepped, state)
+    scale = _select(empty, state.loss_scale, state.loss_scale.adjust(finite))
+    metrics = dict(
+        loss=loss, grad_norm=norm, loss_scale=state.loss_scale.loss_scale,
+        skipped=(~finite & ~empty).astype(jnp.float32), empty=empty.astype(jnp.float32),
+    )
+    return kept.replace(loss_scale=scale), metrics, aux
+
+
+def _select(condition, new, old):
+    """Leaf by leaf, fused into what makes `new`; neither branch's NaN reaches the other."""
+    return jax.tree.map(lambda a, b: a if a is b else jnp.where(condition, a, b), new, old)
+
+
+def _accumulate(loss_fn, state, microbatches):
+    """(loss, scaled float32 gradients, aux stacked) over microbatches, arrays [n,...], one after another."""
+
+    def scaled_loss(params, microbatch):
+        share, aux = loss_fn(state.with_trained(params).sampling_params, microbatch)
+        return state.loss_scale.scale(share), (share, aux)
+
+    def body(carry, microbatch):
+        total, grads = carry
+        new, (share, aux) = jax.grad(scaled_loss, has_aux=True)(state.trained_params, microbatch)
+        return (total + share, jax.tree.map(jnp.add, grads, new)), aux
+
+    zeros = jax.tree.map(jnp.zeros_like, state.trained_params)
+    (loss, grads), aux = lax.scan(body, (jnp.zeros(()), zeros), microbatches)
+    return loss, grads, aux
+
+
+def jit_update(update, model, state_shardings=None):
+    """`update(state, batch) -> (state, metrics)` jitted as `model` asks for, the state donated.
+
+    On a mesh `state_shardings`, a tree like the state, keeps it where it lies:
+    XLA would choose anew, and the next call compile again.
+    """
+    shardings = None if state_shardings is None else (state_shardings, None)
+    return jit(update, numerics_of(model), donate_argnums=0, out_shardings=shardings)
+
+
+def split_rows(batch, size):
+    """Arrays [B,...] as [B/size,size,...]. A microbatch takes every (B/size)-th row: where a mesh has
+    spread the rows, each microbatch then spans all devices. Raises ValueError where size does not divide B."""
+    rows = jax.tree.leaves(batch)[0].shape[0]
+    if size < 1 or rows % size:
+        raise ValueError(f"microbatch_size is {size}; allowed: a divisor of the batch's {rows} rows")
+    return jax.tree.map(lambda x: x.reshape(size, rows // size, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def join_rows(x):
+    """The inverse of `split_rows` on one array [B/size,size,...]."""
+    return x.swapaxes(0, 1).reshape(-1, *x.shape[2:])

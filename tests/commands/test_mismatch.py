@@ -1,0 +1,361 @@
+"""`mismatch` through the command line on a tiny model; every number again by plain NumPy in float64."""
+
+import dataclasses
+import json
+import re
+import signal
+
+import numpy as np
+import pytest
+
+from jaxrl_fp16 import cli
+from jaxrl_fp16.commands import mismatch
+from jaxrl_fp16.lab.mismatch import scoring
+from jaxrl_fp16.lab.mismatch.rollout_files import load_rollout, save_rollout
+from jaxrl_fp16.lab.mismatch.stats import by_length, distances, probabilities, verdict
+from jaxrl_fp16.models import Decoder, DecoderConfig
+from jaxrl_fp16.precision import get_precision
+
+PAIRS = ("sampler|scorer", "scorer|gradient", "sampler|reference", "scorer|reference")
+FLAGS = ("--sampling.max_new_tokens", "24", "--mismatch.prompts", "10", "--mismatch.bins", "5")
+
+
+@pytest.fixture(scope="module")
+def start(tiny, compile_cache, tmp_path_factory):
+    """start(flag, ...) -> (exit code, run folder or None)."""
+
+    def start(*flags):
+        runs = tmp_path_factory.mktemp("runs")
+        code = cli.main(["mismatch", str(tiny), "--run.compile_cache", compile_cache, "--run.dir", str(runs), *FLAGS,
+                         *flags])
+        return code, next(runs.glob("*"), None)
+
+    return start
+
+
+@pytest.fixture(scope="module")
+def whole(start):
+    code, folder = start()
+    assert code == 0
+    return folder
+
+
+def report_of(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def stored(folder, precision):
+    """The arrays of a file, log-probs in float64, read without the package."""
+    with np.load(folder / "rollouts" / f"{precision}.npz", allow_pickle=False) as file:
+        arrays = {name: file[name] for name in file.files}
+    return {name: array.astype(float) if array.dtype == np.float32 else array for name, array in arrays.items()}
+
+
+def two_of(arrays, precision, pair):
+    names = {"sampler": "logprobs", "scorer": f"scorer/{precision}", "gradient": f"gradient/{precision}",
+             "reference": "scorer/fp32"}
+    return (arrays[names[name]] for name in pair.split("|"))
+
+
+def metrics_in_float64(log_mu, log_pi, mask):
+    """spec/mismatch.md, written again."""
+    d, rows = (log_mu - log_pi)[mask], np.where(mask, log_pi - log_mu, 0.0).sum(axis=1)[mask.any(axis=1)]
+    mu, change = np.exp(log_mu[mask]), np.exp(log_mu[mask]) * np.expm1(-d)
+    weights = np.exp(rows)
+    return {
+        "kl_k1": d.mean(), "kl_k3": (np.expm1(-d) + d).mean(),
+        "logprob_abs_diff_mean": np.abs(d).mean(), "logprob_abs_diff_max": np.abs(d).max(),
+        "prob_abs_diff_mean": (mu * np.abs(np.expm1(-d))).mean(), "prob_diff_max": change.max(),
+        "prob_diff_min": change.min(), "seq_log_ratio_mean": rows.mean(), "seq_log_ratio_std": rows.std(),
+        "seq_log_ratio_min": rows.min(), "seq_log_ratio_max": rows.max(), "seq_kl": -rows.mean(),
+        "chi2_token": np.expm1(-2 * d).mean(), "chi2_seq": np.expm1(2 * rows).mean(),
+        "ess_seq": weights.sum() ** 2 / (len(rows) * (weights**2).sum()), "exact_fraction": (d == 0).mean(),
+    }
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_every_metric_again_in_float64(whole, precision):
+    arrays, report = stored(whole, precision), report_of(whole)
+    mask = arrays["response_mask"]
+    assert mask.shape == (40, 30) and mask.any(axis=1).all()
+    for pair in PAIRS:
+        expected = metrics_in_float64(*two_of(arrays, precision, pair), mask)
+        found = report["metrics"][precision][pair]
+        assert set(found) == set(expected)
+        for name, value in expected.items():
+            # atol: a sum of float32 differences that cancel, each as fine as float32 holds it
+            np.testing.assert_allclose(found[name], value, rtol=1e-3, atol=1e-12, err_msg=f"{pair} {name}")
+    for scored_in in ("fp16", "bf16", "fp32"):
+        expected = metrics_in_float64(arrays["logprobs"], arrays[f"scorer/{scored_in}"], mask)
+        np.testing.assert_allclose(report["cross"][precision][scored_in]["kl_k3"], expected["kl_k3"], rtol=1e-3)
+    assert 0 < report["metrics"][precision]["sampler|reference"]["kl_k3"] < 1e-3
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_lines_through_the_responses_again(whole, precision):
+    arrays, report = stored(whole, precision), report_of(whole)
+    mask = arrays["response_mask"]
+    lengths = mask.sum(axis=1)
+    assert len(set(lengths)) > 5
+    for pair in PAIRS:
+        a, b = two_of(arrays, precision, pair)
+        ratios = np.where(mask, b - a, 0.0).sum(axis=1)
+        (slope, intercept), covariance = np.polyfit(lengths, ratios, 1, cov=True)
+        found = report["by_length"][precision][pair]
+        scale = np.abs(ratios).max()
+        np.testing.assert_allclose(found["slope"], 1000 * slope, rtol=1e-3, atol=1e-9 * scale)
+        np.testing.assert_allclose(found["slope_error"], 1000 * np.sqrt(covariance[0, 0]), rtol=1e-3)
+        np.testing.assert_allclose(found["intercept"], intercept, rtol=1e-3, atol=1e-9 * scale)
+
+
+@pytest.mark.parametrize("along", ["position", "entropy", "length"])
+def test_the_bins_again(whole, along):
+    both = {precision: stored(whole, precision) for precision in ("fp16", "bf16")}
+    values = {
+        precision: {
+            "position": np.concatenate([np.arange(n) for n in arrays["response_mask"].sum(axis=1)]),
+            "length": np.repeat(arrays["response_mask"].sum(axis=1), arrays["response_mask"].sum(axis=1)),
+            "entropy": arrays["entropy/fp32"][arrays["response_mask"]],
+        }[along]
+        for precision, arrays in both.items()
+    }
+    pooled = np.concatenate(list(values.values())).astype(float)
+    edges = (np.unique(np.round(np.linspace(pooled.min(), pooled.max() + 1, 6))) if along == "position"
+             else np.unique(np.percentile(pooled, np.linspace(0, 100, 6))))
+    for precision, arrays in both.items():
+        x, mask = values[precision], arrays["response_mask"]
+        bins = [(x >= low) & ((x < high) | (high == edges[-1])) for low, high in zip(edges, edges[1:])]
+        for pair in PAIRS:
+            a, b = two_of(arrays, precision, pair)
+            kl = np.expm1((b - a)[mask]) - (b - a)[mask]
+            found = report_of(whole)["binned"][along][precision][pair]
+            assert found["count"] == [int(inside.sum()) for inside in bins if inside.any()]
+            np.testing.assert_allclose(found["x"], [x[inside].mean() for inside in bins if inside.any()], rtol=1e-3)
+            np.testing.assert_allclose(found["mean"], [kl[inside].mean() for inside in bins if inside.any()], rtol=1e-3)
+            errors = [kl[inside].std() / np.sqrt(inside.sum() - 1) for inside in bins if inside.any()]
+            np.testing.assert_allclose(found["error"], errors, rtol=1e-3)
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_which_is_wrong_again(whole, precision):
+    arrays, found = stored(whole, precision), report_of(whole)["distances"][precision]
+    mask, kl, d = arrays["response_mask"], {}, {}
+    for pair in ("sampler|scorer", "sampler|reference", "scorer|reference"):
+        a, b = two_of(arrays, precision, pair)
+        d[pair] = (b - a)[mask]
+        kl[pair] = np.where(mask, np.expm1(b - a) - (b - a), 0.0).sum(axis=1)
+        np.testing.assert_allclose(found[pair], kl[pair].sum() / mask.sum(), rtol=1e-3)
+    gap = kl["sampler|reference"] - kl["scorer|reference"]
+    np.testing.assert_allclose(found["difference"], gap.sum() / mask.sum(), rtol=1e-3, atol=1e-18)
+    np.testing.assert_allclose(found["error"], gap.std(ddof=1) * np.sqrt(len(gap)) / mask.sum(), rtol=1e-3)
+    correlation = np.corrcoef(d["sampler|reference"], d["scorer|reference"])[0, 1]
+    np.testing.assert_allclose(found["shared"], correlation, rtol=1e-3)
+
+
+def test_the_scatter_is_of_every_token(whole):
+    arrays = stored(whole, "fp16")
+    mask = arrays["response_mask"]
+    mu, pi = probabilities(load_rollout(whole / "rollouts" / "fp16.npz"))
+    np.testing.assert_allclose(mu, np.exp(arrays["logprobs"][mask]), rtol=1e-12)
+    np.testing.assert_allclose(pi, np.exp(arrays["scorer/fp16"][mask]), rtol=1e-12)
+
+
+def test_the_page_and_the_folder(whole, capsys):
+    page = (whole / "report.html").read_text()
+    assert page.count("<svg") == 5 and "Which of the two is wrong?" in page and "1e" in page
+    addresses = set(re.findall(r"https?://[^\"'\s<)]+", page))
+    assert addresses <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}, "the page asks for nothing"
+    assert (whole / "config.yaml").is_file() and (whole / "environment.json").is_file()
+    report = report_of(whole)
+    assert report["reference"] == "fp32" and report["responses"] == {"fp16": 40, "bf16": 40}
+    assert report["tokens"]["fp16"] == int(stored(whole, "fp16")["response_mask"].sum())
+    assert not any(count for programs in report["not_finite"].values() for count in programs.values())
+
+
+def test_stored_rollouts_give_the_same_numbers_without_a_model(start, whole, monkeypatch, capsys):
+    monkeypatch.setattr(mismatch, "open_model", None)
+    code, folder = start("--mismatch.rollouts", str(whole), "--task.path", "nowhere")
+    said = capsys.readouterr().out
+    assert code == 0 and "no model is loaded" in said and "sampled and scored in bf16" in said
+    again, before = report_of(folder), report_of(whole)
+    for key in ("metrics", "cross", "distances", "by_length", "binned", "tokens"):
+        assert again[key] == before[key], key
+    assert not (folder / "rollouts").exists() and again["rollouts"] == str(whole)
+
+
+def test_rollouts_without_scores_are_scored(start, whole, tmp_path, capsys):
+    """As another engine may have written them, with the sampler's log-probs alone."""
+    for precision in ("fp16", "bf16"):
+        rollout = load_rollout(whole / "rollouts" / f"{precision}.npz")
+        save_rollout(tmp_path, dataclasses.replace(rollout, scorer={}, gradient={}, entropy={}))
+    code, folder = start("--mismatch.rollouts", str(tmp_path))
+    capsys.readouterr()
+    assert code == 0
+    for precision in ("fp16", "bf16"):
+        first, again = stored(whole, precision), stored(folder, precision)
+        assert set(first) == set(again)
+        for name, array in first.items():
+            np.testing.assert_array_equal(again[name], array, err_msg=name)
+
+
+def test_a_signal_ends_it_with_what_was_sampled_kept(start, monkeypatch, capsys):
+    score = scoring.score_rollouts
+
+    def interrupted(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        return score(*arguments, **options)
+
+    monkeypatch.setattr(mismatch, "score_rollouts", interrupted)
+    code, folder = start()
+    said = capsys.readouterr().out
+    assert code == 130 and "stopped by SIGINT" in said and not (folder / "report.json").exists()
+    assert sorted(path.name for path in (folder / "rollouts").iterdir()) == ["bf16.npz", "fp16.npz"]
+
+
+def test_a_verdict_says_only_what_the_numbers_carry():
+    base = {"sampler|reference": 3e-5, "scorer|reference": 1e-5, "difference": 2e-5, "error": 1e-6}
+    assert verdict(base) == "the sampler, 3.00 times as far"
+    assert verdict({**base, "scorer|reference": 6e-5, "difference": -3e-5}) == "the scorer, 2.00 times as far"
+    assert verdict({**base, "error": 1.1e-5}).startswith("neither")
+    assert verdict({**base, "error": np.nan}).startswith("neither")
+    assert verdict({**base, "scorer|reference": 0.0}) == "the sampler alone"
+    equal = {**base, "sampler|reference": 0.0, "scorer|reference": 0.0}
+    assert verdict(equal) == "both equal the reference to the last bit"
+
+
+def test_odd_rollouts_are_drawn(start, whole, tmp_path, capsys):
+    """One length, tokens that are not finite, a row without a token."""
+    for precision in ("fp16", "bf16"):
+        rollout = load_rollout(whole / "rollouts" / f"{precision}.npz")
+        rows = np.flatnonzero(rollout.response_mask.sum(axis=1) == 24)[:3]
+        assert len(rows) == 3
+        groups = {name: {key: x[rows] for key, x in getattr(rollout, name).items()}
+                  for name in ("scorer", "gradient", "entropy")}
+        arrays = {name: getattr(rollout, name)[rows]
+                  for name in ("tokens", "mask", "response_mask", "logprobs", "finished")}
+        if precision == "fp16":
+            arrays["logprobs"][1, -1] = -np.inf
+            groups["gradient"]["fp16"][0, -2] = np.nan
+        else:
+            arrays["response_mask"][2] = False
+            groups["scorer"]["bf16"] = groups["scorer"]["fp32"] = arrays["logprobs"]
+        odd = dataclasses.replace(rollout, **arrays, **groups)
+        assert np.isnan(by_length(odd, "sampler|scorer", "fp32")["slope"])
+        save_rollout(tmp_path, odd)
+    assert distances(odd, "fp32")["sampler|scorer"] == 0
+    code, folder = start("--mismatch.rollouts", str(tmp_path))
+    capsys.readouterr()
+    report, page = report_of(folder), (folder / "report.html").read_text()
+    assert code == 0 and report["not_finite"]["fp16"] == {"sampler": 1, "scorer": 0, "gradient": 1, "reference": 0}
+    assert "fp16: 1 tokens by the sampler" in page and "both equal the reference" in page
+    assert report["metrics"]["fp16"]["scorer|gradient"]["kl_k3"] == "NaN"
+
+
+def test_the_reference_does_without_a_kernel_for_half_precision():
+    model = Decoder(DecoderConfig(family="qwen2", vocab_size=8, hidden_size=8, intermediate_size=8, num_layers=1,
+                                  num_heads=1, num_kv_heads=1, head_dim=8), attention="cudnn")
+    chosen = {name: scoring.model_for(model, get_precision(name)).attention for name in ("fp16", "bf16", "fp32")}
+    assert chosen == {"fp16": "cudnn", "bf16": "cudnn", "fp32": "blockwise"}
+    plain = model.clone(attention="plain")
+    assert scoring.model_for(plain, get_precision("fp32")) is plain
+
+
+# -- what is refused -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--mismatch.precisions", "[]"), "mismatch.precisions"),
+    (("--mismatch.precisions", "[fp16, fp8]"), "mismatch.precisions: precision 'fp8' is unknown; allowed: fp16"),
+    (("--mismatch.precisions", "[fp16, auto]"), "mismatch.precisions are fp16, fp16; allowed: different ones"),
+    (("--mismatch.reference", "exact"), "mismatch.reference: precision 'exact' is unknown"),
+    (("--mismatch.prompts", "0"), "mismatch.prompts: 0 is not allowed"),
+    (("--rollout_precision", "bf16"), "rollout_precision is bf16; allowed with mismatch: null"),
+    (("--resume", "somewhere"), "allowed: --mismatch.rollouts FOLDER"),
+    (("--mismatch.rollouts", "nowhere"), "mismatch.rollouts: nowhere has no fp16.npz; it holds no .npz file"),
+    (("--training.max_prompt_tokens", "1"), "none of the 64 prompts fits"),
+])
+def test_what_is_refused(start, capsys, flags, message):
+    code, folder = start(*flags)
+    error = capsys.readouterr().err
+    assert (code, folder) == (2, None) and message in error and error.count("\n") == 1
+
+
+def broken(path, change):
+    """The file with its arrays changed, or with its bytes."""
+    if change == "one array":
+        with open(path, "wb") as file:
+            np.save(file, np.zeros(3))
+        return
+    if change in ("cut", "flipped", "empty", "text"):
+        data = path.read_bytes()
+        middle = len(data) // 2
+        path.write_bytes({"cut": data[:middle], "empty": b"", "text": b"tokens\n1 2 3\n",
+                          "flipped": data[:middle] + bytes([data[middle] ^ 0xFF]) + data[middle + 1:]}[change])
+        return
+    with np.load(path) as file:
+        arrays = {name: file[name] for name in file.files}
+    change(arrays)
+    np.savez(path, **arrays)
+
+
+@pytest.mark.parametrize("change, message", [
+    ("cut", "cannot be read as stored rollouts"),
+    ("flipped", "cannot be read as stored rollouts"),
+    ("empty", "cannot be read as stored rollouts"),
+    ("text", "cannot be read as stored rollouts"),
+    ("one array", "cannot be read as stored rollouts"),
+    (lambda x: x.pop("format"), "holds no stored rollouts; allowed: files with format"),
+    (lambda x: x.update(format=np.array("other")), "holds no stored rollouts"),
+    (lambda x: x.update(tokens=np.array([{}], object)), "cannot be read as stored rollouts"),
+    (lambda x: x.pop("logprobs"), "logprobs missing or unknown"),
+    (lambda x: x.update(extra=np.zeros(3)), "extra missing or unknown"),
+    (lambda x: x.pop("temperature"), "temperature is missing; allowed: one float"),
+    (lambda x: x.update(precision=np.array(["fp16"])), "precision is <U4 (1,); allowed: one text"),
+    (lambda x: x.update(precision=np.array("bf16")), "was sampled in 'bf16'; allowed: 'fp16'"),
+    (lambda x: x.update(tokens=x["tokens"][:, 1:]), "mask is bool [40, 30]; allowed: bool [40,29]"),
+    (lambda x: x.update(logprobs=x["logprobs"].astype(float)), "logprobs is float64 [40, 30]; allowed: float32"),
+    (lambda x: x.update({"scorer/fp16": x["scorer/fp16"][1:]}), "scorer/fp16 is float32 [39, 30]"),
+    (lambda x: x.update({"judge/fp16": x["logprobs"]}), "judge/fp16 is unknown"),
+    (lambda x: x["response_mask"].fill(False), "no row has a response token"),
+    (lambda x: x["response_mask"].fill(True), "response_mask covers columns where mask is 0"),
+    (lambda x: x["tokens"].__setitem__((0, 0), -1), "tokens are as low as -1"),
+])
+def test_a_file_at_fault_is_refused(start, whole, tmp_path, capsys, change, message):
+    for path in (whole / "rollouts").iterdir():
+        (tmp_path / path.name).write_bytes(path.read_bytes())
+    broken(tmp_path / "fp16.npz", change)
+    code, folder = start("--mismatch.rollouts", str(tmp_path))
+    error = capsys.readouterr().err
+    assert (code, folder) == (2, None), error
+    assert message in error and str(tmp_path) in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize("change, message", [
+    (lambda x: {"tokens": x.tokens + 1000}, "tokens are as high as"),
+    (lambda x: {"temperature": 0.5}, "was sampled at temperature 0.5; allowed: sampling.temperature, 1"),
+])
+def test_rollouts_of_another_model_are_not_scored(start, whole, tmp_path, capsys, change, message):
+    for precision in ("fp16", "bf16"):
+        rollout = load_rollout(whole / "rollouts" / f"{precision}.npz")
+        save_rollout(tmp_path, dataclasses.replace(rollout, scorer={}, gradient={}, entropy={}, **change(rollout)))
+    code, folder = start("--mismatch.rollouts", str(tmp_path))
+    error = capsys.readouterr().err
+    assert (code, folder) == (2, None) and message in error and error.count("\n") == 1
+
+
+def test_attribution_is_a_section_of_the_page(whole, start):
+    """From stored rollouts, whose model is then loaded all the same."""
+    code, folder = start("--mismatch.rollouts", str(whole / "rollouts"), "--mismatch.attribution", "true",
+                         "--mismatch.precisions", "[bf16]")
+    assert code == 0
+    found = report_of(folder)["attribution"]
+    assert list(found) == ["bf16"] and found["bf16"]["modules"][0]["name"] == "embedding"
+    page = (folder / "report.html").read_text()
+    assert "Where the difference arises" in page and "layers.1.mlp" in page
+    assert "Where the difference arises" not in (whole / "report.html").read_text()
+
+
+def test_attribution_of_a_truncated_distribution_is_refused(start, capsys):
+    code, folder = start("--mismatch.attribution", "true", "--sampling.top_p", "0.9")
+    assert code == 2 and folder is None
+    assert "mismatch.attribution is true with sampling.top_k 0 and top_p 0.9; allowed: " in capsys.readouterr().err

@@ -1,0 +1,130 @@
+"""Statistics over seeds, on numbers whose answer is known."""
+
+import math
+
+import numpy as np
+import pytest
+
+from jaxrl_fp16.lab.compare.verdicts import find_collapse, hold_together, pair, paired_t, sentence, t_quantile, t_tail
+
+SEEDS = range(5)
+
+
+@pytest.mark.parametrize("degrees, quantile", [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (29, 2.04523)])
+def test_quantiles_of_the_printed_table(degrees, quantile):
+    assert t_quantile(degrees) == pytest.approx(quantile, abs=1e-4)
+    assert t_tail(quantile, degrees) == t_tail(-quantile, degrees) == pytest.approx(0.05, abs=1e-5)
+
+
+def test_closed_forms_of_the_tail():
+    """One degree: 1 - 2 atan(t) / pi; two: 1 - t / sqrt(2 + t²)."""
+    for t in (0.0, 0.3, 2.0, 50.0):
+        assert t_tail(t, 1) == pytest.approx(1 - 2 * math.atan(t) / math.pi, abs=1e-12)
+        assert t_tail(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-12)
+
+
+def test_a_paired_t_by_hand():
+    """Differences 1, 2, 3: mean 2, standard error 1 / sqrt(3), t = 3.4641 with two degrees."""
+    mean, error, half, p = paired_t([1.0, 2.0, 3.0])
+    assert (mean, error) == pytest.approx((2, 1 / math.sqrt(3)))
+    assert half == pytest.approx(4.30265 / math.sqrt(3), abs=1e-4)
+    assert p == pytest.approx(1 - math.sqrt(12) / math.sqrt(14), abs=1e-9)
+
+
+def test_a_level_of_five_percent_is_one():
+    """Of 2,000 pairs of three seeds that differ by noise alone, about one in twenty is called different."""
+    generator = np.random.default_rng(0)
+    found = sum(paired_t(generator.normal(size=3))[3] < 0.05 for _ in range(2000))
+    assert 70 < found < 130
+
+
+def values(mean, noise, seed=0):
+    return dict(zip(SEEDS, mean + noise * np.random.default_rng(seed).normal(size=len(SEEDS))))
+
+
+def verdict(pairing, held=True, tests=12):
+    return sentence(pairing, "token KL", "fp16", "bf16", held, tests)
+
+
+def test_a_known_difference_is_found():
+    logs, more = values(math.log(1e-6), 0.2), values(0, 0.02, seed=1)
+    small = {seed: math.exp(logs[seed]) for seed in SEEDS}
+    large = {seed: 12 * small[seed] * math.exp(more[seed]) for seed in SEEDS}
+    pairing = pair(small, large, ratio=True)
+    assert pairing.ratio and pairing.p < 1e-4 and pairing.interval[0] < 1 / 12 < pairing.interval[1]
+    assert verdict(pairing).startswith("fp16's token KL is 1") and "times smaller than bf16's" in verdict(pairing)
+    assert "times larger than" in sentence(pair(large, small, ratio=True), "token KL", "bf16", "fp16", True, 1)
+    assert verdict(pairing, held=False).endswith("taken alone; not beyond chance among 12 comparisons")
+
+
+def test_seeds_are_paired():
+    """Seeds that differ by far more than the sides do."""
+    first = {seed: 10.0 * seed for seed in SEEDS}
+    noise = values(0.03, 0.002)
+    pairing = pair({seed: first[seed] + noise[seed] for seed in SEEDS}, first)
+    assert pairing.p < 1e-3 and verdict(pairing).startswith("fp16's token KL is 0.0") and "higher" in verdict(pairing)
+
+
+def test_noise_gives_no_difference():
+    assert verdict(pair(values(0.5, 0.1), values(0.5, 0.1, seed=1))) == "no difference beyond seed noise"
+
+
+@pytest.mark.parametrize("first, second, said", [
+    ({0: 0.9}, {0: 0.1}, "one seed: no spread is known"),
+    ({0: 0.9}, {0: 0.9}, "the same; one seed: no spread is known"),
+    ({0: 0.9, 1: math.nan}, {0: 0.1, 1: 0.1}, "one seed: no spread is known"),
+    ({0: 0.0, 1: 0.0}, {0: 0.0, 1: 0.0}, "the same in every seed"),
+    ({0: 0.9}, {1: 0.1}, "no seed ran on both sides"),
+])
+def test_what_no_verdict_can_be_given_on(first, second, said):
+    assert verdict(pair(first, second, ratio=True)) == said
+
+
+def test_a_zero_has_no_logarithm():
+    pairing = pair({0: 0.0, 1: 1e-9}, {0: 1e-6, 1: 2e-6}, ratio=True)
+    assert not pairing.ratio and pairing.difference == pytest.approx(-1.4995e-6)
+
+
+def test_equal_differences_without_spread():
+    assert paired_t([0.5, 0.5])[1:] == (0.0, 0.0, 0.0)
+
+
+def test_several_tests_are_counted():
+    """Holm: 0.004 stands against 0.05 / 4, 0.014 against 0.05 / 3, 0.03 against 0.05 / 2: the last fails."""
+    assert hold_together([0.03, 0.004, None, 0.9, 0.014]) == [False, True, False, False, True]
+    assert hold_together([]) == []
+
+
+# -- collapse ------------------------------------------------------------------------------------
+
+
+def course(*parts, rows=512):
+    """Mean rewards of `rows` answers, right with a chance that goes through `parts`, (from, to, steps)."""
+    chances = np.concatenate([np.linspace(*part) for part in parts])
+    return np.random.default_rng(0).binomial(rows, chances) / rows
+
+
+@pytest.mark.parametrize("parts, earliest, latest", [
+    ([(0.5, 0.8, 200), (0.8, 0.2, 50), (0.2, 0.2, 100)], 201, 250),
+    ([(0.5, 0.7, 60), (0.0, 0.0, 60)], 60, 75),
+    ([(0.5, 0.9, 100), (0.9, 0.5, 300)], 150, 330),
+], ids=["down and flat", "at once", "slowly"])
+def test_a_collapse_is_found(parts, earliest, latest):
+    assert earliest <= find_collapse(course(*parts)) <= latest
+
+
+@pytest.mark.parametrize("parts", [
+    [(0.5, 0.9, 300)], [(0.5, 0.5, 300)], [(0.05, 0.05, 60)], [(0.8, 0.7, 300)],
+    [(0.5, 0.8, 200), (0.8, 0.2, 50), (0.2, 0.8, 50), (0.8, 0.8, 50)],
+    [(0.5, 0.9, 8)],
+], ids=["learns", "flat", "rarely right", "a little worse", "came back", "short"])
+def test_what_is_no_collapse(parts):
+    assert all(find_collapse(course(*parts, rows=rows)) is None for rows in (64, 512))
+
+
+def test_rewards_that_are_not_finite_are_the_worst():
+    rewards = course((0.5, 0.9, 100), (0.9, 0.9, 60))
+    rewards[100:] = math.nan
+    rewards[0] = 0.1
+    assert 100 <= find_collapse(rewards) <= 106
+    assert find_collapse([]) is None

@@ -1,0 +1,74 @@
+"""The estimate of a run's memory against arrays, and the refusal of what cannot fit."""
+
+from types import SimpleNamespace
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxrl_fp16.config import parse_config
+from jaxrl_fp16.models import Critic, critic_params
+from jaxrl_fp16.training.runs.run_config import Config
+from jaxrl_fp16.training.safety.memory import MIB, check_fits, device_bytes, estimate
+from jaxrl_fp16.training.updates.optimizer import OptimizerConfig, make_optimizer
+
+HALF, FULL = jnp.dtype("float16"), jnp.dtype("float32")
+
+
+def needs(toy, data=1, fsdp=1, tensor=1, dtype=HALF, models=None, **sections):
+    shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    config = parse_config(Config, sections)
+    return estimate(config, toy.model, SimpleNamespace(shape=shape), dtype, **(models or {}))
+
+
+def size(tree):
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def test_parameters_and_moments_are_those_of_a_state(toy):
+    found = needs(toy)
+    opt_state = make_optimizer(OptimizerConfig()).init(toy.params)
+    counters = sum(leaf.nbytes for leaf in jax.tree.leaves(opt_state) if leaf.ndim == 0)
+    assert found["parameters"] == found["gradients"] == 2 * found["compute copy"] == size(toy.params)
+    assert found["Adam's moments"] == size(opt_state) - counters
+    assert needs(toy, dtype=FULL)["compute copy"] == size(toy.params)
+
+
+def test_a_critic_and_a_reference_are_models_too(toy):
+    alone, more = needs(toy), needs(toy, models={"reference": True, "critic": Critic(toy.model)})
+    assert "reference" not in alone and more["reference"] == alone["parameters"]
+    both = size((toy.params, critic_params(toy.params)))
+    assert more["parameters"] == both and more["Adam's moments"] == 2 * both
+
+
+def test_the_cache_is_keys_and_values_of_every_row_and_column(toy):
+    c, rows, columns = toy.model.config, 4 * 8, 20 + 12
+    sections = dict(training={"prompts_per_step": 4, "minibatch_size": 32, "max_prompt_tokens": 20},
+                    sampling={"max_new_tokens": 12})
+    whole = needs(toy, **sections)["key-value cache"]
+    assert whole == 2 * 2 * c.num_layers * rows * c.num_kv_heads * columns * c.head_dim
+    sections["sampling"] |= {"max_rows": 16}
+    assert needs(toy, **sections)["key-value cache"] == whole // 2
+
+
+def test_a_mesh_divides_what_it_shares(toy):
+    alone, spread = needs(toy), needs(toy, data=2, fsdp=2, tensor=2)
+    assert spread["parameters"] == alone["parameters"] // 4
+    assert spread["key-value cache"] == alone["key-value cache"] // 4
+    assert spread["activations"] == alone["activations"] // 4
+
+
+def test_keeping_activations_takes_more(toy):
+    assert needs(toy, model={"remat": False})["activations"] > needs(toy)["activations"]
+
+
+def test_what_cannot_fit_is_refused_with_what_lowers_it():
+    check_fits({"parameters": 3 * MIB}, 3 * MIB)
+    message = (r"needs about 8 MiB a device and 7 MiB are there \(logits 4 MiB, parameters 3 MiB, cache 1 MiB, ...\); "
+               "what lowers it: sampling.max_rows, training.microbatch_size")
+    with pytest.raises(ValueError, match=message):
+        check_fits({"parameters": 3 * MIB, "logits": 4 * MIB, "cache": MIB, "rest": 1}, 7 * MIB)
+
+
+def test_a_device_has_memory():
+    assert device_bytes(jax.devices()[0]) > 64 * MIB

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 import dataclasses
-import functools
 import math
 
 import numpy as np
@@ -51,45 +50,17 @@ def pair(first: Mapping[int, float], second: Mapping[int, float], ratio: bool = 
 
 def paired_t(differences: Sequence[float]):
     """`(mean, standard error, half of the 95 % interval, p)` of n differences; the last three None for n = 1."""
+    from scipy import stats  # here: it takes a second, and only verdicts need it
+
     differences = np.asarray(differences, np.float64)
     n, mean = len(differences), float(np.mean(differences))
     if n < 2:
         return mean, None, None, None
-    error = float(np.std(differences, ddof=1)) / math.sqrt(n)
+    error = float(stats.sem(differences))
     if error == 0:  # every seed differs by exactly the same: by nothing, or beyond any noise
         return mean, 0.0, 0.0, 0.0 if mean else 1.0
-    return mean, error, t_quantile(n - 1) * error, t_tail(mean / error, n - 1)
-
-
-def t_tail(t: float, degrees: int) -> float:
-    """Share of Student's t distribution beyond plus or minus `t`.
-
-    With t = sqrt(degrees) tan(a) its density is that of cos(a)^(degrees - 1), a polynomial
-    of sines and cosines that 64 Gauss points integrate to the last digits.
-    """
-    def area(low, high):
-        points, weights = _gauss()
-        angles = (high - low) / 2 * points + (high + low) / 2
-        return (high - low) / 2 * float(np.sum(weights * np.cos(angles) ** (degrees - 1)))
-
-    return area(math.atan(abs(t) / math.sqrt(degrees)), math.pi / 2) / area(0, math.pi / 2)
-
-
-@functools.cache
-def _gauss():
-    return np.polynomial.legendre.leggauss(64)
-
-
-@functools.cache
-def t_quantile(degrees: int, level: float = LEVEL) -> float:
-    """The t beyond which, on both sides together, lies the share `level`."""
-    low, high = 0.0, 1.0
-    while t_tail(high, degrees) > level:
-        high *= 2
-    for _ in range(60):
-        middle = (low + high) / 2
-        low, high = (middle, high) if t_tail(middle, degrees) > level else (low, middle)
-    return high
+    spread = stats.t(n - 1)
+    return mean, error, float(spread.ppf(1 - LEVEL / 2)) * error, 2 * float(spread.sf(abs(mean) / error))
 
 
 def hold_together(chances: Sequence[float | None], level: float = LEVEL) -> list[bool]:

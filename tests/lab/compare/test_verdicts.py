@@ -5,22 +5,30 @@ import math
 import numpy as np
 import pytest
 
-from jaxrl_fp16.lab.compare.verdicts import find_collapse, hold_together, pair, paired_t, sentence, t_quantile, t_tail
+from jaxrl_fp16.lab.compare.verdicts import find_collapse, hold_together, pair, paired_t, sentence
 
 SEEDS = range(5)
 
 
+def with_t(t, n):
+    """`n` differences whose mean is `t` standard errors."""
+    noise = np.random.default_rng(0).normal(size=n)
+    noise -= noise.mean()
+    return noise / noise.std(ddof=1) + t / math.sqrt(n)
+
+
 @pytest.mark.parametrize("degrees, quantile", [(1, 12.7062), (2, 4.30265), (3, 3.18245), (4, 2.77645), (29, 2.04523)])
 def test_quantiles_of_the_printed_table(degrees, quantile):
-    assert t_quantile(degrees) == pytest.approx(quantile, abs=1e-4)
-    assert t_tail(quantile, degrees) == t_tail(-quantile, degrees) == pytest.approx(0.05, abs=1e-5)
+    for t in (quantile, -quantile):
+        _, error, half, p = paired_t(with_t(t, degrees + 1))
+        assert half / error == pytest.approx(quantile, abs=1e-4) and p == pytest.approx(0.05, abs=1e-5)
 
 
 def test_closed_forms_of_the_tail():
     """One degree: 1 - 2 atan(t) / pi; two: 1 - t / sqrt(2 + t²)."""
     for t in (0.0, 0.3, 2.0, 50.0):
-        assert t_tail(t, 1) == pytest.approx(1 - 2 * math.atan(t) / math.pi, abs=1e-12)
-        assert t_tail(t, 2) == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-12)
+        assert paired_t(with_t(t, 2))[3] == pytest.approx(1 - 2 * math.atan(t) / math.pi, abs=1e-9)
+        assert paired_t(with_t(t, 3))[3] == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-9)
 
 
 def test_a_paired_t_by_hand():

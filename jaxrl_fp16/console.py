@@ -1,7 +1,5 @@
 """The console of a run: single lines, tables, and one live line of progress."""
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import contextlib

@@ -95,7 +95,7 @@ class RunLog(Console):
           OSError: `metrics.jsonl` cannot be written.
           ValueError: a value is none of these.
         """
-        record = _plain(values, "metrics")
+        record = plain(values, "metrics")
         if self.folder is not None:
             self._metrics.write(json.dumps({"step": int(step), **record}, allow_nan=False) + "\n")
         read = {key: _unquoted(value) for key, value in record.items()}
@@ -110,7 +110,7 @@ class RunLog(Console):
         if self.folder is None:
             return
         for _, record in zip(range(self._config.samples), records):
-            values = {"step": int(step), **_plain(record, "samples")}
+            values = {"step": int(step), **plain(record, "samples")}
             self._samples.write(json.dumps(values, ensure_ascii=False, allow_nan=False) + "\n")
 
     def _open(self, name: str):
@@ -146,12 +146,12 @@ def _open_wandb(folder: Path, project: str, facts: Mapping[str, Any] | None):
     return lambda step, numbers: run.log(dict(numbers), step=step), run.finish
 
 
-def _plain(value: Any, key: str) -> Any:
-    """A value as strict JSON has it."""
+def plain(value: Any, key: str = "value") -> Any:
+    """A value as strict JSON has it: what is not finite as text. `key` names it in a ValueError."""
     if isinstance(value, Mapping):
-        return {name: _plain(item, name) for name, item in value.items()}
+        return {name: plain(item, name) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_plain(item, key) for item in value]
+        return [plain(item, key) for item in value]
     if hasattr(value, "item") and getattr(value, "size", 1) == 1:      # a scalar of NumPy or JAX
         value = value.item()
     if isinstance(value, float) and not math.isfinite(value):
@@ -163,12 +163,12 @@ def _plain(value: Any, key: str) -> Any:
 
 def write_json(path: str | os.PathLike, value: Any) -> None:
     """A JSON file of mappings, lists and scalars; what is not finite as in `metrics.jsonl`."""
-    text = json.dumps(_plain(value, Path(path).name), indent=2, allow_nan=False)
+    text = json.dumps(plain(value, Path(path).name), indent=2, allow_nan=False)
     Path(path).write_text(text + "\n", encoding="utf-8")
 
 
 def _unquoted(value: Any) -> Any:
-    """The float behind a text that `_plain` made of one that is not finite; anything else as it is."""
+    """The float behind a text that `plain` made of one that is not finite; anything else as it is."""
     return float(value) if isinstance(value, str) and value in ("NaN", "Infinity", "-Infinity") else value
 
 

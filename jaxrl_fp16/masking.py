@@ -25,11 +25,6 @@ def masked_mean(x, mask, axis=None):
     return masked_sum(x, mask, axis) / jnp.maximum(count, 1)
 
 
-def positions(mask):
-    """int32 [B,T]: how many real tokens stand before each column of its row."""
-    return jnp.cumsum(mask.astype(jnp.int32), axis=-1) - mask.astype(jnp.int32)
-
-
 def segment_positions(segments):
     """int32 [B,T]: how many columns of its own segment stand before each column of `segments` int32 [B,T].
 
@@ -38,13 +33,6 @@ def segment_positions(segments):
     columns = jnp.arange(segments.shape[1])
     begins = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0
     return columns - lax.cummax(jnp.where(begins, columns, 0), axis=1)
-
-
-def through_first_end(tokens, mask, end_ids):
-    """bool [B,T]: `mask` up to and with each row's first token out of `end_ids`."""
-    is_end = jnp.isin(tokens, jnp.asarray(end_ids)) & mask.astype(bool)
-    ends_before = jnp.cumsum(is_end, axis=-1) - is_end
-    return mask.astype(bool) & (ends_before == 0)
 
 
 def left_align(mask):

@@ -3,8 +3,6 @@
 n: examples.  R: packed rows.  T: columns.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import numpy as np

@@ -1,7 +1,5 @@
 """A name -> the `jmp.Policy` of every program of a run, and the loss scale that goes with it."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated
 
@@ -145,6 +143,11 @@ def _parse_policy(name, text):
             raise ValueError(f"precision {name!r}: {key} is {value!r}; allowed: {', '.join(allowed[key])}")
     dtypes = {key: jnp.dtype(value) for key, value in given.items()}
     return jmp.Policy(dtypes["params"], dtypes["compute"], dtypes["output"])
+
+
+def get_precision_on(platform, name, loss_scale=LossScaleConfig()):
+    """`get_precision` of a name that may be `"auto"`, on `cpu`, `gpu` or `tpu`; its `name` is the resolved one."""
+    return get_precision(resolve_precision(name, platform), loss_scale)
 
 
 def resolve_precision(name, platform):

@@ -4,8 +4,6 @@ B: rows (responses).  T: columns (P prompt columns, then the response).
 N: max_new_tokens.  K: kept ids of a truncated distribution.
 """
 
-from __future__ import annotations
-
 from flax import struct
 import jax
 

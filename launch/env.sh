@@ -3,7 +3,7 @@
 #
 #   launch/env.sh [EXTRA ...]     makes it, with extras of pyproject.toml (test, gpu, tpu, hub, wandb),
 #                                 and prints the path of its Python
-#   . launch/env.sh               defines ROOT, VENV, make_environment and refuse, and does nothing else
+#   . launch/env.sh               defines ROOT, VENV, make_environment and the functions below, and does nothing else
 #
 # PYTHON=/path/to/python chooses the interpreter of a new environment (3.11 to 3.13).
 # With the extra test every version is the one in launch/constraints/pythonX.Y.txt, where there is such a file (lock.sh
@@ -24,6 +24,9 @@ refuse() {
 
 # A script's help is the comment at its top.
 show_help() { sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"; }
+
+# Whether a script's first word is a command: a plain word that is no file. The program refuses what it does not know.
+names_command() { [[ "$1" =~ ^[a-z]+$ && ! -f "$1" ]]; }
 
 is_usable() {
     "$1" -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null

@@ -2,7 +2,7 @@
 # A run on this machine's NVIDIA GPUs: checks the driver, makes the environment with JAX's CUDA
 # build, checks that JAX sees the GPUs, and starts.
 #
-#   launch/gpu.sh [COMMAND] CONFIG [--key.subkey VALUE ...]      COMMAND: train (the default), sft, eval, ...
+#   launch/gpu.sh [COMMAND] CONFIG [--key.subkey VALUE ...]      COMMAND: train (the default), or any other
 #
 #   DETERMINISTIC=0     faster kernels, at the price given below
 #   XLA_FLAGS, XLA_PYTHON_CLIENT_MEM_FRACTION     yours come last, and so win
@@ -12,9 +12,9 @@ set -euo pipefail
 case "${1:-}" in
     --help | -h) show_help; exit 0 ;;
     "") show_help >&2; exit 2 ;;
-    train | sft | dpo | eval | filter | generate | export | warmup | compare) command="$1"; shift ;;
-    *) command=train ;;
 esac
+command=train
+if names_command "$1"; then command="$1"; shift; fi
 
 # --- driver ---------------------------------------------------------------------------------------
 command -v nvidia-smi >/dev/null || refuse "nvidia-smi was not found: no NVIDIA driver here"

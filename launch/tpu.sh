@@ -2,7 +2,7 @@
 # A run on this host's TPU chips: checks that there are some, makes the environment with JAX's TPU
 # build, checks that JAX sees them, and starts. Precision is BF16 there; FP16 is refused.
 #
-#   launch/tpu.sh [COMMAND] CONFIG [--key.subkey VALUE ...]      COMMAND: train (the default), sft, eval, ...
+#   launch/tpu.sh [COMMAND] CONFIG [--key.subkey VALUE ...]      COMMAND: train (the default), or any other
 #
 #   XLA_FLAGS, LIBTPU_INIT_ARGS     yours are kept
 set -euo pipefail
@@ -11,9 +11,9 @@ set -euo pipefail
 case "${1:-}" in
     --help | -h) show_help; exit 0 ;;
     "") show_help >&2; exit 2 ;;
-    train | sft | dpo | eval | filter | generate | export | warmup | compare) command="$1"; shift ;;
-    *) command=train ;;
 esac
+command=train
+if names_command "$1"; then command="$1"; shift; fi
 
 # --- chips ----------------------------------------------------------------------------------------
 # A TPU VM shows its chips as /dev/accel0 ..., newer kinds through /dev/vfio/0 ....

@@ -46,7 +46,7 @@ def tiny(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def quick_option():
-    """XLA's option that leaves out its fusion emitters for CPUs, half of a compilation; {} where it has none any more."""
+    """XLA's option that leaves out its fusion emitters for CPUs, half of a compilation; {} where it has none."""
     import jax
 
     option = {"xla_cpu_use_fusion_emitters": False}
@@ -80,7 +80,8 @@ def quick_compile(quick_option):
 @pytest.fixture(scope="session")
 def quick_environment(quick_option):
     """What makes a process of its own compile in this way: environment variables."""
-    flags = [os.environ.get("XLA_FLAGS", ""), *(f"--{name}={str(value).lower()}" for name, value in quick_option.items())]
+    own = (f"--{name}={str(value).lower()}" for name, value in quick_option.items())
+    flags = [os.environ.get("XLA_FLAGS", ""), *own]
     return {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": " ".join(flags)}
 
 

@@ -10,6 +10,8 @@ import tomllib
 
 import pytest
 
+from jaxrl_fp16.cli import COMMANDS
+
 ROOT = Path(__file__).parents[1]
 SCRIPTS = ("env.sh", "quickstart.sh", "test.sh", "gpu.sh", "tpu.sh", "lock.sh")
 TOOLS = (
@@ -278,6 +280,19 @@ def test_gpu_start_sets_its_flags_before_the_callers(project):
     assert project.run("gpu.sh", "sft", "a.yaml", DETERMINISTIC="0").out.startswith(
         "run sft a.yaml --platform gpu XLA_FLAGS=  cuda"
     )
+
+
+def test_every_command_is_started_by_the_scripts(project, tmp_path):
+    """A first word that is no file is a command: the program refuses what it does not know."""
+    project.add("nvidia-smi", NVIDIA_SMI.format("550.54.15"))
+    (tmp_path / "config").touch()
+    for words, expected in (
+        *(((name, "a.yaml"), f"{name} a.yaml") for name in COMMANDS), (("trian", "a.yaml"), "trian a.yaml"),
+        (("a.yaml",), "train a.yaml"), (("configs/absent.json",), "train configs/absent.json"),
+        (("config", "--seeds", "1"), "train config --seeds 1"),
+    ):
+        out = project.run("gpu.sh", *words, cwd=tmp_path).out
+        assert out.startswith(f"run {expected} --platform gpu "), words
 
 
 @pytest.mark.parametrize(

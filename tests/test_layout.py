@@ -38,7 +38,8 @@ cli
 FLOORS = {room: floor for floor, line in enumerate(ORDER) for room in line.split()}
 MOST = 11  # files of a folder, without its `__init__`
 
-WITHOUT_JAX = ("config", "logs", "tasks/grading/pool", "tasks/grading/worker")  # workers and the refusal of a bad config start fast
+# Workers, and the refusal of a bad config, start fast.
+WITHOUT_JAX = ("config", "logs", "tasks/grading/pool", "tasks/grading/worker")
 VAGUE = {"utils", "util", "helpers", "helper", "common", "misc", "tools"}
 
 

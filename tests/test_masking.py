@@ -31,21 +31,10 @@ def test_no_nan_reaches_the_gradient():
     np.testing.assert_allclose(gradient, MASK / 5, rtol=1e-6)
 
 
-def test_positions_count_real_tokens_only():
-    np.testing.assert_array_equal(masking.positions(jnp.asarray(MASK)), [[0, 0, 1, 2], [0] * 4, [0, 1, 2, 2]])
-
-
 def test_segment_positions_begin_anew_with_each_segment():
     segments = jnp.asarray([[1, 1, 2, 3, 3, 3, 0, 0], [2, 1, 1, 1, 1, 0, 0, 0], [0] * 8])
     expected = [[0, 1, 0, 0, 1, 2, 0, 1], [0, 0, 1, 2, 3, 0, 1, 2], range(8)]
     np.testing.assert_array_equal(masking.segment_positions(segments), np.array([list(row) for row in expected]))
-
-
-def test_through_first_end_keeps_the_first_end_and_no_more():
-    tokens = jnp.asarray([[9, 5, 7, 9, 5], [5, 5, 5, 5, 5], [8, 9, 5, 5, 5]])
-    mask = jnp.asarray([[0, 1, 1, 1, 1], [1, 1, 1, 0, 0], [1, 1, 1, 1, 1]])
-    kept = masking.through_first_end(tokens, mask, (9, 8))
-    np.testing.assert_array_equal(kept, [[0, 1, 1, 1, 0], [1, 1, 1, 0, 0], [1, 0, 0, 0, 0]])
 
 
 def test_left_align_moves_real_tokens_first_and_back():

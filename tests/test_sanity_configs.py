@@ -7,7 +7,8 @@ import pytest
 from jaxrl_fp16 import cli
 from jaxrl_fp16.config import load_config
 from jaxrl_fp16.logs import read_metrics
-from jaxrl_fp16.tasks.arithmetic import train_problems
+from jaxrl_fp16.tasks.arithmetic import generator
+from jaxrl_fp16.tasks.generated import train_problems
 from jaxrl_fp16.training.runs.run_config import Config
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -29,8 +30,8 @@ def test_it_is_the_papers_sanity_test_in_another_size(name):
     assert t.truncated == "zero" and config.optimizer.schedule == "constant" and not config.algorithm.kl_coef
     assert warm.precision == "fp32" and config.precision == "auto" and config.rollout_precision is None
     # The small set is none that the warm start has seen, and no right answer is cut.
-    problems = train_problems(config.task.arithmetic, config.task.seed, config.task.train_size)
-    seen = train_problems(warm.task.arithmetic, warm.task.seed, warm.sft.steps * warm.sft.batch_size // 20)
+    problems = train_problems(generator(config.task.arithmetic), config.task.seed, config.task.train_size)
+    seen = train_problems(generator(warm.task.arithmetic), warm.task.seed, warm.sft.steps * warm.sft.batch_size // 20)
     texts = {example.problem for example in problems}
     assert len(texts) == len(problems) and len(texts & {example.problem for example in seen}) <= 1
     assert max(map(len, texts)) <= t.max_prompt_tokens

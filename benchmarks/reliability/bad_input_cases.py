@@ -10,6 +10,9 @@ from collections.abc import Callable, Mapping
 import dataclasses
 from pathlib import Path
 
+from jaxrl_fp16.cli import COMMANDS
+from jaxrl_fp16.models import FAMILIES
+from jaxrl_fp16.tasks import TASKS
 from sound_input import TENSOR, cut, edit_json, edit_tensor, fill, large_vocabulary, lose, ones, place_shard, write
 
 DATA = ("--task.name", "math", "--task.path", "data.jsonl", "--task.template", "{problem}")
@@ -53,7 +56,7 @@ def data_file(name, says, content):
 
 def keys_and_values():
     return [
-        Case(1, "unknown command", "command 'trian' is unknown; allowed: train, sft, ", command="trian"),
+        Case(1, "unknown command", f"command 'trian' is unknown; allowed: {', '.join(COMMANDS)}", command="trian"),
         Case(1, "no config file", "train needs a config file: jaxrl-fp16 train CONFIG", config=None),
         Case(1, "flag in the file's place", "eval needs a config file", ("--run.steps", "3"), None, "eval", None),
         Case(1, "absent config file", "absent.yaml: no such config file", config="absent.yaml"),
@@ -137,10 +140,10 @@ def names():
              ("--precision", "params=float32,compute=int8,output=float32")),
         Case(4, "preset", 'algorithm.preset: "grop" is not allowed; allowed: grpo | dr_grpo',
              ("--algorithm.preset", "grop")),
-        Case(4, "task", "task.name is 'maths'; allowed: arithmetic, math, preference", ("--task.name", "maths")),
-        Case(4, "family", "model: model family 'gpt2' is unknown; allowed: qwen2, qwen3, llama",
+        Case(4, "task", f'task.name: "maths" is not allowed; allowed: {" | ".join(TASKS)}', ("--task.name", "maths")),
+        Case(4, "family", f"model: model family 'gpt2' is unknown; allowed: {', '.join(FAMILIES)}",
              ("--model.family", "gpt2")),
-        model_folder(4, "family of a folder", "model_type is 'gpt2'; allowed: qwen2, qwen3, llama",
+        model_folder(4, "family of a folder", f"model_type is 'gpt2'; allowed: {', '.join(FAMILIES)}",
                      edit_json("model/config.json", model_type="gpt2")),
         Case(4, "attention", 'model.attention: "flash" is not allowed; allowed: blockwise | plain',
              ("--model.attention", "flash")),

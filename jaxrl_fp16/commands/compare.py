@@ -10,8 +10,6 @@
       report.html, report.json, figure.png
 """
 
-from __future__ import annotations
-
 from concurrent.futures import ProcessPoolExecutor
 import contextlib
 import dataclasses
@@ -91,8 +89,8 @@ def _open_each(runs):
     """Opens each `(name, config as a mapping)` as `train` would, and closes it again."""
     for name, mapping in runs:
         config = parse_config(Config, mapping)
-        with tempfile.TemporaryDirectory() as there, contextlib.redirect_stdout(io.StringIO()):
-            config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=there))
+        with tempfile.TemporaryDirectory() as scratch, contextlib.redirect_stdout(io.StringIO()):
+            config = dataclasses.replace(config, run=dataclasses.replace(config.run, dir=scratch))
             try:
                 with open_training(config) as (run, _):
                     platform = run.config.run.platform

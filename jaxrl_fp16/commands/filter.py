@@ -4,8 +4,6 @@ The paper's perfectible set (2510.26788): those with an accuracy between 0.2 and
 in 40 samples, which a model can learn to solve all of.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import json

@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxrl_fp16.config import ConfigError
 from jaxrl_fp16.console import Console
+from jaxrl_fp16.logs import plain, write_json
 from jaxrl_fp16.objectives import needs_reference, normalizer_of
 from jaxrl_fp16.parallel import row_shards, shard_batch, to_host
 from jaxrl_fp16.precision import get_policy
@@ -59,9 +60,8 @@ def run_info(config):
     facts = {**_verdict(facts), **facts}
     _show(log, model, facts)
     if output is not None:
-        text = json.dumps(_plain(facts), indent=2, allow_nan=False)
-        Path(output).write_text(text + "\n", encoding="utf-8")
-    log.say(json.dumps(_plain(_without_tables(facts)), allow_nan=False))
+        write_json(output, facts)
+    log.say(json.dumps(plain(_without_tables(facts)), allow_nan=False))
     log.say(facts["verdict"])
     return 0
 
@@ -246,10 +246,3 @@ def _without_tables(facts):
         return {key: item for key, item in value.items() if not isinstance(item, dict)}
 
     return {key: short(value) if isinstance(value, dict) else value for key, value in facts.items()}
-
-
-def _plain(value):
-    """A value as strict JSON has it: what is not finite as text, as in metrics.jsonl."""
-    if isinstance(value, dict):
-        return {key: _plain(item) for key, item in value.items()}
-    return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value

@@ -22,7 +22,7 @@ from jaxrl_fp16.lab.mismatch.scoring import (
     Laboratory, Stopped, check_stored, open_model, read_prompts, sample_rollout, score_rollouts,
 )
 from jaxrl_fp16.logs import write_json
-from jaxrl_fp16.precision import get_precision, resolve_precision
+from jaxrl_fp16.precision import get_precision_on
 from jaxrl_fp16.training.runs.run_folder import new_folder, write_record
 from jaxrl_fp16.training.runs.setup import set_up
 from jaxrl_fp16.training.safety.deadlines import caught_signals
@@ -85,7 +85,7 @@ def _refuse_unused(config):
 
 def _open_precision(setup, field, name):
     with naming(f"mismatch.{field}"):
-        return get_precision(resolve_precision(name, setup.config.run.platform), setup.config.loss_scale)
+        return get_precision_on(setup.config.run.platform, name, setup.config.loss_scale)
 
 
 def _is_scored(rollout, names):

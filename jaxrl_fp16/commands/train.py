@@ -1,7 +1,5 @@
 """`train`: RL, after a warm start where the config asks for one."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

@@ -13,8 +13,6 @@ Sections nest by using such a class as a field's type; `tuple[Section, ...]`,
 imports JAX.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator, Mapping, Sequence
 import dataclasses
 import difflib
@@ -25,8 +23,6 @@ from pathlib import Path
 import re
 import typing
 from typing import Any, TypeVar
-
-import pydantic
 
 from jaxrl_fp16.config import schema, yaml_files
 from jaxrl_fp16.config.refusals import ConfigError
@@ -189,6 +185,8 @@ def _build(hint, value, key: str, origin: _Origin):
 def _leaf(hint, value, key: str, origin: _Origin, allowed: str | None = None):
     """A value without sections, by pydantic in strict JSON mode: an int may stand for a float and a
     list for a tuple, but true is no number and "1" no int."""
+    from pydantic import ValidationError  # here: tasks' workers import this room, and do without
+
     if isinstance(value, _Text):
         value = _read_text(hint, value, key)
     value = _read_inner_text(value, key)
@@ -198,7 +196,7 @@ def _leaf(hint, value, key: str, origin: _Origin, allowed: str | None = None):
         if limit is None:
             return found
         allowed = f"{allowed or schema.type_text(hint)}, up to {show(limit)}"
-    except pydantic.ValidationError as error:
+    except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if first["type"] != "missing":      # of an item that is not there, pydantic shows the whole list
             key += "".join(f"[{part}]" for part in first["loc"] if isinstance(part, int))
@@ -216,8 +214,11 @@ def _limit_passed(found):
 
 
 @functools.cache
-def _adapter(hint) -> pydantic.TypeAdapter:
-    return pydantic.TypeAdapter(hint, config=pydantic.ConfigDict(strict=True, allow_inf_nan=False))
+def _adapter(hint):
+    """Pydantic's check of a type."""
+    from pydantic import ConfigDict, TypeAdapter
+
+    return TypeAdapter(hint, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def _parse(text: _Text, key: str):

@@ -1,7 +1,5 @@
 """What is refused before a start: one line, and the place that it names."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 import contextlib
 from typing import ContextManager, TypeVar

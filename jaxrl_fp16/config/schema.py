@@ -1,7 +1,5 @@
 """What a config class says of itself, and an instance as plain values."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Mapping
 import dataclasses
 import enum

@@ -1,7 +1,5 @@
 """YAML, strictly: the plain values that a config is made of, and one line for anything else."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path

@@ -1,7 +1,5 @@
 """A report as one HTML file: sections of text, tables and figures, light or dark, that asks no network for anything."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 import dataclasses
 from pathlib import Path

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 
+from jaxrl_fp16.lab.lines import fit_line
 from jaxrl_fp16.logs import read_metrics
 
 MEASURED = ("mismatch/", "mismatch_grad/", "terms/")
@@ -36,16 +37,11 @@ def spread_and_drift(at, values):
     std has ddof 1. NaN is what too few values do not carry: std and slope take two, the
     error three. It holds where steps are independent, as they are while no weight moves.
     """
-    count = len(values)
-    mean = float(np.mean(values)) if count else math.nan
-    if count < 2:
-        return mean, math.nan, math.nan, math.nan
-    centred = at - np.mean(at)
-    across = float(np.sum(centred**2))
-    slope = float(np.sum(centred * (values - mean))) / across
-    rest = values - mean - slope * centred
-    error = math.sqrt(float(np.sum(rest**2)) / (count - 2) / across) if count > 2 else math.nan
-    return mean, float(np.std(values, ddof=1)), slope, error
+    if not len(values):
+        return (math.nan,) * 4
+    slope, _, error = fit_line(at, values)
+    std = np.std(values, ddof=1) if len(values) > 1 else math.nan
+    return tuple(map(float, (np.mean(values), std, slope, error)))
 
 
 def _text(value):

@@ -1,7 +1,5 @@
 """A decoder's body with one scalar out: PPO's critic, and a reward model."""
 
-from __future__ import annotations
-
 from flax import linen as nn
 import jax
 import jax.numpy as jnp

@@ -24,7 +24,7 @@ from jaxrl_fp16.models import attention
 from jaxrl_fp16.models.families import FAMILIES
 from jaxrl_fp16.models.families.family import AttentionShape
 from jaxrl_fp16.models.layers import Projection, RMSNorm, RopeScaling, rope_angles, rotate
-from jaxrl_fp16.models.numerics import NumericsConfig
+from jaxrl_fp16.models.numerics import DEFAULT, NumericsConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _write(stored, positions, new):
     return at.set(attention.store(new[:, :, 0]), mode="promise_in_bounds", unique_indices=True)
 
 
-def attention_of(config, kind, numerics=NumericsConfig(), **module):
+def attention_of(config, kind, numerics=DEFAULT, **module):
     """The attention that a config's family names."""
     shape = FAMILIES[config.family].attention(config)
     return Attention(shape, config.hidden_size, config.norm_eps, kind, numerics, **module)

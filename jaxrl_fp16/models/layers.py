@@ -5,8 +5,6 @@ Matmul inputs are in the compute dtype and accumulate in float32; norms, rotary
 angles and biases are float32.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 from typing import Annotated

@@ -4,8 +4,6 @@ Sampler, scorer and gradient program take the same ones, always: they are the mo
 `benchmarks/attribution.py` measures each alone; benchmarks/results/attribution.json holds what it found.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Annotated

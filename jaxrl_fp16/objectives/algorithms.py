@@ -9,8 +9,6 @@ B: rows (responses).  T: columns.
 the sampling weights.  `A`: advantages.  All is float32.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import functools
 from typing import Annotated, Any, Literal, get_type_hints

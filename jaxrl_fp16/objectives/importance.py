@@ -6,8 +6,6 @@ The weight is a constant to the gradient. It is taken per token, or per row as
 the product over the row's tokens, and then capped, masked or left alone.
 """
 
-from __future__ import annotations
-
 from flax import struct
 import jax
 from jax import lax

@@ -5,8 +5,6 @@ B: rows (responses).  T: columns.
 A microbatch gives its share of the minibatch's metrics: sums divided by what the whole minibatch has.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 import dataclasses
 from operator import itemgetter

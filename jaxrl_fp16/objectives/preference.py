@@ -3,8 +3,6 @@
 B: pairs.  T: columns, of chosen and rejected rows each their own.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated, Literal
 

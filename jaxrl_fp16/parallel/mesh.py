@@ -1,7 +1,5 @@
 """The devices as a grid of three axes: data x fsdp x tensor."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated
 

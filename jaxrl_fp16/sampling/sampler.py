@@ -4,8 +4,6 @@ n: prompts.  P: prompt columns.  N: max_new_tokens.  T = P + N.  G: group size.
 B = n * G: rows, prompt-major.  S: cache slots.  V: vocabulary.  K: kept ids.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated, Any
 

@@ -8,8 +8,6 @@ so far ends in. Running each token's bytes from each state gives one table; a de
 S: states.  V: vocabulary.
 """
 
-from __future__ import annotations
-
 import collections
 from typing import Sequence
 

@@ -2,15 +2,11 @@
 
 A problem is a short text such as `37+48-19=`. Its answer is the last of a list of numbers, `85,66`: the steps
 that lead there, then the result. Beside it stands one with a wrong step, `86,67`, as the rejected response of a
-preference. A problem is a pure function of seed and index, and the hash of its text says whether it is held out, so
-train and held-out problems are disjoint whatever their number.
+preference.
 """
 
-from __future__ import annotations
-
-import collections.abc
 import dataclasses
-import hashlib
+import functools
 import random
 import re
 from typing import Annotated, Callable, Literal
@@ -19,11 +15,10 @@ import annotated_types
 
 from jaxrl_fp16.config import Doc
 from jaxrl_fp16.tasks.examples import Example
+from jaxrl_fp16.tasks.generated import Generator
 
 ALPHABET = "0123456789+-*%(),="
-HELD_OUT_SHARE = 1 / 8       # of all texts
 ERRORS = (-10, -2, -1, 1, 2, 10)  # of a wrong step: miscounted, or a ten forgotten
-MAX_DRAWS = 2000             # in a row without a fitting text, before the settings are refused
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,13 +37,6 @@ class ArithmeticConfig:
     max_total: Annotated[
         int | None, annotated_types.Ge(1), Doc("a chain subtracts, where it can, what would lead beyond it; null: none")
     ] = None
-
-    @property
-    def max_prompt_chars(self) -> int:
-        """Length of the longest problem."""
-        terms = max({"chain": self.terms}.get(kind, 2) for kind in self.kinds)
-        more = {"modular": 4, "repeat": len(str(self.terms)) + 1}
-        return terms * (self.digits + 1) + max(more.get(kind, 0) for kind in self.kinds)
 
 
 def add(draw: random.Random, config: ArithmeticConfig) -> tuple[str, list[int]]:
@@ -101,32 +89,16 @@ KINDS: dict[str, Callable[[random.Random, ArithmeticConfig], tuple[str, list[int
 }
 
 
-@dataclasses.dataclass(frozen=True)
-class Problems(collections.abc.Sequence):
-    """`size` examples of one side, made when they are looked at."""
+def generator(config: ArithmeticConfig) -> Generator:
+    """The task's `Generator`."""
+    return Generator(functools.partial(_draw, config), f"too few problems with kinds {config.kinds} and digits "
+                     f"{config.digits}: raise task.arithmetic.digits")
 
-    config: ArithmeticConfig
-    seed: int
-    size: int
-    held_out: bool = False
 
-    def __len__(self) -> int:
-        return self.size
-
-    def __getitem__(self, index):
-        if isinstance(index, slice):
-            return [self[each] for each in range(*index.indices(self.size))]
-        if not -self.size <= index < self.size:
-            raise IndexError(f"problem {index} of {self.size}")
-        draw = random.Random(f"{self.seed}:{self.held_out}:{index % self.size}")
-        for _ in range(MAX_DRAWS):
-            kind = self.config.kinds[draw.randrange(len(self.config.kinds))]
-            problem, steps = KINDS[kind](draw, self.config)
-            if is_held_out(problem) == self.held_out:
-                return Example(problem, str(steps[-1]), {"kind": kind}, _written(steps),
-                               rejected=_written(with_error(draw, steps)))
-        raise ValueError(f"too few problems with kinds {self.config.kinds} and digits {self.config.digits}: "
-                         "raise task.arithmetic.digits")
+def _draw(config: ArithmeticConfig, draw: random.Random) -> Example:
+    kind = config.kinds[draw.randrange(len(config.kinds))]
+    problem, steps = KINDS[kind](draw, config)
+    return Example(problem, str(steps[-1]), {"kind": kind}, _written(steps), rejected=_written(with_error(draw, steps)))
 
 
 def with_error(draw: random.Random, steps: list[int]) -> list[int]:
@@ -138,33 +110,6 @@ def with_error(draw: random.Random, steps: list[int]) -> list[int]:
 
 def _written(steps: list[int]) -> str:
     return ",".join(map(str, steps))
-
-
-def is_held_out(problem: str) -> bool:
-    """Whether a problem's text is on the held-out side; the same for every seed."""
-    digest = hashlib.blake2b(problem.encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "big") < HELD_OUT_SHARE * 2**64
-
-
-def train_problems(config: ArithmeticConfig, seed: int, size: int) -> Problems:
-    """`size` examples to train on; some repeat where there are few different ones."""
-    problems = Problems(config, seed, size)
-    problems[0]  # settings without any problem are refused here, not in the loop
-    return problems
-
-
-def held_out_problems(config: ArithmeticConfig, seed: int, size: int) -> tuple[Example, ...]:
-    """`size` different held-out examples, fewer where there are not so many."""
-    found: dict[str, Example] = {}
-    endless = Problems(config, seed, 2**31, held_out=True)
-    since_new = 0
-    for index in range(2**31):
-        if len(found) == size or since_new == MAX_DRAWS:
-            break
-        example = endless[index]
-        since_new = since_new + 1 if example.problem in found else 0
-        found.setdefault(example.problem, example)
-    return tuple(found.values())
 
 
 def reward(prompts, responses, examples) -> list[float]:

@@ -1,7 +1,5 @@
 """Problems, and how they are read from JSONL files and Hub data sets."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os

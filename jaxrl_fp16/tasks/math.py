@@ -1,7 +1,5 @@
 """Mathematics problems of a file or a Hub data set, graded by exact, numeric and algebraic equality."""
 
-from __future__ import annotations
-
 import contextlib
 from typing import Any, Iterator, Mapping, Sequence
 

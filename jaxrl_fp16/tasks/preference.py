@@ -12,8 +12,6 @@ of one of them. A prompt of text goes through the task's template, one of messag
 template. A response is one message of the assistant. An example holds the chosen response as its `solution`.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Any, Iterable, Mapping
 

@@ -12,6 +12,7 @@ from jaxrl_fp16.config import Doc
 from jaxrl_fp16.tasks import arithmetic, math
 from jaxrl_fp16.tasks.arithmetic import ArithmeticConfig
 from jaxrl_fp16.tasks.examples import Example, load_examples, load_hub_examples
+from jaxrl_fp16.tasks.generated import Generator, held_out_problems, train_problems
 from jaxrl_fp16.tasks.preference import PreferenceFields, load_hub_preferences, load_preferences
 from jaxrl_fp16.tasks.reward_text import RewardModelConfig
 from jaxrl_fp16.tasks.rewards import Grade, Rewards, inline_grader, open_custom_grader
@@ -19,69 +20,26 @@ from jaxrl_fp16.tasks.templates import Template, get_template, needs_tokenizer, 
 
 
 @dataclasses.dataclass(frozen=True)
-class TaskConfig:
-    """Section `task`: problems, prompts and rewards."""
-
-    name: Annotated[str, Doc("arithmetic, math or preference")] = "arithmetic"
-    path: Annotated[str | None, Doc("JSONL file of problems or preferences, for math and preference")] = None
-    hub: Annotated[str | None, Doc("or a Hub data set; needs the extra `hub`")] = None
-    split: Annotated[str, Doc("of the Hub data set")] = "train"
-    problem_field: Annotated[str, Doc("which field of a row is the problem")] = "problem"
-    answer_field: Annotated[str, Doc("which is its answer")] = "answer"
-    solution_field: Annotated[str | None, Doc("which is a target text for supervised training; null: none")] = None
-    prompt_field: Annotated[str, Doc("which field of a preference is the prompt")] = "prompt"
-    chosen_field: Annotated[str, Doc("which is the response that is preferred")] = "chosen"
-    rejected_field: Annotated[str, Doc("which is the other")] = "rejected"
-    template: Annotated[str | None, Doc("a name, or a text with field names; null: the task's own")] = None
-    system: Annotated[str | None, Doc("system text, with template chat")] = None
-    answer_from: Annotated[
-        Literal["boxed", "boxed_after_think", "answer_tag", "last_number", "text"] | None,
-        Doc("where a response's answer stands; null: as the template says, or the task (arithmetic: text)"),
-    ] = None
-    reward_file: Annotated[str | None, Doc("Python file with a reward function of one's own; null: the task's")] = None
-    reward_function: Annotated[str, Doc("its name there")] = "reward"
-    reward_model: RewardModelConfig = RewardModelConfig()
-    arithmetic: ArithmeticConfig = ArithmeticConfig()
-    seed: Annotated[int, Doc("of generated problems")] = 0
-    train_size: Annotated[int | None, Ge(1), Doc("null: all rows; 100,000 generated problems")] = None
-    heldout_size: Annotated[int | None, Ge(0), Doc("null: no row; 256 generated problems")] = None
-    deadline_seconds: Annotated[float, Gt(0), Doc("for grading one answer, or one group (reward_file)")] = 10.0
-    batch_seconds: Annotated[float, Gt(0), Doc("for grading all answers of a batch; beyond it the run stops")] = 1800.0
-    workers: Annotated[int, Ge(1), Doc("grading processes at most")] = 4
-    memory_mb: Annotated[int, Ge(256), Doc("address space of each")] = 2048
-    max_response_chars: Annotated[int, Ge(1), Doc("longer responses score 0 (math)")] = 200_000
-
-
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """An open task. `dataclasses.replace(task, heldout=..., template=...)` shares its grader."""
-
-    name: str
-    train: Sequence[Example]        # may be made when looked at
-    heldout: Sequence[Example]
-    template: Template
-    grade: Grade
-
-    def rewards(self, prompts: Sequence[str], responses: Sequence[Sequence[str]],
-                examples: Sequence[Example]) -> Rewards:
-        """Rewards of groups: prompts [n], responses [n][group], examples [n]."""
-        return self.grade(self.template, prompts, responses, examples)
-
-
-@dataclasses.dataclass(frozen=True)
 class TaskKind:
     """What makes a task: one of these, in a row of TASKS."""
 
+    about: str                  # in a line
     template: str               # where the config names none
     answer_from: str | None     # likewise; None: as the template says
     problems: Callable[[TaskConfig], tuple[Sequence[Example], Sequence[Example]]]  # train, held out
     grader: Callable[[TaskConfig], ContextManager[Grade]]
+    alphabet: str               # of the tokenizer of a model without a folder
 
 
-def _arithmetic_problems(config: TaskConfig):
-    return (arithmetic.train_problems(config.arithmetic, config.seed, config.train_size or 100_000),
-            arithmetic.held_out_problems(config.arithmetic, config.seed,
-                                         256 if config.heldout_size is None else config.heldout_size))
+def _generated(about: str, generator: Callable[[TaskConfig], Generator], reward, alphabet: str) -> TaskKind:
+    """A kind whose problems are drawn, and graded in this process."""
+    def problems(config: TaskConfig):
+        held_out = 256 if config.heldout_size is None else config.heldout_size
+        return (train_problems(generator(config), config.seed, config.train_size or 100_000),
+                held_out_problems(generator(config), config.seed, held_out))
+
+    grader = lambda config: contextlib.nullcontext(inline_grader(reward))
+    return TaskKind(about, "none", "text", problems, grader, alphabet)
 
 
 def _math_problems(config: TaskConfig):
@@ -116,11 +74,68 @@ def _limits(config: TaskConfig) -> dict[str, Any]:
 
 
 TASKS: dict[str, TaskKind] = {
-    "arithmetic": TaskKind("none", "text", _arithmetic_problems,
-                           lambda config: contextlib.nullcontext(inline_grader(arithmetic.reward))),
-    "math": TaskKind("chat", None, _math_problems, _math_grader),
-    "preference": TaskKind("chat", None, _preference_problems, _math_grader),
+    "arithmetic": _generated("generated sums, with answers of several steps",
+                             lambda config: arithmetic.generator(config.arithmetic), arithmetic.reward,
+                             arithmetic.ALPHABET),
+    "math": TaskKind("problems of a JSONL file or a Hub data set, graded by algebra", "chat", None, _math_problems,
+                     _math_grader, arithmetic.ALPHABET),
+    "preference": TaskKind("rows with a prompt, a chosen and a rejected response", "chat", None, _preference_problems,
+                           _math_grader, arithmetic.ALPHABET),
 }
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskConfig:
+    """Section `task`: problems, prompts and rewards."""
+
+    name: Annotated[Literal[*TASKS], Doc("what the problems are")] = "arithmetic"
+    path: Annotated[str | None, Doc("JSONL file of problems (math) or of preferences; null: hub, or generated")] = None
+    hub: Annotated[str | None, Doc("a Hub data set in place of a file; needs the extra `hub`")] = None
+    split: Annotated[str, Doc("which split of the Hub data set is read")] = "train"
+    problem_field: Annotated[str, Doc("math: the field of a row that holds the problem")] = "problem"
+    answer_field: Annotated[str, Doc("the field of a row that holds the answer")] = "answer"
+    solution_field: Annotated[
+        str | None, Doc("math: the field of a row that holds a text to learn in supervised training; null: none")
+    ] = None
+    prompt_field: Annotated[str, Doc("preference: the field of a row that holds the prompt")] = "prompt"
+    chosen_field: Annotated[str, Doc("preference: the field of a row that holds the preferred response")] = "chosen"
+    rejected_field: Annotated[str, Doc("preference: the field of a row that holds the other response")] = "rejected"
+    template: Annotated[str | None, Doc("a name, or a text with field names; null: the task's own")] = None
+    system: Annotated[str | None, Doc("system text, with template chat")] = None
+    answer_from: Annotated[
+        Literal["boxed", "boxed_after_think", "answer_tag", "last_number", "text"] | None,
+        Doc("where the answer is in a response; null: as the template says, or for generated problems text"),
+    ] = None
+    reward_file: Annotated[
+        str | None, Doc("Python file with a reward function of yours; null: the task's reward")
+    ] = None
+    reward_function: Annotated[str, Doc("the name of the reward function in reward_file")] = "reward"
+    reward_model: RewardModelConfig = RewardModelConfig()
+    arithmetic: ArithmeticConfig = ArithmeticConfig()
+    seed: Annotated[int, Doc("of generated problems")] = 0
+    train_size: Annotated[int | None, Ge(1), Doc("problems to train on; null: all rows, or 100,000 generated")] = None
+    heldout_size: Annotated[int | None, Ge(0), Doc("problems held out; null: no row, or 256 generated")] = None
+    deadline_seconds: Annotated[float, Gt(0), Doc("for grading one answer, or one group (reward_file)")] = 10.0
+    batch_seconds: Annotated[float, Gt(0), Doc("for grading all answers of a batch; beyond it the run stops")] = 1800.0
+    workers: Annotated[int, Ge(1), Doc("grading processes at most")] = 4
+    memory_mb: Annotated[int, Ge(256), Doc("address space of each grading process")] = 2048
+    max_response_chars: Annotated[int, Ge(1), Doc("math: longer responses score 0")] = 200_000
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """An open task. `dataclasses.replace(task, heldout=..., template=...)` shares its grader."""
+
+    name: str
+    train: Sequence[Example]        # may be made when looked at
+    heldout: Sequence[Example]
+    template: Template
+    grade: Grade
+
+    def rewards(self, prompts: Sequence[str], responses: Sequence[Sequence[str]],
+                examples: Sequence[Example]) -> Rewards:
+        """Rewards of groups: prompts [n], responses [n][group], examples [n]."""
+        return self.grade(self.template, prompts, responses, examples)
 
 
 @contextlib.contextmanager

@@ -1,7 +1,5 @@
 """What a reward model reads: a problem and a response as one text, by a template of its own."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated, Callable
 

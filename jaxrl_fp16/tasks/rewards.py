@@ -7,8 +7,6 @@ row's fields with `problem`, `answer` and `solution`.
 n: prompts.  G: responses of each prompt's group.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 import importlib.util

@@ -6,8 +6,6 @@ template too. Texts hold their begin-of-text token where one is due, so they are
 another.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import re
 from typing import Callable

@@ -5,8 +5,6 @@ Programs of their own, over a few rows: what a program returns changes its fusio
 hence its last bits, so nothing here may be part of the sampler, the scorer or the update.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 from typing import Any

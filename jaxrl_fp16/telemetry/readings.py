@@ -3,8 +3,6 @@
 L: layers.  The programs stand in `ranges.py`; here their results are read on the host.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 from operator import itemgetter

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxrl_fp16 import cli
-from jaxrl_fp16.tasks import load_examples
 from jaxrl_fp16.commands import filter as filtering
+from jaxrl_fp16.tasks import load_examples
 
 
 @pytest.fixture(scope="module")

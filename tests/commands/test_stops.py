@@ -78,7 +78,8 @@ def test_data_without_a_prompt_that_fits_is_refused_before_anything_is_written(t
 @pytest.mark.fault(21)
 @pytest.mark.fault(24)
 @pytest.mark.parametrize("place, error, code, message", [
-    ("loops.iterations.learn", jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room"), 3, "out of device memory; what lowers"),
+    ("loops.iterations.learn", jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: no room"), 3,
+     "out of device memory; what lowers"),
     ("loops.iterations.sample_records", OSError(28, "No space left on device", "samples.jsonl"), 3,
      "No space left on device: 'samples.jsonl'; there is no checkpoint yet"),
     ("runs.run.save_pretrained", ValueError("tensor x holds 1e+06"), 3, "tensor x holds 1e+06"),

@@ -146,7 +146,7 @@ def test_each_segment_is_attended_as_if_it_stood_alone(kind):
     for row in range(B):
         for segment in np.unique(segments[row]):
             at = np.flatnonzero(segments[row] == segment)
-            pick = lambda x, axis: np.take(np.asarray(x)[row : row + 1], at, axis=axis)
+            pick = lambda x, axis, row=row, at=at: np.take(np.asarray(x)[row : row + 1], at, axis=axis)
             alone = reference(*(pick(x, axis) for x, axis in zip(given, (1, 2, 2, 1))))
             for x, y, axis in zip(found, alone, (1, 1, 2, 2), strict=True):
                 np.testing.assert_allclose(pick(x, axis), y, rtol=2e-5, atol=2e-6)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxrl_fp16.forward import cast_to_compute, in_compute_dtype
-from jaxrl_fp16.models import Critic, Decoder, DecoderConfig, critic_params, init_params, param_shapes
+from jaxrl_fp16.models import FAMILIES, Critic, Decoder, DecoderConfig, critic_params, init_params, param_shapes
 from jaxrl_fp16.models.attention import BLOCK, store
 from jaxrl_fp16.models.decoder import Cache, decode_step, embed, unstack_layers
 from jaxrl_fp16.models.layers import RMSNorm, RopeScaling, matmul, rope_angles
@@ -46,7 +46,7 @@ def test_shapes_and_dtypes(case):
     for name, stored in (("fp16", jnp.float16), ("bf16", jnp.uint16), ("fp32", jnp.float32)):
         policy = get_precision(name).policy
 
-        def run(params, tokens):
+        def run(params, tokens, policy=policy):
             return in_compute_dtype(model, policy).apply(
                 {"params": cast_to_compute(params, policy)}, tokens, keep_cache=True)
 
@@ -57,7 +57,7 @@ def test_shapes_and_dtypes(case):
 
 
 @pytest.mark.parametrize("fields, message", [
-    (dict(family="gpt"), "model family 'gpt' is unknown; allowed: qwen2, qwen3, llama"),
+    (dict(family="gpt"), f"model family 'gpt' is unknown; allowed: {', '.join(FAMILIES)}"),
     (dict(num_kv_heads=3), "num_kv_heads is 3; allowed: a divisor of num_heads, 4"),
     (dict(head_dim=5), "head_dim is 5; allowed: even"),
 ])
@@ -86,7 +86,7 @@ def test_one_step_at_a_time_is_all_at_once(case, kind):
     # Beyond a row's length a cache may hold anything finite.
     widen = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)), constant_values=9)
     beyond = jnp.arange(slots)[None, None, :, None] >= lengths[:, None, None, None]
-    caches = [jax.tree.map(lambda x: jnp.where(beyond, 9, widen(x[i])), stacked) for i in range(3)]
+    caches = [jax.tree.map(lambda x, i=i: jnp.where(beyond, 9, widen(x[i])), stacked) for i in range(3)]
     step = jax.jit(lambda *args: decode_step(model, params, layers, *args))
     for count in range(8):
         at = lengths + count

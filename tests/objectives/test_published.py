@@ -160,7 +160,8 @@ def test_verl_gae_and_rewards(batch, gamma, lam):
     mask = mask & (rng.random(mask.shape) < 0.8)
     scores = rng.normal(size=B).astype(np.float32)
     values = np.where(mask, rng.normal(size=mask.shape), 0).astype(np.float32)
-    rewards = objectives.kl_penalized_rewards(objectives.rewards_on_last_token(scores, jnp.asarray(mask)), old, ref, mask, 0.1)
+    on_last = objectives.rewards_on_last_token(scores, jnp.asarray(mask))
+    rewards = objectives.kl_penalized_rewards(on_last, old, ref, mask, 0.1)
 
     expected = np.zeros((B, T))
     for b in range(B):

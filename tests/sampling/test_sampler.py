@@ -100,7 +100,7 @@ def test_the_same_key_gives_the_same_rollout_and_another_key_another(params, rol
 def test_nothing_is_compiled_again_from_one_iteration_to_the_next(params):
     sample = maker()
     for iteration in range(3):
-        newer = jax.tree.map(lambda x: x * (1 + 0.01 * iteration), params)
+        newer = jax.tree.map(lambda x, iteration=iteration: x * (1 + 0.01 * iteration), params)
         prompts, mask = (np.roll(x, iteration, axis=0) for x in (PROMPTS, MASK))
         sample(newer, prompts, mask, jax.random.key(iteration))
     assert sample._cache_size() == 1

@@ -9,7 +9,8 @@ import pytest
 from jaxrl_fp16.tasks import (
     ArithmeticConfig, PreferenceFields, TaskConfig, get_template, load_preferences, open_task, render,
 )
-from jaxrl_fp16.tasks.arithmetic import KINDS, reward, train_problems
+from jaxrl_fp16.tasks.arithmetic import KINDS, generator, reward
+from jaxrl_fp16.tasks.generated import train_problems
 from jaxrl_fp16.tokenizer import character_tokenizer
 
 
@@ -140,7 +141,7 @@ def test_a_preference_task_needs_a_source():
 def test_generated_preferences_have_one_wrong_step():
     config = ArithmeticConfig(kinds=tuple(KINDS), digits=2, terms=4)
     places = set()
-    for example in train_problems(config, seed=1, size=300):
+    for example in train_problems(generator(config), seed=1, size=300):
         right, wrong = (list(map(int, text.split(","))) for text in (example.solution, example.rejected))
         assert len(right) == len(wrong) and min(wrong) >= 0
         off = [b - a for a, b in zip(right, wrong)]

@@ -9,7 +9,7 @@ import numpy as np
 import pydantic
 import pytest
 
-from jaxrl_fp16.tasks import ArithmeticConfig, TaskConfig, load_examples, open_task, render
+from jaxrl_fp16.tasks import TASKS, ArithmeticConfig, TaskConfig, load_examples, open_task, render
 
 
 def test_arithmetic_from_start_to_reward():
@@ -33,7 +33,7 @@ def test_a_template_and_another_set_for_an_open_task(tmp_path):
 
 
 @pytest.mark.parametrize("config, message", [
-    (TaskConfig(name="maths"), "task.name is 'maths'; allowed: arithmetic, math"),
+    (TaskConfig(name="maths"), f"task.name is 'maths'; allowed: {', '.join(sorted(TASKS))}"),
     (TaskConfig(name="math"), "either task.path.*or task.hub"),
     (TaskConfig(name="math", path="a", hub="b"), "either task.path.*or task.hub"),
     (TaskConfig(name="math", path="absent.jsonl"), "absent.jsonl"),

@@ -19,6 +19,7 @@ from jaxrl_fp16.training.updates import init_train_state, make_update, make_valu
 from jaxrl_fp16.types import Batch
 
 VOCAB, COLUMNS = 32, 20
+GRPO = get_algorithm("grpo")
 
 
 class Bigram(nn.Module):
@@ -80,12 +81,12 @@ class Toy:
         scale = get_precision(precision, LossScaleConfig(**loss_scale)).loss_scale
         return init_train_state(params or self.params, self.optimizer, scale, jax.random.key(0))
 
-    @functools.cache
-    def update(self, precision="fp32", algorithm=get_algorithm("grpo"), microbatch_size=4, **settings):
+    @functools.cache  # noqa: B019  one Toy lives as long as the session
+    def update(self, precision="fp32", algorithm=GRPO, microbatch_size=4, **settings):
         return make_update(self.model, get_precision(precision).policy, algorithm, self.optimizer,
                            microbatch_size=microbatch_size, max_new_tokens=10, **settings)
 
-    @functools.cache
+    @functools.cache  # noqa: B019
     def value_update(self, precision="fp32", microbatch_size=4):
         policy, algorithm = get_precision(precision).policy, get_algorithm("ppo")
         return make_value_update(self.critic, policy, algorithm, self.optimizer, microbatch_size=microbatch_size)
@@ -127,7 +128,7 @@ class Bigrams:
             return make_value_update(critic, self.precision.policy, algorithm, recorder(), **shared)
         return make_update(self.model, self.precision.policy, get_algorithm(name), recorder(), **shared)
 
-    @functools.cache
+    @functools.cache  # noqa: B019
     def program(self, names, sizes):
         """All these updates as one program, which compiles in half the time of each alone."""
         updates = {(name, size): self._update(name, size) for name in names for size in sizes}

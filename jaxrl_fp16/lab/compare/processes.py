@@ -1,7 +1,5 @@
 """Processes of their own, some beside each other: started, pinned to their cores, ended in order, accounted for."""
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Callable, Sequence
 import contextlib

@@ -4,8 +4,6 @@ A side is one precision of trainer and sampler; its label is `fp16`, or `fp16<-b
 sampler computes in another.
 """
 
-from __future__ import annotations
-
 import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
@@ -137,10 +135,9 @@ def read_comparison(folder):
 
 
 def _read_run(folder, run, outcome):
-    there = (folder / run.name / METRICS).exists()
     outcome = dict(outcome or {})
     code, error = outcome.pop("code", None), outcome.pop("error", "")
-    records = read_metrics(folder / run.name) if there else []
+    records = read_metrics(folder / run.name) if (folder / run.name / METRICS).exists() else []
     return Run(run.name, run.label, run.precision, run.rollout, run.seed, code, error, outcome, records)
 
 

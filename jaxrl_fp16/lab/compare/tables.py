@@ -1,7 +1,5 @@
 """A comparison as tables: what became of each run, first and last values, verdicts on each pair of sides."""
 
-from __future__ import annotations
-
 import dataclasses
 import itertools
 import math

@@ -6,8 +6,6 @@ t with n - 1 degrees of freedom (two-sided). It takes the differences for normal
 cannot show. n: seeds that both sides ran.  w: steps of a moving average.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 import dataclasses
 import math

@@ -3,8 +3,6 @@
 B: rows (responses).  T: columns.  N: max_new_tokens.  K: kept ids of a truncated distribution.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 import re

@@ -6,8 +6,6 @@ The programs are those of training, with its shapes: the sampler over an iterati
 prompts, scorer and update over minibatches, a microbatch at a time.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 from typing import Any

@@ -9,6 +9,8 @@ is, but for roundings, in every pair here.
 
 import numpy as np
 
+from jaxrl_fp16.lab.lines import fit_line
+
 PAIRS = ("sampler|scorer", "scorer|gradient", "sampler|reference", "scorer|reference")
 DRAWN = ("sampler|scorer", "sampler|reference", "scorer|reference")
 
@@ -64,16 +66,7 @@ def by_length(rollout, pair, reference):
     present = rollout.response_mask.any(axis=1)
     lengths = rollout.response_mask.sum(axis=1)[present]
     ratios = log_ratio(rollout, pair, reference).sum(axis=1)[present]
-    centred = lengths - lengths.mean()
-    spread = (centred**2).sum()
-    if not spread:
-        slope = error = np.nan
-        intercept = ratios.mean()
-    else:
-        slope = (centred * ratios).sum() / spread
-        intercept = ratios.mean() - slope * lengths.mean()
-        residuals = ratios - intercept - slope * lengths
-        error = np.sqrt((residuals**2).sum() / (len(lengths) - 2) / spread) if len(lengths) > 2 else np.nan
+    slope, intercept, error = fit_line(lengths, ratios)
     return dict(length=lengths, log_ratio=ratios, slope=1000 * slope, intercept=intercept, slope_error=1000 * error)
 
 

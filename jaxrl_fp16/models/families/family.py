@@ -4,8 +4,6 @@ A family maps Hugging Face's `config.json` to our fields and back, and lists its
 tensors. One table serves loading, saving and sharding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 import dataclasses
 import math

@@ -1,7 +1,5 @@
 """What the families share: Llama's names for tensors and for the fields of config.json."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 import dataclasses
 from functools import partial

@@ -1,6 +1,7 @@
 """A Decoder, or a reward model, and its parameters -> a Hugging Face folder that Transformers and vLLM load.
 
-The folder is written beside its final place and renamed when whole: an interrupted export leaves nothing partial under that name.
+The folder is written beside its final place and renamed when whole: an interrupted
+export leaves nothing partial under that name.
 """
 
 from contextlib import contextmanager, nullcontext

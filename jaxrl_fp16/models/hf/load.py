@@ -213,7 +213,8 @@ def _load(tensor, shape, sharding, stored):
 
 def _read_part(tensor, shape, bounds, stored):
     """float32: the part of one of our arrays within `bounds`, (start, stop) for each axis."""
-    part, depth, names = _aligned([stop - start for start, stop in bounds]), len(tensor.counted), dict(tensor.entries(shape))
+    part = _aligned([stop - start for start, stop in bounds])
+    depth, names = len(tensor.counted), dict(tensor.entries(shape))
     index = tensor.hf_index([slice(*bound) for bound in bounds[depth:]], shape[depth:])
     for place in np.ndindex(part.shape[:depth]):
         name = names[tuple(start + offset for (start, _), offset in zip(bounds, place))]

@@ -4,8 +4,6 @@ Only safetensors are read: a header that the library checks, then plain numbers,
 memory-mapped. A pickle is code that runs when it is read, and is refused unread.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 

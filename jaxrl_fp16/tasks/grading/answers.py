@@ -4,8 +4,6 @@ What reads as plain text or as a number is settled here in microseconds. The res
 can freeze its process on one answer (`9^{387420489}`) and therefore runs in workers alone.
 """
 
-from __future__ import annotations
-
 import ast
 from fractions import Fraction
 import functools

@@ -7,8 +7,6 @@ lines over a socket, so nothing that a worker sends is ever unpickled. Workers s
 not from a copy of the caller's main module, and import no JAX.
 """
 
-from __future__ import annotations
-
 import collections
 import contextlib
 import dataclasses

@@ -1,7 +1,5 @@
 """What runs inside a process of the grading pool; imports no JAX, so that it starts fast."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib
 import json

@@ -194,8 +194,8 @@ class Checkpoints:
         """
         self.wait()
         self._tell_unfinished()
-        there = self.steps()
-        for candidate in reversed(there) if step is None else [step] if step in there else []:
+        known = self.steps()
+        for candidate in reversed(known) if step is None else [step] if step in known else []:
             path = self.folder / str(candidate)
             if not (problem := manifest.find_damage(path)):
                 try:

@@ -1,7 +1,5 @@
 """The arrays of a state by name, and what a checkpoint must know of each to give it back as it was."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

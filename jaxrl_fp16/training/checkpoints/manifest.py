@@ -1,7 +1,5 @@
 """A folder's checksums, so that a damaged file is noticed before its numbers are used."""
 
-from __future__ import annotations
-
 import concurrent.futures
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """The tail that every training shares: what happens after each of its steps, and after the last."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
 from typing import Any

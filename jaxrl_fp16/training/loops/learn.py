@@ -3,8 +3,6 @@
 B: rows of an iteration.  T: columns.  M: rows of a minibatch.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from functools import partial
 from typing import Any

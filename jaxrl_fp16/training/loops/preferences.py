@@ -71,9 +71,11 @@ def check_preferences(setup, task):
 def preference_learner(run, params):
     """A fresh state for section `dpo`'s optimizer, and the reference: `params`, which are taken over."""
     reference = jax.tree.map(jnp.copy, params)
-    optimizer, shardings = make_optimizer(run.config.dpo.optimizer), param_shardings(run.model, run.setup.mesh)
-    scale = run.setup.precision.loss_scale
-    return Learner(create_train_state(params, optimizer, scale, run.setup.keys.learning, shardings), reference=reference)
+    actor = create_train_state(
+        params, make_optimizer(run.config.dpo.optimizer), run.setup.precision.loss_scale, run.setup.keys.learning,
+        param_shardings(run.model, run.setup.mesh),
+    )
+    return Learner(actor, reference=reference)
 
 
 def optimize(run, learner, position=0, start=0):

@@ -69,8 +69,10 @@ def check_solutions(setup, task):
 
 def fresh_state(run, params):
     """A train state for section `sft`'s optimizer. Takes `params` over."""
-    scale, shardings = run.setup.precision.loss_scale, param_shardings(run.model, run.setup.mesh)
-    return create_train_state(params, make_optimizer(run.config.sft.optimizer), scale, run.setup.keys.supervised, shardings)
+    return create_train_state(
+        params, make_optimizer(run.config.sft.optimizer), run.setup.precision.loss_scale, run.setup.keys.supervised,
+        param_shardings(run.model, run.setup.mesh),
+    )
 
 
 def supervise(run, state, position=0, start=0):

@@ -1,7 +1,5 @@
 """Where a training begins: anew, after a warm start of supervised steps, or where a checkpoint left it."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 from typing import Any

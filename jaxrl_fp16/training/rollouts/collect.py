@@ -3,8 +3,6 @@
 n: prompts.  G: group size.  B = n * G rows.  P: prompt columns.  T: columns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 import dataclasses
 from functools import lru_cache

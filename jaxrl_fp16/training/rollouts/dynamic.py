@@ -3,8 +3,6 @@
 n: prompts.  G: group size.  B = n * G rows.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from functools import lru_cache
 

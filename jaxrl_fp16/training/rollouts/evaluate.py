@@ -3,8 +3,6 @@
 n: problems.  k: samples of each.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import math
 

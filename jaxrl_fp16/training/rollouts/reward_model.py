@@ -3,8 +3,6 @@
 n: prompts.  G: responses of each prompt's group.  R: texts scored at once.  T: columns.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from jaxrl_fp16.forward import sequence_scores
 from jaxrl_fp16.models import Critic, load_reward_model
 from jaxrl_fp16.models.families.config_json import read_json
 from jaxrl_fp16.parallel import row_shards, shard_batch, to_host
-from jaxrl_fp16.precision import Precision, get_precision, resolve_precision
+from jaxrl_fp16.precision import Precision, get_precision_on
 from jaxrl_fp16.tasks import Rewards
 from jaxrl_fp16.tasks.reward_text import Write, make_writer
 from jaxrl_fp16.tasks.rewards import gather
@@ -68,8 +66,7 @@ def _check_rows(section, mesh):
 def _precision(setup, section):
     if section.precision is None:
         return setup.precision
-    name = resolve_precision(section.precision, setup.config.run.platform)
-    return get_precision(name, setup.config.loss_scale)
+    return get_precision_on(setup.config.run.platform, section.precision, setup.config.loss_scale)
 
 
 def make_grader(opened, section, mesh):

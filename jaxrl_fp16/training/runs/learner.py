@@ -5,8 +5,6 @@ scorer compute with (`TrainState.trained_params`, `sampling_params`), what a che
 what a KL term refers to (`Learner.reference_params`).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from flax import struct

@@ -3,8 +3,6 @@
 What is wrong with the config, the data or the model is refused before the run folder is made.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
 from pathlib import Path

@@ -4,30 +4,23 @@ Everything that can be refused is refused here, before anything compiles or a
 folder is made.
 """
 
-from __future__ import annotations
-
 import contextlib
 import dataclasses
-import datetime
-import importlib.metadata
-import itertools
-import json
 import os
 from pathlib import Path
-import platform as host
 from typing import Any, NamedTuple
 
 import jax
 from jax.sharding import Mesh
 
-from jaxrl_fp16.config import ConfigError, diff, load_config, naming, naming_at_entry, to_yaml
+from jaxrl_fp16.config import ConfigError, naming, naming_at_entry
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, load_pretrained, read_config
 from jaxrl_fp16.models.families.config_json import read_json
 from jaxrl_fp16.parallel import check_same_config, initialize_distributed, make_mesh
-from jaxrl_fp16.precision import Precision, get_precision, resolve_precision
-from jaxrl_fp16.tasks import ALPHABET, Task, open_task
+from jaxrl_fp16.precision import Precision, get_precision_on
+from jaxrl_fp16.tasks import TASKS, Task, open_task
 from jaxrl_fp16.tokenizer import character_tokenizer, check_vocabulary, end_ids, load_tokenizer, pad_id, vocabulary_size
-from jaxrl_fp16.training.runs.run_config import MAY_CHANGE, Config, check_mesh_rows
+from jaxrl_fp16.training.runs.run_config import Config, check_mesh_rows
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
 RECORDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "jmp", "numpy")
@@ -104,34 +97,22 @@ def set_up(config):
     if config.run.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.run.compile_cache))
     with naming("precision"):
-        name = resolve_precision(config.precision, found)
-        precision = get_precision(name, config.loss_scale)
+        precision = get_precision_on(found, config.precision, config.loss_scale)
     with naming("rollout_precision"):
-        rollout_name = resolve_precision(config.rollout_precision or name, found)
-        rollout = get_precision(rollout_name, config.loss_scale)
+        rollout = get_precision_on(found, config.rollout_precision or precision.name, config.loss_scale)
     with naming("critic.precision"):
-        critic_name = resolve_precision(config.critic.precision or name, found)
-        critic = get_precision(critic_name, config.critic.loss_scale)
+        critic = get_precision_on(found, config.critic.precision or precision.name, config.critic.loss_scale)
     with naming("mesh"):
         mesh = make_mesh(config.mesh)
         check_mesh_rows(config, mesh)
     with naming("model.tokenizer" if config.model.tokenizer else "model.path"):
-        tokenizer = _tokenizer(config.model)
+        tokenizer = _tokenizer(config)
         eos_ids = end_ids(tokenizer, _generation_config(config.model))
     config = dataclasses.replace(
-        config, precision=name, rollout_precision=rollout_name if config.rollout_precision else None, platform=None,
-        run=dataclasses.replace(config.run, platform=found),
+        config, precision=precision.name, rollout_precision=rollout.name if config.rollout_precision else None,
+        platform=None, run=dataclasses.replace(config.run, platform=found),
     )
-    return Setup(
-        config=config,
-        precision=precision,
-        rollout_precision=rollout,
-        critic_precision=critic,
-        mesh=mesh,
-        tokenizer=tokenizer,
-        eos_ids=eos_ids,
-        pad_id=pad_id(tokenizer),
-    )
+    return Setup(config, precision, rollout, critic, mesh, tokenizer, eos_ids, pad_id(tokenizer))
 
 
 def _platform(wanted):
@@ -146,11 +127,9 @@ def _platform(wanted):
     return found
 
 
-def _tokenizer(model):
-    folder = model.tokenizer or model.path
-    if folder is None:
-        return character_tokenizer(ALPHABET)
-    return load_tokenizer(folder)
+def _tokenizer(config):
+    folder = config.model.tokenizer or config.model.path
+    return character_tokenizer(TASKS[config.task.name].alphabet) if folder is None else load_tokenizer(folder)
 
 
 def _generation_config(model):
@@ -194,12 +173,12 @@ def _naming_model():
         raise ConfigError(f"model: {error}") from error
 
 
-def _check_shape(section, there):
+def _check_shape(section, found):
     """Refuses a shape beside a path that the folder does not have."""
     for name, value in _shape_fields(section).items():
-        if value != getattr(there, name):
+        if value != getattr(found, name):
             raise ValueError(
-                f"{name} is {value!r} and path {section.path} has {getattr(there, name)!r}; "
+                f"{name} is {value!r} and path {section.path} has {getattr(found, name)!r}; "
                 "allowed: the folder's, or null"
             )
 

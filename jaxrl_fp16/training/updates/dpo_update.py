@@ -3,8 +3,6 @@
 B: pairs.  T: columns.  The axis of 2 has the chosen response first, then the rejected one.
 """
 
-from __future__ import annotations
-
 from flax import struct
 import jax
 

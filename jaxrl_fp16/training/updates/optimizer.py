@@ -1,7 +1,5 @@
 """The optimizer as data: AdamW with clipping and a schedule, moments in float32."""
 
-from __future__ import annotations
-
 import dataclasses
 from typing import Annotated, Literal
 

@@ -3,8 +3,6 @@
 B: pairs.  T: columns.
 """
 
-from __future__ import annotations
-
 from flax import struct
 import jax
 import jax.numpy as jnp

@@ -3,8 +3,6 @@
 B: rows of a batch.  T: columns.
 """
 
-from __future__ import annotations
-
 from flax import struct
 import jax
 import jax.numpy as jnp

@@ -1,7 +1,5 @@
 """What a model's training carries from step to step."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from flax import struct

@@ -152,7 +152,7 @@ def test_a_batch_has_a_deadline(setups):
         (outcome,) = run([["print"]])
         os.kill(outcome.value, signal.SIGSTOP)
         start = time.perf_counter()
-        with pytest.raises(BatchDeadline, match="longer than task.batch_seconds = 1 s: 0 of 3 are graded; try more task"):
+        with pytest.raises(BatchDeadline, match="longer than task.batch_seconds = 1 s: 0 of 3 are graded; try more"):
             run([["echo"]] * 3)
         assert time.perf_counter() - start < 5 and gone([outcome.value])
 

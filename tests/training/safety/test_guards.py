@@ -20,7 +20,7 @@ def a_run(**bounds):
 def test_a_metric_above_its_bound_stops_the_run():
     run = a_run(**{"mismatch/kl_k3": 0.1, "kl": 5})
     check_bounds(run, 7, {"mismatch/kl_k3": 0.1, "kl": 0.0})
-    with pytest.raises(Guard, match="mismatch/kl_k3 is 0.2 after step 7, above training.stop_above's 0.1: the run diverges"):
+    with pytest.raises(Guard, match="mismatch/kl_k3 is 0.2 after step 7, above training.stop_above's 0.1: the run"):
         check_bounds(run, 7, {"mismatch/kl_k3": 0.2, "kl": 0.0})
     with pytest.raises(Guard, match="kl is nan after step 8"):
         check_bounds(run, 8, {"mismatch/kl_k3": 0.0, "kl": float("nan")})
@@ -28,7 +28,7 @@ def test_a_metric_above_its_bound_stops_the_run():
 
 
 def test_a_metric_that_is_not_measured_stops_the_run():
-    with pytest.raises(Guard, match="'kl', which step 1 does not measure; it measures mismatch/kl_k1, mismatch/kl_k3, and"):
+    with pytest.raises(Guard, match="'kl', which step 1 does not measure; it measures mismatch/kl_k1, mismatch/kl_k3"):
         check_bounds(a_run(kl=5), 1, {"mismatch/kl_k3": 0.0, "mismatch/kl_k1": 0.0, "reward": 1.0})
 
 

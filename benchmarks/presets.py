@@ -3,7 +3,7 @@
     JAX_PLATFORMS=cpu python benchmarks/presets.py [--presets grpo gspo] [--steps 340] [--seeds 0 1] [--docs]
 
 The warm start of the config is trained once, in FP32, and exported; each run starts from that folder, in a
-process of its own. A run that failed is a row like any other. Started again, it goes on where it was stopped:
+process of its own. A run that failed is a row like any other. Started again, it continues where it was stopped:
 finished runs of the same settings are not repeated, and refused or killed ones are.
 """
 
@@ -250,7 +250,7 @@ def main():
         print(f"{job.preset} in {job.precision}, seed {job.seed}", flush=True)
         row = run(job, warm_start(config, work), work)
         if row["exit_code"] in INTERRUPTED:
-            raise SystemExit(f"stopped with exit code {row['exit_code']}; started again, it goes on from here")
+            raise SystemExit(f"stopped with exit code {row['exit_code']}; started again, it continues from here")
         rows = [other for other in rows if not is_of(other, job)] + [json.loads(json.dumps(row))]
         save("presets", rows, {}, given.out)
     table = markdown([row for row in rows if any(is_of(row, job) for job in jobs)])

@@ -1,4 +1,4 @@
-"""Results of benchmarks: a table on the console, and the same numbers with what they hang on as JSON."""
+"""Results of benchmarks: a table on the console, and the same numbers with what they depend on as JSON."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _text(value):
 
 
 def _circumstances():
-    """What a measurement in this process hangs on."""
+    """What a measurement in this process depends on."""
     import jax
 
     device = jax.devices()[0]

@@ -5,7 +5,7 @@
 
 An arm is the precision of a run, and after a slash the sampler's where it is another: `bf16/fp32` trains in BF16 on
 what FP32 samples. All runs start from one warm start, made once in FP32. Each is a process of its own; a run that
-collapsed or was stopped by a guard is a row like any other. Started again, it goes on where it was stopped.
+collapsed or was stopped by a guard is a row like any other. Started again, it continues where it was stopped.
 """
 
 from __future__ import annotations
@@ -154,7 +154,7 @@ def main():
         print(f"{job.preset} in {job.arm}, seed {job.seed}", flush=True)
         row = run(job, warm_start(work), work)
         if row["exit_code"] in INTERRUPTED:
-            raise SystemExit(f"stopped with exit code {row['exit_code']}; started again, it goes on from here")
+            raise SystemExit(f"stopped with exit code {row['exit_code']}; started again, it continues from here")
         rows = [other for other in rows if not is_of(other, job)] + [json.loads(json.dumps(row))]
         save("sanity_mini", rows, {"window": WINDOW}, given.out)
     print_table("sanity_mini", summary([row for row in rows if any(is_of(row, job) for job in jobs)]))

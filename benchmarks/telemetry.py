@@ -5,7 +5,7 @@
 One run, without its warm start and evaluations, that looks in every second iteration, as
 often as no default would; what a look costs is divided by `telemetry.every`.
 CPU time of the process, by `getrusage`; the iterations that compile are left out and their
-look is told apart. Keys of the config may follow.
+look is reported separately. Keys of the config may follow.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def summarize(name, spent, every):
 
     `cost` is the look's own CPU time by that of the plain iteration, divided by `every`: a share of all
     CPU time, with the least and the most of the pairs. `pair_difference` is the same share
-    by the whole iterations' difference, with its quartiles; it holds their own unrest too.
+    by the whole iterations' difference, with its quartiles; it includes their own scatter.
     """
     looking, plain = spent[0::2], spent[1::2]
     pairs = [(own + look, look, other + nothing) for (own, look), (other, nothing) in zip(looking, plain)][WARM:]

@@ -1,4 +1,4 @@
-"""CPU time of programs that take turns, so that a machine's moods fall on all of them alike."""
+"""CPU time of programs that take turns, so that a machine's ups and downs affect all of them alike."""
 
 from __future__ import annotations
 

@@ -105,7 +105,7 @@ class Console:
 
     def _redraw(self, text: str) -> None:
         if self._live is None:
-            # Drawn by nobody but us: rich's own refreshing takes a thread, and workers are started beside it.
+            # Drawn by us alone: rich's own refreshing takes a thread, and workers are started beside it.
             self._live = rich.live.Live(console=self._console, auto_refresh=False)
             self._guarded(self._live.start)
         line = Text(text, style="bold", no_wrap=True, overflow="ellipsis")
@@ -114,7 +114,7 @@ class Console:
     def _describe(self, step: int, numbers: Mapping[str, float]) -> str:
         parts = [f"step {step:>{len(str(self._steps))}}/{self._steps}"]
         parts += [f"{label} {numbers[key]:{form}}" for label, key, form in self._line if key in numbers]
-        if len(self._ends) > 1 and step < self._steps:      # before the first end stands the compile
+        if len(self._ends) > 1 and step < self._steps:      # the first step's time includes compiling
             seconds = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
             parts.append(f"left {_clock((self._steps - step) * seconds)}")
         return "  ".join(parts)

@@ -2,7 +2,7 @@
 
 B: rows.  T: columns.  C: columns of a chunk.  D: hidden size.  V: vocabulary.
 N: max_new_tokens.  K: kept ids of a truncated distribution.
-The only cast of parameters to the compute dtype stands here.
+The only cast of parameters to the compute dtype is here.
 """
 
 from functools import partial
@@ -72,7 +72,7 @@ def align_rows(tokens, mask, segments=None):
 
 
 def numerics_of(model):
-    """The `NumericsConfig` of a Decoder or Critic; the default of a module that has none, of somebody's own."""
+    """The `NumericsConfig` of a Decoder or Critic; the default for a module of a user's own that has none."""
     return getattr(decoder_of(model), "numerics", DEFAULT)
 
 
@@ -121,14 +121,14 @@ def entropy_of(logits):
 def token_logprobs(model, params, tokens, mask, *, policy, temperature=1.0, support=None, segments=None):
     """Log-prob of `tokens[:, t]` given the row's earlier real tokens, float32 [B,T].
 
-    tokens int32 [B,T], mask bool or 0/1 [B,T] of real tokens (padding may stand
+    tokens int32 [B,T], mask bool or 0/1 [B,T] of real tokens (padding may be
     anywhere), support int32 [B,N,K] for the last N columns as the sampler returned
     it. 0 at each row's first real token and where mask is 0. Temperature 0 scores
     at temperature 1, as the greedy sampler reports.
 
     segments int32 [B,T], for packed rows: 0 at padding, else which of the row's
-    examples a token is of; an example's tokens stand together. Each example is then
-    scored as if it stood alone, with 0 at its first token.
+    examples a token is of; an example's tokens are adjacent. Each example is then
+    scored as if it were alone, with 0 at its first token.
     """
     logprobs, _ = score(model, params, tokens, mask, policy, temperature, Decisions(support), segments=segments)
     return logprobs
@@ -159,8 +159,8 @@ def score_hidden(
         unkept = jnp.full((tokens.shape[0], tokens.shape[1] - support.shape[1], support.shape[2]), -1)
         support = _next(align(jnp.concatenate([unkept, support], axis=1), order))
     results = _chunked(temperature or 1.0, with_entropy, hidden, head, targets, support)
-    # The first real token, of a row or a segment, has no earlier one: at its place in the shifted array
-    # stands what the last column, or the segment before, predicts.
+    # The first real token, of a row or a segment, has no earlier one: at its place the shifted array
+    # has what the last column, or the segment before, predicts.
     at = jnp.arange(tokens.shape[1])
     if segments is not None:
         at = segment_positions(_aligned_segments(segments, mask, order))
@@ -187,7 +187,7 @@ def token_values(critic, params, tokens, mask, *, policy):
 def sequence_scores(model, params, tokens, mask, *, policy):
     """float32 [B]: a reward model's output at each row's last real token; 0 for a row without one.
 
-    model: a Critic. tokens int32 [B,T], mask bool or 0/1 [B,T]; padding may stand anywhere.
+    model: a Critic. tokens int32 [B,T], mask bool or 0/1 [B,T]; padding may be anywhere.
     """
     outputs, _ = hidden_states(model, params, tokens, mask, policy)
     last = jnp.sum(mask.astype(bool), axis=1) - 1

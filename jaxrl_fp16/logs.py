@@ -27,11 +27,11 @@ METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    every: Annotated[int, Ge(1), Doc("steps between console lines, where the output is no terminal")] = 10
-    samples: Annotated[int, Ge(0), Doc("rollouts of each step that samples.jsonl keeps")] = 4
+    every: Annotated[int, Ge(1), Doc("steps between console lines where the output is no terminal")] = 10
+    samples: Annotated[int, Ge(0), Doc("rollouts of each step that samples.jsonl keeps; 0: none")] = 4
     tensorboard: Annotated[bool, Doc("write TensorBoard events into the run folder")] = True
     wandb: Annotated[bool, Doc("log to Weights & Biases; needs the extra `wandb`")] = False
-    wandb_project: Annotated[str, Doc("the project there")] = "jaxrl_fp16"
+    wandb_project: Annotated[str, Doc("project in Weights & Biases")] = "jaxrl_fp16"
 
     def __post_init__(self):
         if self.wandb and importlib.util.find_spec("wandb") is None:
@@ -122,7 +122,7 @@ class RunLog(Console):
     def _guarded_sink(self, name: str) -> Iterator[None]:
         try:
             yield
-        except Exception as error:      # whatever a sink raises, the run is worth more
+        except Exception as error:      # no error of a sink may end the run
             self._sinks = {other: sink for other, sink in self._sinks.items() if other != name}
             reason = f"{type(error).__name__}: {error}"
             self.say(f"warning: {name} failed and is dropped, {METRICS} goes on ({reason})")

@@ -26,9 +26,9 @@ def masked_mean(x, mask, axis=None):
 
 
 def segment_positions(segments):
-    """int32 [B,T]: how many columns of its own segment stand before each column of `segments` int32 [B,T].
+    """int32 [B,T]: how many columns of its own segment come before each column of `segments` int32 [B,T].
 
-    The columns of a segment stand together.
+    The columns of a segment are adjacent.
     """
     columns = jnp.arange(segments.shape[1])
     begins = jnp.diff(segments, axis=1, prepend=segments[:, :1]) != 0

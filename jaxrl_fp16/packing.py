@@ -9,10 +9,10 @@ import numpy as np
 
 
 class Packed(NamedTuple):
-    """Examples side by side; a row's padding stands at its end."""
+    """Examples side by side; a row's padding is at its end."""
 
     tokens: np.ndarray     # int32 [R,T]; 0 at padding
-    mask: np.ndarray       # bool [R,T]: a real token stands here
+    mask: np.ndarray       # bool [R,T]: real tokens
     loss_mask: np.ndarray  # bool [R,T]: tokens to be learnt
     segments: np.ndarray   # int32 [R,T]: 0 at padding, else the example's number in its row, from 1
 
@@ -39,7 +39,7 @@ def pack(tokens, mask, loss_mask, rows):
 def prefix(sizes, rows, columns):
     """The row of each of the first examples, int list [count]: as many of them as a search by halves finds room for.
 
-    sizes int [n], each at most `columns`. Hangs on its arguments alone; the first `rows`
+    sizes int [n], each at most `columns`. The result depends on the arguments alone; the first `rows`
     examples always fit, one a row.
     """
     low, high = min(len(sizes), rows), int(np.sum(np.cumsum(sizes) <= rows * columns))

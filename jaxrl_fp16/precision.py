@@ -23,13 +23,13 @@ COMPUTE_DTYPES = ("float16", "bfloat16", "float32")
 class LossScaleConfig:
     """Dynamic loss scaling. It acts only where the policy computes in float16."""
 
-    initial: Annotated[float, Gt(0), Doc("the first scale")] = 2.0**15
-    growth: Annotated[float, Gt(1), Doc("factor after growth_interval finite steps")] = 2.0
-    growth_interval: Annotated[int, Ge(1), Doc("finite steps in a row before the scale grows")] = 400
-    backoff: Annotated[float, Gt(0), Lt(1), Doc("factor after `hysteresis` steps that were not finite")] = 0.5
-    hysteresis: Annotated[int, Ge(1), Doc("steps that were not finite before the scale falls")] = 1
-    minimum: Annotated[float, Gt(0), Doc("the scale falls no lower")] = 1.0
-    maximum: Annotated[float, Gt(0), Le(2.0**126), Doc("the scale grows no higher")] = 2.0**24
+    initial: Annotated[float, Gt(0), Doc("loss scale at the start")] = 2.0**15
+    growth: Annotated[float, Gt(1), Doc("factor by which the loss scale grows")] = 2.0
+    growth_interval: Annotated[int, Ge(1), Doc("finite steps in a row after which the loss scale grows")] = 400
+    backoff: Annotated[float, Gt(0), Lt(1), Doc("factor that the loss scale is multiplied by when it falls")] = 0.5
+    hysteresis: Annotated[int, Ge(1), Doc("steps with non-finite gradients after which the loss scale falls")] = 1
+    minimum: Annotated[float, Gt(0), Doc("lowest value of the loss scale")] = 1.0
+    maximum: Annotated[float, Gt(0), Le(2.0**126), Doc("highest value of the loss scale")] = 2.0**24
 
     def __post_init__(self):
         if not self.minimum <= self.initial <= self.maximum:
@@ -43,7 +43,7 @@ class LossScaleConfig:
 class LossScale:
     """jmp's loss-scale protocol as a pytree of arrays, so that jit, orbax and `tree.map` take it as it is.
 
-    `dynamic=False` (bf16, fp32) keeps the scale as it stands and still counts.
+    `dynamic=False` (bf16, fp32) keeps the scale as it is and still counts.
     The defaults and the rule of `adjust` are those of mixed-precision training
     (arXiv 1710.03740, section 3.2) with growth, bounds and hysteresis.
     """

@@ -1,7 +1,7 @@
 """Text to padded arrays and back.
 
 Every tokenizer here is a `transformers.PreTrainedTokenizerFast`, read from a folder's `tokenizer.json` as it
-stands: `AutoTokenizer` rebuilds the pre-tokenizer of some families and gives other ids. Nothing adds special
+is: `AutoTokenizer` rebuilds the pre-tokenizer of some families and gives other ids. Nothing adds special
 tokens; a template's text already holds those that are due.
 
 n: texts.  T: columns.
@@ -25,7 +25,7 @@ class Prompts(NamedTuple):
     """Left-padded prompts."""
 
     tokens: np.ndarray     # int32 [n,T]; pad id before the prompt
-    mask: np.ndarray       # bool [n,T]: a real token stands here
+    mask: np.ndarray       # bool [n,T]: real tokens
     kept: np.ndarray       # bool [n]: False where a prompt is set aside; its row is empty
 
 
@@ -33,7 +33,7 @@ class Completions(NamedTuple):
     """Right-padded prompts with their completions, for supervised training."""
 
     tokens: np.ndarray     # int32 [n,T]; prompt, completion, end-of-text, then pad id
-    mask: np.ndarray       # bool [n,T]: a real token stands here
+    mask: np.ndarray       # bool [n,T]: real tokens
     loss_mask: np.ndarray  # bool [n,T]: completion and end-of-text
     kept: np.ndarray       # bool [n]: False where a pair is set aside; its row is empty
 
@@ -174,7 +174,7 @@ def decode_responses(tokenizer, tokens, response_mask, ends: Iterable[int] | Non
     """The text of each row's response: tokens [n,T] where `response_mask` [n,T] is set.
 
     Ids of `ends` (by default the tokenizer's end-of-text) and the pad id are dropped. Other special tokens
-    stay in the text: an answer may stand after one such as `</think>`.
+    stay in the text: an answer may follow one such as `</think>`.
     """
     dropped = [*(end_ids(tokenizer) if ends is None else ends), pad_id(tokenizer)]
     tokens = np.asarray(tokens)

@@ -23,7 +23,7 @@ class Rollout:
     """
 
     tokens: jax.Array                       # int32 [B,T]; pad_id after the response's end
-    mask: jax.Array                         # bool [B,T]: a real token stands here
+    mask: jax.Array                         # bool [B,T]: real tokens
     response_mask: jax.Array                # bool [B,T]: sampled, up to and with the first end
     logprobs: jax.Array                     # float32 [B,T]: of the distribution that was sampled; 0 off the response
     finished: jax.Array                     # bool [B]: ended by itself, not by the length limit

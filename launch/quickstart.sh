@@ -6,7 +6,7 @@
 #   launch/quickstart.sh [--key.subkey VALUE ...]      e.g. --seeds 0 1 2, --run.steps 100
 #   launch/quickstart.sh --precision bf16              one run, in that precision
 #
-# Each start makes a new folder under runs/ in the current folder; --resume FOLDER goes on with one.
+# Each start makes a new folder under runs/ in the current folder; --resume FOLDER continues one.
 set -euo pipefail
 . "$(dirname -- "$(readlink -f -- "${BASH_SOURCE[0]}")")/env.sh"
 

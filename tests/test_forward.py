@@ -92,7 +92,7 @@ def test_temperature_zero_scores_at_temperature_one(params):
     np.testing.assert_array_equal(greedy, token_logprobs(MODEL, params, TOKENS, MASK, policy=FP32))
 
 
-# Row 3's padding stands left of its examples and between the tokens of one.
+# Row 3's padding is left of its examples and between the tokens of one.
 SEGMENTS = np.array([[1] * 5 + [2] * 4 + [3] * 3, [9] * 4 + [1] * 8, [1] + [2] * 6 + [0] * 5,
                      [5, 1, 1, 1, 1, 1, 7, 2, 2, 2, 0, 2], [1] * 12], np.int32)
 

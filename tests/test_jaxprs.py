@@ -142,7 +142,7 @@ def trained_jaxpr(make, model, precision, algorithm, other=None):
     return jax.make_jaxpr(update)(jax.eval_shape(start, param_shapes(model), key), other or batch).jaxpr
 
 
-# name -> (its jaxpr, how many matmuls stand in it, given attention's: `attended` forward, `grad` backward)
+# name -> (its jaxpr, how many matmuls are in it, given attention's: `attended` forward, `grad` backward)
 PROGRAMS = {
     # The prefill is one scanned layer and a head, the decode loop a layer after the other and a head;
     # its first column is drawn before the loop.

@@ -26,7 +26,7 @@ def contents(packed):
     """The examples of the packed rows as a sorted list of (tokens, which of them are learnt)."""
     found = []
     for tokens, mask, learnt, segments in zip(*packed):
-        assert (np.diff(mask.astype(int)) <= 0).all()                       # padding stands at the end
+        assert (np.diff(mask.astype(int)) <= 0).all()                       # padding is at the end
         assert (mask == (segments > 0)).all() and not (learnt & ~mask).any() and not tokens[~mask].any()
         assert (np.isin(np.diff(segments[mask]), (0, 1))).all()             # 1, 2, 3, ... without a gap
         found += [(tuple(tokens[segments == s]), tuple(learnt[segments == s])) for s in range(1, segments.max() + 1)]

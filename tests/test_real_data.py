@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("JAXRL_FP16_DATA", ROOT.parent / "shared" / "data")) / "math_sanity_1460.jsonl"
 pytestmark = pytest.mark.skipif(not DATA.is_file(), reason=f"no {DATA}; JAXRL_FP16_DATA names its folder")
 SPECIAL = ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>"]
-# Fewer tokens than the config's: nothing here hangs on their number. Two workers are as many as a test needs.
+# Fewer tokens than the config's: nothing here depends on their number. Two workers are as many as a test needs.
 SMALL = ("--sampling.max_new_tokens", "16", "--training.max_prompt_tokens", "160", "--task.workers", "2")
 
 

@@ -62,13 +62,14 @@ MODULES = {name: () for name in (
     "pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "torch", "runpy", "code", "urllib", "http",
     "requests", "huggingface_hub", "ftplib", "smtplib", "xmlrpc", "socketserver",
 )} | {"socket": (  # pairs within this process and its workers
-    "jaxrl_fp16/tasks/grading.py", "jaxrl_fp16/tasks/worker.py", "jaxrl_fp16/training/watchdog.py")}
+    "jaxrl_fp16/tasks/grading/pool.py", "jaxrl_fp16/tasks/grading/worker.py",
+    "jaxrl_fp16/training/safety/deadlines.py")}
 REWARD_FILE = ("jaxrl_fp16/tasks/rewards.py",)  # loads the one Python file that a config may name
 CALLS = {
     "eval": (), "exec": (), "compile": (), "__import__": (), "os.system": (), "os.popen": (), "yaml.unsafe_load": (),
     "yaml.full_load": (), "yaml.unsafe_load_all": (), "yaml.full_load_all": (), "yaml.load_all": (),
     "spec.loader.exec_module": REWARD_FILE, "importlib.util.spec_from_file_location": REWARD_FILE,
-    "yaml.load": ("jaxrl_fp16/yaml_files.py",),  # with a loader that knows plain values alone
+    "yaml.load": ("jaxrl_fp16/config/yaml_files.py",),  # with a loader that knows plain values alone
 }
 
 

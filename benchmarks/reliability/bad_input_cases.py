@@ -110,7 +110,7 @@ def keys_and_values():
 def yaml_texts():
     bomb = "a: &a [x, x]\n" + "".join(f"{b}: &{b} [*{a}, *{a}]\n" for a, b in zip("abcdefgh", "bcdefghi"))
     return [
-        config_file(3, "duplicate key", "bad.yaml, line 2: the key 'run' stands twice",
+        config_file(3, "duplicate key", "bad.yaml, line 2: the key 'run' is given twice",
                     "run: {steps: 1}\nrun: {steps: 2}"),
         config_file(3, "alias bomb", "bad.yaml, line 1: anchors and aliases are not allowed", bomb),
         config_file(3, "python tag", "bad.yaml, line 1: the tag 'tag:yaml.org,2002:python/object/apply:os.system'",

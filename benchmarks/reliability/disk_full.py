@@ -27,7 +27,7 @@ from runs import (
 KEPT = 3
 SIZE_MB = 64
 STEPS_A_FILLING = 8
-BEFORE = 0.2             # share of the fillings that stand before the run is resumed
+BEFORE = 0.2             # share of the fillings that are there before the run is resumed
 IN_LOGS = 0.4            # share that leave a few lines of room, so that a log may meet the end first
 LINES = 12 * 1024        # bytes; about four steps' lines
 

@@ -2,8 +2,8 @@
 
     JAX_PLATFORMS=cpu python benchmarks/reliability/earlier_commit.py --commit REV
 
-The earlier commit, checked out beside this tree, runs each kind to its end, and again to its middle. Today's code goes
-on with the second folder, which must end bitwise as the first (metrics but times, samples, every array of the last
+The earlier commit, checked out beside this tree, runs each kind to its end, and again to its middle. Today's code
+continues the second folder, which must end bitwise as the first (metrics but times, samples, every array of the last
 checkpoint); exports the first one's checkpoint to the bytes that the earlier commit exported; and evaluates that
 model to the numbers that the earlier commit finds. The kinds: `grpo`, a policy; `ppo`, with a critic and a
 reference; `dpo`, always with a reference.

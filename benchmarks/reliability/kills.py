@@ -45,7 +45,7 @@ def await_moment(life, moment, generator, start_seconds):
         lives = lives and life.wait_until(lambda: life.last_step() > first)
         start_seconds = elapsed()
         if moment != "early":
-            # Saves go on beside the steps: the first is surely finished once the second has begun.
+            # Saves run beside the steps: the first is surely finished once the second has begun.
             ahead = generator.randint(1, 4 * EVERY)
             lives and life.wait_until(lambda: life.last_step() >= first + ahead)
             moment == "save" and life.wait_until(life.saving)

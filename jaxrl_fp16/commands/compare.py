@@ -58,7 +58,7 @@ def run_compare(config):
         write_comparison(comparison)
     show_comparison(comparison, console)
     if signals.received is not None:
-        console.say(f"ended by a signal; --resume {folder} goes on")
+        console.say(f"ended by a signal; --resume {folder} continues it")
         return 128 + signals.received
     failed = [run.name for run in comparison.runs if run.code not in (0, 3)]
     if failed:
@@ -139,14 +139,14 @@ class _Stages:
         return [seed for seed in seeds if _is_warm(self.folder, seed)]
 
     def train(self, runs):
-        """Starts, or goes on with, the runs that are not at their end."""
+        """Starts or continues the runs that are not at their end."""
         todo = [run for run in runs if not _is_done(self.folder, run)]
         if todo and self.signals.received is None:
             # As many beside each other as if none had been done: so a resumed run has the cores that it had.
             self._run([self._job(run, "train") for run in todo], self._places(len(runs)), todo)
 
     def _places(self, jobs):
-        """The cores of each run that may stand beside others."""
+        """The cores of each run that may run beside others."""
         wanted = self.config.compare.jobs
         if self.config.run.platform != "cpu":
             return [None] * min(jobs, wanted or 1)

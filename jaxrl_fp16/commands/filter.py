@@ -48,7 +48,7 @@ def run_filter(config):
 def filter_problems(config):
     """Measures `task.train` problem by problem and writes those between the bounds. Raises ConfigError.
 
-    `accuracy.jsonl` grows by a chunk of problems at a time; `resume` goes on after its last
+    `accuracy.jsonl` grows by a chunk of problems at a time; `resume` continues after its last
     whole chunk with the samples that a run without a stop would have drawn.
     """
     if not config.sampling.temperature:
@@ -70,7 +70,7 @@ def filter_problems(config):
         found = _measure(config, evaluator, setup, params, setup.keys.evaluation, folder, signals)
         if signals.received is not None:
             Console().say(f"stopped by {signal.Signals(signals.received).name} after {len(found)} of "
-                          f"{len(task.train)} problems; go on with --resume {folder}")
+                          f"{len(task.train)} problems; --resume {folder} continues it")
             return Filtered(folder, 128 + signals.received, 0, len(found))
         kept = [row for row in zip(task.train, found, strict=True) if _between(config.filter, row[1])]
         if jax.process_index() == 0:

@@ -70,7 +70,7 @@ def run_info(config):
 
 
 def _rows(bench, params):
-    """`(Batch on the host, where its responses come from)`: problems with solutions where any has one, else sampled.
+    """`(Batch on the host, where its responses come from)`: the solutions where every problem has one, else sampled.
 
     Advantages are 1 and -1 in turn; log-probs are filled in by the loss.
     """

@@ -1,4 +1,4 @@
-"""`mismatch`: the paper's offline figure (arXiv 2510.26788) of one's own model and task.
+"""`mismatch`: the paper's offline figure (arXiv 2510.26788) for a model and task of your own.
 
 Samples once in each precision, scores every rollout in every precision and in a
 float32 reference, keeps it all as .npz, and writes a page; or makes the page from
@@ -65,8 +65,8 @@ def run_mismatch(config):
             facts = _facts(setup, folder, rollouts, programs[0].model if not scored else None)
             shares = _attribute(*programs[:2], precisions, rollouts) if section.attribution else {}
         except Stopped:
-            console.say(f"stopped by {signal.Signals(signals.received).name}; what was sampled is in {folder}/rollouts "
-                        "and goes on with --mismatch.rollouts")
+            console.say(f"stopped by {signal.Signals(signals.received).name}; --mismatch.rollouts "
+                        f"{folder} continues from what was sampled")
             return 128 + signals.received
         _report(console, folder, facts, rollouts, reference.name, section.bins, shares)
     return 0
@@ -146,7 +146,7 @@ def _attribute(laboratory, state, precisions, rollouts):
 
 
 def _facts(setup, folder, rollouts, model):
-    """What the numbers hang on, as plain values."""
+    """What the numbers depend on, as plain values."""
     source = folder / "rollouts" if model is not None else setup.config.mismatch.rollouts
     return {
         "rollouts": str(source),

@@ -1,11 +1,11 @@
 """YAML files into nested frozen dataclasses, every value checked.
 
-A module owns its config class and documents each field where it stands:
+A module owns its config class and documents each field where it is declared:
 
     @dataclass(frozen=True)
     class RunConfig:
-        steps: Annotated[int, Ge(1), Doc("iterations")] = 100
-        platform: Annotated[Literal["auto", "cpu", "gpu", "tpu"], Doc("where to run")] = "auto"
+        steps: Annotated[int, Ge(1), Doc("RL iterations")] = 100
+        platform: Annotated[Literal["auto", "cpu", "gpu", "tpu"], Doc("where JAX runs")] = "auto"
 
 Sections nest by using such a class as a field's type; `tuple[Section, ...]`,
 `dict[str, Section]` and `Section | None` work too. A `ValueError` from
@@ -185,7 +185,7 @@ def _build(hint, value, key: str, origin: _Origin):
 def _leaf(hint, value, key: str, origin: _Origin, allowed: str | None = None):
     """A value without sections, by pydantic in strict JSON mode: an int may stand for a float and a
     list for a tuple, but true is no number and "1" no int."""
-    from pydantic import ValidationError  # here: tasks' workers import this room, and do without
+    from pydantic import ValidationError  # here: tasks' workers import this package, and do without pydantic
 
     if isinstance(value, _Text):
         value = _read_text(hint, value, key)

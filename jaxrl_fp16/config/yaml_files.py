@@ -36,7 +36,7 @@ class _Loader(yaml.SafeLoader):
             if key.tag != self.DEFAULT_SCALAR_TAG:
                 raise _refused("a key must be text", key)
             if key.value in seen:
-                raise _refused(f"the key {key.value!r} stands twice", key)
+                raise _refused(f"the key {key.value!r} is given twice", key)
             seen.add(key.value)
         return super().construct_mapping(node, deep)
 
@@ -86,7 +86,7 @@ def dump(value: Any) -> str:
 
 
 def show(value: Any) -> str:
-    """A value as it would stand in a YAML line, cut to fit a message."""
+    """A value as it would be written in a YAML line, cut to fit a message."""
     text = json.dumps(value, ensure_ascii=False, default=str)
     return text if len(text) <= 80 else text[:77] + "..."
 

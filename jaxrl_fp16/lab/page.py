@@ -1,4 +1,4 @@
-"""A report as one HTML file: sections of text, tables and figures, light or dark, that asks no network for anything."""
+"""A report as one HTML file: sections of text, tables, figures, light or dark, that loads nothing from a network."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -12,7 +12,7 @@ from jaxrl_fp16.lab.figures import THEME
 
 @dataclasses.dataclass(frozen=True)
 class Table:
-    """Cells are shown as text; the first column names the row, the others stand to the right."""
+    """Cells are shown as text; the first column names the row, the others are aligned to the right."""
 
     columns: Sequence[str]
     rows: Sequence[Sequence]

@@ -8,13 +8,13 @@ from jaxrl_fp16.lab.lines import fit_line
 from jaxrl_fp16.logs import read_metrics
 
 MEASURED = ("mismatch/", "mismatch_grad/", "terms/")
-# What the mismatch hangs on beside the weights: where these drift, it may.
+# What the mismatch depends on besides the weights: where these drift, it may.
 BESIDE = ("reward", "response_length", "entropy", "grad_norm")
 COLUMNS = ("", "mean", "std over steps", "slope a step", "its standard error")
 
 
 def probe_table(folder):
-    """Rows like COLUMNS for each mismatch metric of a run and what it hangs on beside the weights.
+    """Rows like COLUMNS for each mismatch metric of a run and what it depends on besides the weights.
 
     A step whose value is not finite is left out, and the row says how many there were.
     """

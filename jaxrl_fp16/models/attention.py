@@ -30,8 +30,8 @@ def attend(kind, q, k, v, segments=None, weights_dtype=None):
 
     q [B,T,H,E], k and v [B,K,T,E], all of one dtype, segments int32 [B,T] -> [B,T,H,E].
     weights_dtype: of the softmax's weights as they meet the values; None: the values' own.
-    The columns of a segment stand together. Columns after a row's last token hold
-    whatever they hold: no earlier query sees them. Raises ValueError for segments
+    The columns of a segment are adjacent. Columns after a row's last token may hold
+    anything: no earlier query sees them. Raises ValueError for segments
     or a weights_dtype with a kind that is not in PACKABLE.
     """
     if kind in PACKABLE:

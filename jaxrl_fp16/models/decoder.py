@@ -31,23 +31,23 @@ from jaxrl_fp16.models.numerics import DEFAULT, NumericsConfig
 class DecoderConfig:
     """A decoder's shape. Fields left None take the family's value."""
 
-    family: Annotated[str, Doc(f"the model's kind: {', '.join(FAMILIES)}")]
+    family: Annotated[str, Doc(f"family of the model: {', '.join(FAMILIES)}")]
     vocab_size: Annotated[int, Ge(1), Doc("rows of the embedding")]
     hidden_size: Annotated[int, Ge(1), Doc("width of the residual stream")]
-    intermediate_size: Annotated[int, Ge(1), Doc("width inside the MLP")]
-    num_layers: Annotated[int, Ge(1), Doc("blocks")]
-    num_heads: Annotated[int, Ge(1), Doc("query heads")]
-    num_kv_heads: Annotated[int, Ge(1), Doc("key-value heads; divides num_heads")]
-    head_dim: Annotated[int, Ge(2), Doc("width of a head; even")]
+    intermediate_size: Annotated[int, Ge(1), Doc("width inside an MLP")]
+    num_layers: Annotated[int, Ge(1), Doc("layers, each of attention and MLP")]
+    num_heads: Annotated[int, Ge(1), Doc("query heads of an attention layer")]
+    num_kv_heads: Annotated[int, Ge(1), Doc("key-value heads of an attention layer; divides num_heads")]
+    head_dim: Annotated[int, Ge(2), Doc("width of an attention head; even")]
     rope_theta: Annotated[float | None, Gt(0), Doc("base of the rotary frequencies")] = None
-    rope_scaling: Annotated[RopeScaling | None, Doc("Llama 3's stretching of them")] = None
-    norm_eps: Annotated[float | None, Gt(0), Doc("added to the mean square")] = None
-    tie_embeddings: Annotated[bool | None, Doc("the head is the embedding transposed")] = None
+    rope_scaling: Annotated[RopeScaling | None, Doc("Llama 3's stretching of the rotary frequencies")] = None
+    norm_eps: Annotated[float | None, Gt(0), Doc("number added to the mean square in a norm")] = None
+    tie_embeddings: Annotated[bool | None, Doc("the head is the embedding, transposed")] = None
     qkv_bias: Annotated[bool | None, Doc("bias on query, key and value projections")] = None
     output_bias: Annotated[bool | None, Doc("bias on attention's output projection")] = None
     mlp_bias: Annotated[bool | None, Doc("bias on the MLP's projections")] = None
     qk_norm: Annotated[bool | None, Doc("RMSNorm on each query and key head")] = None
-    max_positions: Annotated[int | None, Ge(1), Doc("longest sequence the weights were made for")] = None
+    max_positions: Annotated[int | None, Ge(1), Doc("longest sequence the weights were made for, in tokens")] = None
 
     def __post_init__(self):
         if self.family not in FAMILIES:

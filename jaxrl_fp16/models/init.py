@@ -15,7 +15,7 @@ from jaxrl_fp16.parallel.sharding import tree_shardings
 def init_params(model, key, mesh=None):
     """Random float32 parameters of a Decoder or Critic, a nested dict.
 
-    With a `mesh` they are created divided over it; the values hang on `key` alone, to a last bit on a CPU.
+    With a `mesh` they are created divided over it; the values depend on `key` alone, but for a last bit on a CPU.
     """
     shardings = None if mesh is None else param_shardings(model, mesh)
     return jax.jit(_initializer(model), out_shardings=shardings)(key)
@@ -57,14 +57,14 @@ def tensor_table(model):
 
 
 def put(tree, path, leaf):
-    """Sets the leaf of a nested dict that stands at `path`, a tuple of keys."""
+    """Sets the leaf of a nested dict at `path`, a tuple of keys."""
     for key in path[:-1]:
         tree = tree.setdefault(key, {})
     tree[path[-1]] = leaf
 
 
 def at(tree, path):
-    """The leaf of a nested dict that stands at `path`."""
+    """The leaf of a nested dict at `path`."""
     for key in path:
         tree = tree[key]
     return tree

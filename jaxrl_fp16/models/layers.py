@@ -109,10 +109,14 @@ class GatedMLP(nn.Module):
 class RopeScaling:
     """Llama 3's stretching of the rotary frequencies (2407.21783); a wavelength is in tokens."""
 
-    factor: Annotated[float, Gt(0), Doc("long wavelengths are stretched by it")]
-    low_freq_factor: Annotated[float, Gt(0), Doc("wavelengths above original/low are long")]
-    high_freq_factor: Annotated[float, Gt(0), Doc("wavelengths below original/high are left alone")]
-    original_max_position: Annotated[int, Gt(0), Doc("context length before stretching, tokens")]
+    factor: Annotated[float, Gt(0), Doc("factor by which long rotary wavelengths are stretched")]
+    low_freq_factor: Annotated[
+        float, Gt(0), Doc("rotary wavelengths above original_max_position / low_freq_factor tokens are long")
+    ]
+    high_freq_factor: Annotated[
+        float, Gt(0), Doc("rotary wavelengths below original_max_position / high_freq_factor tokens stay as they are")
+    ]
+    original_max_position: Annotated[int, Gt(0), Doc("tokens of the context before rotary stretching")]
 
     def stretch(self, frequencies):
         """float32 [E/2] -> float32 [E/2]; a linear blend between the two bounds."""

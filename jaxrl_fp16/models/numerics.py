@@ -19,22 +19,22 @@ class NumericsConfig:
     """Remedies, one program for all."""
 
     excess_precision: Annotated[
-        bool, Doc("XLA may leave roundings out inside a fusion; on: without it no bit changed on CPU")
+        bool, Doc("XLA may skip roundings inside a fusion; turning this off changed no bit on CPU")
     ] = True
     float32_head: Annotated[
-        bool, Doc("last hidden state and head unrounded; off: bought little, and is slow where half precision is fast")
+        bool, Doc("head and last hidden state in float32: gains little, and is slow where half precision is fast")
     ] = False
     float32_weights: Annotated[
-        bool, Doc("attention's weights meet the values unrounded; off: bought FP16 nothing, and made BF16 worse on CPU")
+        bool, Doc("attention's softmax weights in float32: gained nothing in FP16 and made BF16 worse, on CPU")
     ] = False
     float32_residual: Annotated[
-        bool, Doc("sums after attention and MLP unrounded; lowered the mismatch most; off: twice what remat keeps")
+        bool, Doc("sums after attention and MLP in float32: lowered the mismatch most, but doubles what remat keeps")
     ] = False
     float32_cache: Annotated[
-        bool, Doc("queries, keys and values unrounded; off: twice the cache; little in FP16, worse in BF16, on CPU")
+        bool, Doc("queries, keys, values in float32: twice the cache; gained little in FP16, worse in BF16, on CPU")
     ] = False
     decode_rows: Annotated[
-        int, Ge(0), Doc("fewer rows are decoded as this many, for its matmul kernels; 0: costs more than it buys")
+        int, Ge(0), Doc("rows that smaller batches are filled to when decoding; 0: off, as it costs more than it gains")
     ] = 0
 
     @property

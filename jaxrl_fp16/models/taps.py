@@ -38,8 +38,8 @@ def tapped_forward(model, params, tokens, replace=None, add=None, segments=None,
 
     Returns:
       hidden, the decoder's own result; and taps, a dict name -> [B,T,D] of every
-      name in `tap_names`, each as the module gives it and the rest of the program
-      goes on with it. Attention, MLP and the norms inside a layer give float32, which
+      name in `tap_names`, each as the module gives it and as the rest of the program
+      uses it. Attention, MLP and the norms inside a layer give float32, which
       is rounded after the tap; the others are in the dtype of the residual stream, and
       the last norm in that of the hidden state. With `keep_cache` also the caches, a
       list of one `Cache` [B,K,T,E] a layer.

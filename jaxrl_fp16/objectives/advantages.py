@@ -105,7 +105,7 @@ def gae(rewards, values, mask, discount=1.0, gae_lambda=1.0):
     After the last one `V` and `A` are 0. Nothing is whitened.
 
     Args:
-      rewards: [B,T]; an outcome reward stands on the row's last response token.
+      rewards: [B,T]; an outcome reward is on the row's last response token.
       values: [B,T]; column `t` holds the value of the state in which token `t` was chosen.
       mask: [B,T], 1 on response tokens.
       discount: the factor between two response tokens.

@@ -120,24 +120,30 @@ class AlgorithmConfig:
       ValueError: for a value or a combination of values that is not allowed.
     """
 
-    preset: Annotated[str, Doc("the row of PRESETS that it started from: a label")] = "grpo"
-    advantage: Annotated[Literal[*BASELINES, "gae"], Doc("group baseline, or gae and a critic")] = "group_std"
-    loss: Annotated[Literal[*LOSSES], Doc("policy loss per token")] = "ppo_clip"
-    clip_low: Annotated[Positive, Doc("the ratio is clipped below at 1 - clip_low; not by pg")] = 0.2
-    clip_high: Annotated[Positive, Doc("the ratio is clipped above at 1 + clip_high; not by pg")] = 0.2
-    dual_clip: Annotated[AboveOne | None, Doc("ppo_clip: bound of the ratio where A < 0; null: off")] = None
-    importance: Annotated[Literal[*IMPORTANCES], Doc("correction for the sampler's distribution")] = "none"
-    level: Annotated[Literal[*LEVELS], Doc("one importance weight per token or per response")] = "token"
-    cap: Annotated[Positive | None, Doc("tis truncates weights there; mis, icepop drop larger ones")] = None
-    floor: Annotated[NotNegative | None, Doc("icepop drops smaller weights")] = None
-    aggregation: Annotated[Literal[*AGGREGATIONS], Doc("of tokens and rows into one loss")] = "sequence_mean"
+    preset: Annotated[str, Doc("label: the row of PRESETS that the algorithm started from")] = "grpo"
+    advantage: Annotated[
+        Literal[*BASELINES, "gae"], Doc("how advantages are made: by a group's baseline, or gae with a critic")
+    ] = "group_std"
+    loss: Annotated[Literal[*LOSSES], Doc("policy loss of a token")] = "ppo_clip"
+    clip_low: Annotated[Positive, Doc("ppo_clip, gspo, cispo: policy ratio clipped below at 1 - clip_low")] = 0.2
+    clip_high: Annotated[Positive, Doc("ppo_clip, gspo, cispo: policy ratio clipped above at 1 + clip_high")] = 0.2
+    dual_clip: Annotated[
+        AboveOne | None, Doc("ppo_clip: upper bound of the policy ratio where the advantage is negative; null: off")
+    ] = None
+    importance: Annotated[Literal[*IMPORTANCES], Doc("importance correction for the sampler's distribution")] = "none"
+    level: Annotated[Literal[*LEVELS], Doc("whether an importance weight is per token or per response")] = "token"
+    cap: Annotated[
+        Positive | None, Doc("bound above which tis truncates importance weights and mis and icepop drop them")
+    ] = None
+    floor: Annotated[NotNegative | None, Doc("bound below which icepop drops importance weights")] = None
+    aggregation: Annotated[Literal[*AGGREGATIONS], Doc("how losses of tokens and rows become one")] = "sequence_mean"
     kl: Annotated[Literal[*KL_ESTIMATORS], Doc("estimator of the KL term in the loss")] = "k3"
-    kl_in: Annotated[Literal["loss", "reward"], Doc("where the KL term stands")] = "loss"
+    kl_in: Annotated[Literal["loss", "reward"], Doc("what the KL term is added to")] = "loss"
     kl_coef: Annotated[NotNegative, Doc("weight of the KL term; 0: off, no reference model")] = 0.0
     entropy_coef: Annotated[FiniteFloat, Doc("weight of the entropy bonus; 0: off")] = 0.0
-    value_clip: Annotated[Positive, Doc("how far from its old value the critic's loss follows a value")] = 0.2
-    discount: Annotated[Share, Doc("gae: factor between two response tokens")] = 1.0
-    gae_lambda: Annotated[Share, Doc("gae: 1 is Monte Carlo, 0 is one-step")] = 1.0
+    value_clip: Annotated[Positive, Doc("gae: distance from the old value at which the value loss is clipped")] = 0.2
+    discount: Annotated[Share, Doc("gae: discount between two response tokens")] = 1.0
+    gae_lambda: Annotated[Share, Doc("gae: lambda; 1 is Monte Carlo, 0 is one-step")] = 1.0
     dynamic_sampling: Annotated[bool, Doc("replace groups of equal reward by fresh ones")] = False
     overlong_penalty: Annotated[
         NotNegative | None, Doc("zone of the length penalty: tokens, or below 1 a share of max_new_tokens; 0: off")

@@ -32,7 +32,7 @@ def _token_rows(advantages, mask):
 
 
 def _check_terms(algorithm, ref_logprobs, entropy):
-    """Whether the KL term stands in the loss; refuses a term whose input is missing."""
+    """Whether the KL term is in the loss; refuses a term whose input is missing."""
     has_kl = algorithm.kl_coef > 0 and algorithm.kl_in == "loss"
     if has_kl and ref_logprobs is None:
         raise ValueError(f"ref_logprobs is None; kl_coef {algorithm.kl_coef} in the loss needs them")
@@ -139,7 +139,7 @@ def value_loss(algorithm, values, old_values, returns, mask, *, max_new_tokens, 
       algorithm: an `AlgorithmConfig`; static under `jit`.
       values: [B,T] `V`, the critic's, which carry the gradient.
       old_values, returns: [B,T] `V_old` and `R`, constants.
-      mask: [B,T], response tokens that count; elsewhere anything may stand.
+      mask: [B,T], response tokens that count; elsewhere values may be anything.
       max_new_tokens, normalizer: as for `policy_loss`.
 
     Returns:

@@ -82,7 +82,7 @@ def mismatch_metrics(rollout_logprobs, train_logprobs, mask, prefix="mismatch"):
       rollout_logprobs: [B,T], `log mu`, written while sampling.
       train_logprobs: [B,T], `log pi`, by the program that is compared.
       mask: [B,T], 1 on response tokens; elsewhere both may hold anything.
-      prefix: what stands before the slash: `mismatch`, or `mismatch_grad` for the gradient program.
+      prefix: what comes before the slash: `mismatch`, or `mismatch_grad` for the gradient program.
 
     Returns:
       A dict of float32 scalars. Rows without a token are left out of the row

@@ -35,9 +35,13 @@ PREFERENCE_LOSSES = {"sigmoid": sigmoid, "ipo": ipo}
 class PreferenceConfig:
     """What `dpo_loss` computes."""
 
-    loss: Annotated[Literal[*PREFERENCE_LOSSES], Doc("sigmoid: DPO; ipo: a squared distance")] = "sigmoid"
-    beta: Annotated[float, Gt(0), Doc("how strongly the policy is held to the reference")] = 0.1
-    label_smoothing: Annotated[float, Ge(0), Lt(0.5), Doc("chance that a label is wrong; with sigmoid")] = 0.0
+    loss: Annotated[
+        Literal[*PREFERENCE_LOSSES], Doc("preference loss; sigmoid is DPO, ipo a squared distance")
+    ] = "sigmoid"
+    beta: Annotated[float, Gt(0), Doc("how strongly the preference loss holds the policy to the reference")] = 0.1
+    label_smoothing: Annotated[
+        float, Ge(0), Lt(0.5), Doc("sigmoid: chance that a preference is labelled the wrong way round")
+    ] = 0.0
 
     def __post_init__(self):
         if self.label_smoothing and self.loss != "sigmoid":

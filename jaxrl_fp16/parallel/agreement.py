@@ -11,7 +11,7 @@ PLACE = "jaxrl_fp16/config"  # in the key-value store of the coordination servic
 
 
 def check_same_config(config, timeout=300):
-    """Holds `config`, a config or a mapping, against that of the run's other processes; alone it does nothing.
+    """Compares `config`, a config or a mapping, with that of the run's other processes; alone it does nothing.
 
     Every process must call it, once. It goes through the coordination service alone: nothing
     compiles, and no device is asked for.

@@ -16,9 +16,9 @@ MESH_AXES = ("data", "fsdp", "tensor")
 class MeshConfig:
     """How many devices each way of dividing the work gets. Their product is the number of devices."""
 
-    data: Annotated[int, Ge(-1), Doc("copies of the model, each with its own rows; -1: what is left")] = -1
-    fsdp: Annotated[int, Ge(1), Doc("devices that share the parameters, each with its own rows")] = 1
-    tensor: Annotated[int, Ge(1), Doc("devices that share the heads and widths, on the same rows")] = 1
+    data: Annotated[int, Ge(-1), Doc("copies of the model, each with its own rows; -1: as many as devices allow")] = -1
+    fsdp: Annotated[int, Ge(1), Doc("devices that a copy's parameters are divided over, each with its own rows")] = 1
+    tensor: Annotated[int, Ge(1), Doc("devices that heads and widths are divided over, on the same rows")] = 1
 
     def __post_init__(self):
         for name, least in (("data", -1), ("fsdp", 1), ("tensor", 1)):

@@ -29,14 +29,14 @@ from jaxrl_fp16.types import Rollout
 class SamplingConfig:
     """What is sampled, and how much at once."""
 
-    max_new_tokens: Annotated[int, Ge(1), Doc("columns of a response")] = 256
-    temperature: Annotated[float, Ge(0), Doc("divides the logits; 0: greedy")] = 1.0
-    top_k: Annotated[int, Ge(0), Doc("keep the likeliest k; 0: off")] = 0
-    top_p: Annotated[float, Gt(0), Le(1), Doc("keep the likeliest up to this mass; 1: off")] = 1.0
-    group_size: Annotated[int, Ge(1), Doc("responses to each prompt")] = 8
-    stop: Annotated[tuple[str, ...], Doc("a response ends with the token that completes one of these")] = ()
-    max_rows: Annotated[int, Ge(0), Doc("rows decoded at once; 0: all")] = 0
-    max_support: Annotated[int, Ge(1), Doc("ids that top-k or top-p keep at most")] = 256
+    max_new_tokens: Annotated[int, Ge(1), Doc("longest response, in tokens")] = 256
+    temperature: Annotated[float, Ge(0), Doc("sampling temperature, which divides the logits; 0: greedy")] = 1.0
+    top_k: Annotated[int, Ge(0), Doc("likeliest tokens that sampling keeps; 0: all")] = 0
+    top_p: Annotated[float, Gt(0), Le(1), Doc("probability mass of likeliest tokens that sampling keeps; 1: all")] = 1.0
+    group_size: Annotated[int, Ge(1), Doc("responses sampled for each prompt")] = 8
+    stop: Annotated[tuple[str, ...], Doc("stop strings: the token that completes one ends a response; []: none")] = ()
+    max_rows: Annotated[int, Ge(0), Doc("responses decoded at once; 0: all")] = 0
+    max_support: Annotated[int, Ge(1), Doc("most tokens that top_k or top_p keep")] = 256
 
     def __post_init__(self):
         if self.max_new_tokens < 1 or self.group_size < 1:
@@ -72,10 +72,21 @@ class Decoding:
 def make_sampler(model, policy, config, *, eos_id, pad_id, tokenizer=None):
     """A jitted `sample(params, prompt_tokens, prompt_mask, key) -> Rollout`.
 
-    eos_id: an int or a tuple of ints; pad_id fills what follows a response's end.
-    prompt_tokens int32 [n,P] and prompt_mask [n,P]: left-padded, one real token or more in each.
-    `tokenizer` is needed for stop strings alone. The same key gives the same
-    rollout, whatever `max_rows`: each row has a key of its own.
+    Args:
+      model: a Decoder.
+      policy: a `jmp.Policy`, the sampler's precision.
+      config: a `SamplingConfig`.
+      eos_id: an int or a tuple of ints; each ends a response.
+      pad_id: the int that fills what follows a response's end.
+      tokenizer: needed for stop strings alone.
+
+    Returns:
+      The sampler, of float32 parameters and left-padded prompts: tokens int32 [n,P] and their mask bool [n,P], with
+      one real token or more in each row. The same key gives the same rollout, whatever `max_rows`: each row has a
+      key of its own.
+
+    Raises:
+      ValueError: for stop strings without a tokenizer, or too many of them (`stop_table`).
     """
     eos_ids = jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32))
     stops = _stop_automaton(config, tokenizer, model.config.vocab_size)
@@ -107,7 +118,7 @@ def _stop_automaton(config, tokenizer, vocab_size):
 def _in_parts(function, arrays, size):
     """`function` over arrays [n,...] in parts of at most `size` prompts (0: all at once), one after another.
 
-    A part takes every so many-th prompt, so that it spans all devices that the
+    A part takes every k-th prompt of k parts, so that it spans all devices that the
     prompts are spread over. What is missing to a whole number of parts is filled
     with the first prompts again; the caller drops the surplus at the end.
     """

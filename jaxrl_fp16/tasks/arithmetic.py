@@ -1,7 +1,7 @@
 """Generated arithmetic, with answers of several steps.
 
 A problem is a short text such as `37+48-19=`. Its answer is the last of a list of numbers, `85,66`: the steps
-that lead there, then the result. Beside it stands one with a wrong step, `86,67`, as the rejected response of a
+that lead there, then the result. A list with a wrong step, `86,67`, comes with it, as the rejected response of a
 preference.
 """
 
@@ -28,14 +28,18 @@ class ArithmeticConfig:
     kinds: Annotated[
         tuple[Literal["add", "subtract", "chain", "multiply", "modular", "repeat"], ...],
         annotated_types.MinLen(1),
-        Doc("add: two numbers; subtract: two, result not negative; chain: `terms` numbers added and subtracted, with "
-            "the running totals; multiply: partial products, then their sum; modular: a sum, then its remainder; "
-            "repeat: one number added up to `terms` times, with the count of what is left before each total"),
+        Doc("kinds of problems, in equal parts. add: two numbers; subtract: two, result not negative; chain: `terms` "
+            "numbers added and subtracted, with the running totals; multiply: partial products, then their sum; "
+            "modular: a sum, then its remainder; repeat: one number added up to `terms` times, with the count of "
+            "what is left before each total"),
     ] = ("chain",)
-    digits: Annotated[int, annotated_types.Interval(ge=1, le=6), Doc("of the largest number")] = 2
-    terms: Annotated[int, annotated_types.Interval(ge=2, le=512), Doc("of a chain, or additions of a repeat")] = 3
+    digits: Annotated[int, annotated_types.Interval(ge=1, le=6), Doc("most digits of a number drawn for a problem")] = 2
+    terms: Annotated[
+        int, annotated_types.Interval(ge=2, le=512), Doc("numbers of a chain, or most additions of a repeat")
+    ] = 3
     max_total: Annotated[
-        int | None, annotated_types.Ge(1), Doc("a chain subtracts, where it can, what would lead beyond it; null: none")
+        int | None, annotated_types.Ge(1),
+        Doc("running total that a chain exceeds only where it cannot subtract; null: no bound"),
     ] = None
 
 
@@ -74,7 +78,7 @@ def modular(draw: random.Random, config: ArithmeticConfig) -> tuple[str, list[in
 
 
 def repeat(draw: random.Random, config: ArithmeticConfig) -> tuple[str, list[int]]:
-    """Answers as long as one likes, each step of which needs the one before and the problem's short text alone."""
+    """Answers of any length, each step of which needs the one before and the problem's short text alone."""
     a, b, count = _number(draw, config), _number(draw, config), draw.randint(-(-config.terms // 2), config.terms)
     steps = [number for done in range(1, count + 1) for number in (count - done, a + b * done)]
     return f"{a}+{b}*{count}=", steps

@@ -35,7 +35,7 @@ def load_preferences(path, fields: PreferenceFields = PreferenceFields()) -> lis
     """Examples with `solution` and `rejected` of a UTF-8 JSONL file; blank lines are passed over.
 
     A `ValueError` names file and line: what `load_examples` refuses, and a prompt or response that is none of
-    the forms above, prompts of text beside such of messages, a conversation without a shared prompt.
+    the forms above, prompts of text beside prompts of messages, a conversation without a shared prompt.
     """
     return _examples(read_rows(path), fields)
 
@@ -98,7 +98,7 @@ def _shared(chosen: str | Messages, rejected: str | Messages) -> Messages:
 
 
 def _of_conversations(prompt: str | Messages | None, shared: Messages, where: str) -> Messages:
-    """`shared`, held against the prompt that the row names beside it."""
+    """`shared`, compared with the prompt that the row also names."""
     agrees = prompt is None or (
         prompt in [message["content"] for message in shared] if isinstance(prompt, str) else prompt == shared
     )

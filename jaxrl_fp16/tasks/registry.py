@@ -88,38 +88,40 @@ TASKS: dict[str, TaskKind] = {
 class TaskConfig:
     """Section `task`: problems, prompts and rewards."""
 
-    name: Annotated[Literal[*TASKS], Doc("what the problems are")] = "arithmetic"
-    path: Annotated[str | None, Doc("JSONL file of problems (math) or of preferences; null: hub, or generated")] = None
-    hub: Annotated[str | None, Doc("a Hub data set in place of a file; needs the extra `hub`")] = None
-    split: Annotated[str, Doc("which split of the Hub data set is read")] = "train"
+    name: Annotated[Literal[*TASKS], Doc("which problems there are, and how they are graded")] = "arithmetic"
+    path: Annotated[str | None, Doc("math, preference: JSONL file of the data; null: task.hub is read")] = None
+    hub: Annotated[str | None, Doc("math, preference: Hub data set (extra `hub`); null: task.path is read")] = None
+    split: Annotated[str, Doc("split of the Hub data set that is read")] = "train"
     problem_field: Annotated[str, Doc("math: the field of a row that holds the problem")] = "problem"
-    answer_field: Annotated[str, Doc("the field of a row that holds the answer")] = "answer"
+    answer_field: Annotated[str, Doc("math, preference: the field of a row that holds the answer")] = "answer"
     solution_field: Annotated[
         str | None, Doc("math: the field of a row that holds a text to learn in supervised training; null: none")
     ] = None
     prompt_field: Annotated[str, Doc("preference: the field of a row that holds the prompt")] = "prompt"
     chosen_field: Annotated[str, Doc("preference: the field of a row that holds the preferred response")] = "chosen"
     rejected_field: Annotated[str, Doc("preference: the field of a row that holds the other response")] = "rejected"
-    template: Annotated[str | None, Doc("a name, or a text with field names; null: the task's own")] = None
-    system: Annotated[str | None, Doc("system text, with template chat")] = None
+    template: Annotated[str | None, Doc("prompt template: a name, or a text with field names; null: the task's")] = None
+    system: Annotated[str | None, Doc("system text of the prompt, with template chat; null: none")] = None
     answer_from: Annotated[
         Literal["boxed", "boxed_after_think", "answer_tag", "last_number", "text"] | None,
-        Doc("where the answer is in a response; null: as the template says, or for generated problems text"),
+        Doc("where the answer is in a response; null: as the template says; for generated problems, text"),
     ] = None
-    reward_file: Annotated[
-        str | None, Doc("Python file with a reward function of yours; null: the task's reward")
-    ] = None
+    reward_file: Annotated[str | None, Doc("Python file with your own reward function; null: the task's reward")] = None
     reward_function: Annotated[str, Doc("the name of the reward function in reward_file")] = "reward"
     reward_model: RewardModelConfig = RewardModelConfig()
     arithmetic: ArithmeticConfig = ArithmeticConfig()
-    seed: Annotated[int, Doc("of generated problems")] = 0
+    seed: Annotated[int, Doc("seed of generated problems")] = 0
     train_size: Annotated[int | None, Ge(1), Doc("problems to train on; null: all rows, or 100,000 generated")] = None
-    heldout_size: Annotated[int | None, Ge(0), Doc("problems held out; null: no row, or 256 generated")] = None
-    deadline_seconds: Annotated[float, Gt(0), Doc("for grading one answer, or one group (reward_file)")] = 10.0
-    batch_seconds: Annotated[float, Gt(0), Doc("for grading all answers of a batch; beyond it the run stops")] = 1800.0
-    workers: Annotated[int, Ge(1), Doc("grading processes at most")] = 4
-    memory_mb: Annotated[int, Ge(256), Doc("address space of each grading process")] = 2048
-    max_response_chars: Annotated[int, Ge(1), Doc("math: longer responses score 0")] = 200_000
+    heldout_size: Annotated[int | None, Ge(0), Doc("problems held out; null: none of a file, or 256 generated")] = None
+    deadline_seconds: Annotated[float, Gt(0), Doc("seconds to grade one answer, or one group with reward_file")] = 10.0
+    batch_seconds: Annotated[
+        float, Gt(0), Doc("seconds for grading all answers of a batch; longer grading stops the run")
+    ] = 1800.0
+    workers: Annotated[int, Ge(1), Doc("most grading processes at once")] = 4
+    memory_mb: Annotated[int, Ge(256), Doc("address space of each grading process, MiB")] = 2048
+    max_response_chars: Annotated[
+        int, Ge(1), Doc("math, preference: longest response that is graded, in characters; longer ones score 0")
+    ] = 200_000
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,16 +14,22 @@ from jaxrl_fp16.tasks.templates import FIELD, Template, apply_chat_template, ren
 class RewardModelConfig:
     """A reward model in place of the task's own reward, for training; evaluation keeps the task's."""
 
-    path: Annotated[str | None, Doc("a sequence-classification folder with one label; null: the task's reward")] = None
-    tokenizer: Annotated[str | None, Doc("its folder; null: path's")] = None
+    path: Annotated[
+        str | None,
+        Doc("Hugging Face folder of a reward model, a sequence classifier with one label; null: the task's reward"),
+    ] = None
+    tokenizer: Annotated[str | None, Doc("folder of the reward model's tokenizer; null: task.reward_model.path")] = None
     template: Annotated[
         str | None,
-        Doc("a text with {response} and {problem} or {prompt}; null: the tokenizer's chat template, problem and "
-            "response as turns of user and assistant, or, where it has none, prompt and response as they are"),
+        Doc("what the reward model reads, a text with {response} and {problem} or {prompt}; null: the tokenizer's "
+            "chat template, problem and response as turns of user and assistant, or, where it has none, prompt and "
+            "response as they are"),
     ] = None
-    max_length: Annotated[int, Ge(1), Doc("tokens of a text; the reward of a longer one counts as failed")] = 1024
-    rows: Annotated[int, Ge(1), Doc("texts scored at once")] = 32
-    precision: Annotated[str | None, Doc("of the scores; null: the run's")] = None
+    max_length: Annotated[
+        int, Ge(1), Doc("longest text for the reward model, in tokens; the reward of a longer one counts as failed")
+    ] = 1024
+    rows: Annotated[int, Ge(1), Doc("texts that the reward model scores at once")] = 32
+    precision: Annotated[str | None, Doc("precision of the reward model; null: the run's")] = None
 
 
 # (prompt as the policy read it, response, example) -> text

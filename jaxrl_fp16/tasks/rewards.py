@@ -1,4 +1,4 @@
-"""Rewards of groups of responses, and reward functions of one's own.
+"""Rewards of groups of responses, and reward functions of a user's own.
 
 A reward function is `reward(prompts, responses, examples) -> list of floats`. It is called for one group, the
 responses to one prompt; the three lists have one entry a response, and an example is a plain dict of its
@@ -33,7 +33,7 @@ class Rewards:
     values: np.ndarray              # float32 [n,G]; 0 where not valid
     valid: np.ndarray               # bool [n,G]: False where no reward could be had
     timeouts: int = 0               # entries whose grading its deadline or a crash cut off; a built-in
-                                    # grader scores them 0, with a function of one's own they are not valid
+                                    # grader scores them 0, with a user's function they are not valid
     failures: int = 0               # entries that are not valid
     first_error: str | None = None  # of the two, on one line
 

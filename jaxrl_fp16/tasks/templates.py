@@ -46,7 +46,7 @@ TEMPLATES = {template.name: template for template in (
     Template("chat", None),
 )}
 
-# A field name in braces, unless a LaTeX command stands before it: `\boxed{answer}` is text, not a field.
+# A field name in braces, unless a LaTeX command comes before it: `\boxed{answer}` is text, not a field.
 FIELD = re.compile(r"(\\[A-Za-z]+)?\{([A-Za-z_]\w*)\}")
 
 
@@ -109,11 +109,11 @@ def apply_chat_template(tokenizer, messages, **options) -> str:
     """
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # a template is a program, and raises what it likes
+    except Exception as error:  # a template is a program, and may raise anything
         folder = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise ConfigError(f"{folder}: its chat template fails ({reason}); allowed: another tokenizer, or a template of "
-                          "one's own") from error
+                          "your own") from error
 
 
 def read_answer(template: Template, response: str) -> str:
@@ -140,7 +140,7 @@ def boxed_after_think(text: str) -> str:
 
 
 def answer_tag(text: str) -> str:
-    """What stands in the last closed `<answer>`, or in its last box where it has one."""
+    """What the last closed `<answer>` holds, or its last box where it has one."""
     body, closed, _ = text.rpartition("</answer>")
     _, opened, inside = body.rpartition("<answer>")
     if not (closed and opened):

@@ -1,6 +1,6 @@
-"""What a run tells of its ranges: metrics every few iterations, and the first module that is not finite.
+"""What a run reports of its ranges: metrics every few iterations, and the first module that is not finite.
 
-L: layers.  The programs stand in `ranges.py`; here their results are read on the host.
+L: layers.  The programs are in `ranges.py`; their results are read here, on the host.
 """
 
 import dataclasses
@@ -23,8 +23,8 @@ from jaxrl_fp16.telemetry.ranges import dtype_of, module_names
 class TelemetryConfig:
     """Ranges of weights, activations and gradients while a run trains."""
 
-    every: Annotated[int, Ge(0), Doc("iterations between looks; 0: none")] = 50
-    rows: Annotated[int, Ge(1), Doc("rows of an iteration that are looked at, such first as have an advantage")] = 8
+    every: Annotated[int, Ge(0), Doc("iterations between looks at weights, activations and gradients; 0: none")] = 50
+    rows: Annotated[int, Ge(1), Doc("rows of an iteration that are measured; those with an advantage come first")] = 8
 
 
 def summarize(model, policy, ranges, weights):

@@ -59,7 +59,7 @@ def test_a_run_leaves_its_folder(whole):
 
 
 def test_a_resumed_run_is_bitwise_one_that_never_stopped(command, whole, tmp_path, capsys):
-    """The reference of a warm-started run comes back from the checkpoint: every margin hangs on it."""
+    """The reference of a warm-started run comes back from the checkpoint: every margin depends on it."""
     assert command(tmp_path, *WARM, "--dpo.steps", "2") == 0
     folder = one_run(tmp_path)
     assert command(tmp_path, *WARM, "--resume", str(folder)) == 0

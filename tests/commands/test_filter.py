@@ -1,4 +1,4 @@
-"""`filter`: which problems are kept, and that a run that was cut off goes on as if it had not been."""
+"""`filter`: which problems are kept, and that a run that was cut off continues as if it had not been."""
 
 import json
 from pathlib import Path

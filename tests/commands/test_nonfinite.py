@@ -69,7 +69,7 @@ def test_a_run_with_telemetry_is_bitwise_one_without(command, monkeypatch):
         for one, other in zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True):
             assert one.tobytes() == other.tobytes()
     moved = [np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (states[0], states[2])))]
-    assert any(moved), "a run that learns nothing shows nothing"
+    assert any(moved), "no weight moved: then the comparison would prove nothing"
     *_, last = looked_at = read_metrics(with_it.folder)
     plain = read_metrics(without.folder)
     own = [key for key in last if key.startswith("telemetry/")]
@@ -110,7 +110,7 @@ def test_a_run_that_cannot_go_on_names_the_layer(command, overflowing, name, fla
 
 
 def test_skips_are_looked_into_ever_more_rarely(monkeypatch):
-    """After the first, second, fourth, eighth ... skip of a run; it hangs on the counter that a checkpoint keeps."""
+    """After the first, second, fourth, eighth ... skip of a run; it depends on the counter that a checkpoint keeps."""
     said, asked = [], []
     watch = object.__new__(Watch)
     watch.run = SimpleNamespace(config=SimpleNamespace(telemetry=SimpleNamespace(every=0)),

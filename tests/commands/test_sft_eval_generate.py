@@ -102,7 +102,7 @@ def test_a_signal_ends_supervised_training_too(command, tmp_path, monkeypatch):
 @pytest.mark.fault(23)
 @pytest.mark.fault(25)
 def test_a_warm_start_that_was_cut_off_goes_on_where_it_was(command, tmp_path, monkeypatch, capsys):
-    """Its last checkpoint is damaged as well: it goes on from the one before."""
+    """Its last checkpoint is damaged as well: it continues from the one before."""
     flags = ("--run.steps", "0", "--sft.steps", "5", "--sft.packing", "true", "--sft.max_length", "20",
              "--checkpoint.every", "2")
     assert command("train", *flags, "--run.dir", str(tmp_path / "whole")) == 0

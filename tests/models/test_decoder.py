@@ -77,7 +77,7 @@ def test_fields_left_out_take_the_familys_value():
 
 @pytest.mark.parametrize("case, kind", [("qwen2", "plain"), ("qwen3", "blockwise"), ("llama", "blockwise")])
 def test_one_step_at_a_time_is_all_at_once(case, kind):
-    """Rows stand at positions of their own, across the border of a block."""
+    """Rows are at positions of their own, across the border of a block."""
     model = decoder(case, attention=kind)
     params = cast_to_compute(random_params(model), get_precision("fp32").policy)
     tokens = jax.random.randint(jax.random.key(1), (2, BLOCK + 8), 0, 50)

@@ -29,8 +29,9 @@ TABLE = {
 }
 
 
-def test_every_preset_of_the_table_and_no_other():
-    assert set(objectives.PRESETS) == set(TABLE)
+def test_every_preset_of_the_table_is_there():
+    """What else there is has its row in docs/algorithms.md, which test_docs.py holds against PRESETS."""
+    assert set(TABLE) <= set(objectives.PRESETS)
 
 
 @pytest.mark.parametrize("name", TABLE)

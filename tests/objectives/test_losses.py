@@ -1,7 +1,7 @@
 """Policy and value losses against an independent float64 NumPy reference.
 
 Gradients are central differences of that reference, token by token, in which
-whatever stands under `stop_gradient` is computed from a second copy of the log-probs.
+whatever is under `stop_gradient` is computed from a second copy of the log-probs.
 """
 
 import functools
@@ -46,10 +46,11 @@ def token_loss(algorithm, lp, fixed, old, advantages, mask):
     if algorithm.loss == "gspo":
         mean = ((fixed - old) * mask).sum(1) / np.maximum(mask.sum(1), 1)
         return surrogate(algorithm, np.exp(clamp(mean))[:, None] * np.exp(lp - fixed), advantages)
-    weight = 1.0
     if algorithm.loss == "cispo":
         weight = np.clip(np.exp(clamp(fixed - old)), 1 - algorithm.clip_low, 1 + algorithm.clip_high)
-    return -weight * advantages * lp
+        return -weight * advantages * lp
+    assert algorithm.loss == "pg", f"no reference for the loss {algorithm.loss}"
+    return -advantages * lp
 
 
 def raw_ratio(algorithm, fixed, old, mu, mask):

@@ -57,7 +57,7 @@ def test_fresh_parameters_hang_on_the_key_alone(mesh, params):
     assert divided["embedding"].addressable_shards[0].data.size == divided["embedding"].size // share
     if jax.version.__version_info__ < (0, 12):
         assert_equal(divided, params)
-    # Since JAX 0.12 a CPU rounds the last bit of a normal number by where in its loop the number stands.
+    # Since JAX 0.12 a CPU rounds the last bit of a normal number by where in its loop the number is.
     jax.tree.map(lambda a, b: np.testing.assert_array_max_ulp(to_host(a), to_host(b), maxulp=4), divided, params)
 
 
@@ -115,7 +115,7 @@ def test_moments_lie_where_their_parameters_do(mixed):
 
 
 def test_moments_of_another_shape_are_whole(mixed):
-    """Adafactor's factored moments stand at the parameters' paths without their shapes."""
+    """Adafactor's factored moments are at the parameters' paths without their shapes."""
     optimizer = optax.adafactor(1e-3, min_dim_size_to_factor=4)
 
     def start(key):

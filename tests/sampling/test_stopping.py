@@ -10,7 +10,7 @@ from jaxrl_fp16.sampling.stopping import stop_table
 
 
 def first_stop(stop_strings, pieces):
-    """How many pieces it takes until one of the strings stands in the text; None if it never does."""
+    """How many pieces it takes until one of the strings is in the text; None if it never does."""
     text = b""
     for count, piece in enumerate(pieces, 1):
         text += piece

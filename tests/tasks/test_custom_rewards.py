@@ -1,4 +1,4 @@
-"""A reward function of one's own: its values, its faults, and what they cost."""
+"""A reward function of a user's own: its values, its faults, and what they cost."""
 
 import time
 

@@ -23,7 +23,7 @@ GRPO = get_algorithm("grpo")
 
 
 class Bigram(nn.Module):
-    """A table in a decoder's place: the next token hangs on the current one alone. Its programs compile in no time."""
+    """A table in a decoder's place: the next token depends on the current one alone. Its programs compile fast."""
 
     dtype: jnp.dtype = jnp.dtype("float32")
     config = types.SimpleNamespace(hidden_size=8)

@@ -1,4 +1,4 @@
-"""The report of a comparison: report.html, report.json, figure.png, and what stands on the console."""
+"""The report of a comparison: report.html, report.json, figure.png, and what the console shows."""
 
 import dataclasses
 
@@ -16,14 +16,14 @@ from jaxrl_fp16.logs import write_json
 REPORT, DATA, PICTURE = "report.html", "report.json", "figure.png"
 READING = """A line is the mean over seeds at the steps that every run of its side reached, a band spans the smallest to
 the largest seed, and thin lines are single seeds. {window} An X ends a run that did not end in order. On a logarithmic
-axis exact zeros stand in a row of their own, marked 0."""
+axis exact zeros have a row of their own, marked 0."""
 METHOD = """Two runs of one seed began from the same weights and went through the same data in the same order, so
 they are compared as pairs, over the steps that both reached. The value of a run is the mean over its steps, or over
 their last tenth, as the row says; of skipped steps the sum; of an evaluation the last one; of tokens/s the median.
-Tested is the mean difference over seeds against its own spread, by Student's t (two-sided, level 5 %); what may differ
-by powers of ten is compared as a factor, on logarithms. Below stands the mean over seeds ± their standard deviation. A
-difference holds that passes Holm's correction over all comparisons of its table; one that passes alone is said to.
-The t test takes differences over seeds for normal, which a few seeds cannot show.
+The mean difference over seeds is tested against its own spread, by Student's t (two-sided, level 5 %); what may differ
+by powers of ten is compared as a factor, on logarithms. Below is the mean over seeds ± their standard deviation. A
+difference that passes Holm's correction over all comparisons of its table holds; of one that passes alone the table
+says so. The t test assumes that differences over seeds are normal, which a few seeds cannot show.
 
 Runs beside each other share memory bandwidth and caches, so tokens/s and seconds are those of this machine under this
 load."""

@@ -53,7 +53,7 @@ class Run:
 
     @property
     def steps(self):
-        """The records of RL steps, in which `reward` stands."""
+        """The records of RL steps, which have a `reward`."""
         return [record for record in self.records if "reward" in record]
 
     @property

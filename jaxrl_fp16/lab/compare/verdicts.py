@@ -2,7 +2,7 @@
 
 Two runs of one seed began from the same weights and saw the same data, so their values are
 paired: what is tested is the mean of the n differences against their own spread, by Student's
-t with n - 1 degrees of freedom (two-sided). It takes the differences for normal, which so few
+t with n - 1 degrees of freedom (two-sided). It assumes that the differences are normal, which so few
 cannot show. n: seeds that both sides ran.  w: steps of a moving average.
 """
 
@@ -17,7 +17,7 @@ LEVEL = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Pairing:
-    """The values of two sides, seed by seed, held against each other."""
+    """The values of two sides, compared seed by seed."""
 
     first: tuple[float, ...]     # of the seeds that both sides have
     second: tuple[float, ...]

@@ -1,23 +1,12 @@
-"""Where sampler and scorer come to differ, module by module, and what each remedy buys.
+"""Where sampler and scorer come to differ, module by module.
 
 B: rows.  T: columns, left-aligned.  P: prompt columns.  D: hidden size.  V: vocabulary.
 
-What a module gives differs between the decode program and the full-sequence one for
-two reasons: its input differs already, and it rounds differently itself. Replacing its
-output by the other program's would count the first with the second, for every module
-again. Replacing it by what the other program makes of the same input would count the
-second alone, but the rest of a half-precision program rounds anew: a change of 1e-7
-flips roundings on its way, and ends nearly as large as the whole difference, whatever
-module it came from (`literal` in the result holds that reading; its sum of squares is
-many times the whole).
-
-So a module's share is taken to first order, where it is exact. Let `f` be the module in
-float32 on the weights as cast. Its own error in a program is `e = output - f(input)`,
-on that program's input. The programs differ by the sum over modules of `e_decode -
-e_full`, each carried to the log-probs by what follows without further rounding. A share
-is that: the change of the log-probs of a float32 forward when `e_decode - e_full` is added
-to that module's output alone. The sum after attention and after MLP is rounded too;
-that rounding is counted with the module that is summed.
+A module's share, to first order: let `f` be the module in float32 on the weights as cast. Its own error in a program
+is `e = output - f(input)`, on that program's input. The share is the change of the log-probs of a float32 forward when
+`e_decode - e_full` is added to that module's output alone. The rounding of the sum after attention, and after the MLP,
+counts with the module that is summed. Carried on in the compute dtype instead (`literal`), each share would flip
+roundings on its way and end nearly as large as the whole difference.
 """
 
 from functools import partial
@@ -60,7 +49,7 @@ def attribute(model, params, rollout, policy, *, temperature=1.0, literal=False)
       end_to_end: root mean square difference of the two tapped programs' log-probs.
       untapped: the same of `rollout.logprobs` and the scorer: taps change fusions.
       unexplained: root mean square of the difference less all shares.
-      squares: sum of the squared shares over end_to-end's square; literal_squares likewise.
+      squares: sum of the squared shares over end_to_end's square; with `literal` also `literal_squares`.
       token_kl: of both, `tapped` and `untapped`.
 
     Raises ValueError for a rollout of a truncated distribution.
@@ -105,8 +94,8 @@ def attribute(model, params, rollout, policy, *, temperature=1.0, literal=False)
 
 
 def _aligned(rollout):
-    """tokens and masks [B,T] left-aligned; `response`: where a response token stands, `predicts`: where its
-    predecessor does; `lengths` int32 [B] of the prompts."""
+    """tokens and masks [B,T] left-aligned; `response`: where a response token is, `predicts`: where its
+    predecessor is; `lengths` int32 [B] of the prompts."""
     tokens, _, (order, _) = align_rows(rollout.tokens, rollout.mask)
     response = align(rollout.response_mask.astype(bool), order)
     mask = align(rollout.mask.astype(bool), order)
@@ -116,7 +105,7 @@ def _aligned(rollout):
 
 
 def _prompt_columns(rollout):
-    """How many columns stand before the first response column."""
+    """How many columns come before the first response column."""
     columns = np.flatnonzero(np.asarray(rollout.response_mask).any(axis=0))
     return int(columns[0]) if len(columns) else rollout.tokens.shape[1]
 

@@ -16,7 +16,7 @@ def attribution_section(found):
         "when the difference of its own rounding in the two programs is put into its output alone; what its input "
         "brought along is its predecessors'. If roundings are independent the squares of the shares add up to the "
         "square of the whole: the table's ratio is then 1. Taps change what is fused, so the difference without "
-        "them stands beside.",
+        "them is given too.",
         tables=[_whole(found), _modules(found)],
         figures=[Figure(svg_of(draw_attribution(found)), "Left: the residual stream after each layer, where it "
                         "predicts a response token; the norm of the difference over the stream's. Right: parts of the "

@@ -1,4 +1,4 @@
-"""The paper's offline figures (arXiv 2510.26788), from stored rollouts and `offline_stats`."""
+"""The paper's offline figures (arXiv 2510.26788), from stored rollouts and `stats.py`."""
 
 import numpy as np
 

@@ -201,7 +201,7 @@ def _number_sections(facts, found, reference):
                   "make of the mismatch.", tables=[_cross_table(found)])
     environment = facts["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in environment["versions"].items())
-    yield Section("What this hangs on", tables=[Table(("", ""), [
+    yield Section("What this depends on", tables=[Table(("", ""), [
         ("rollouts", facts["rollouts"]), ("temperature", facts["temperature"]),
         *((name, value) for name, value in (facts["model"] or {}).items()),
         ("device", f"{environment['devices']} x {environment['device_kind']}"),

@@ -36,7 +36,7 @@ class ScoredRollout:
     precision: str             # of the sampler
     temperature: float
     tokens: np.ndarray         # int32 [B,T]
-    mask: np.ndarray           # bool [B,T]: a real token stands here
+    mask: np.ndarray           # bool [B,T]: real tokens
     response_mask: np.ndarray  # bool [B,T]: sampled
     logprobs: np.ndarray       # float32 [B,T]: by the sampler, while it sampled
     finished: np.ndarray       # bool [B]: ended by itself

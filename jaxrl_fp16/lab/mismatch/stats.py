@@ -100,7 +100,7 @@ def equal_shares(values, bins):
 
 
 def in_bins(x, y, edges):
-    """What stands between each two edges, a value on an edge above it and the last bin closed.
+    """What lies between each two edges, a value on an edge above it and the last bin closed.
 
     Returns a dict of lists, empty bins left out: mean of `x`, `mean` of `y` and its standard
     `error` (over tokens, as if they were independent; NaN for one), `count`.

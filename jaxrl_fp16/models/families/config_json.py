@@ -40,7 +40,7 @@ def _without_repeats(pairs):
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} stands there twice")
+        raise ValueError(f"key {next(key for key in keys if keys.count(key) > 1)!r} is there twice")
     return found
 
 

@@ -66,7 +66,7 @@ def _read_shards(folder):
     for shard in sorted(set(where.values())):
         for name, tensor in _read_header(folder / shard).items():
             if name in found:
-                raise PretrainedError(f"{folder}: tensor {name} stands in {found[name].file.name} and in "
+                raise PretrainedError(f"{folder}: tensor {name} is in {found[name].file.name} and in "
                                       f"{shard}; allowed: one place")
             if where.get(name) != shard:
                 raise PretrainedError(f"{folder / shard}: tensor {name} is unknown to {INDEX}; "

@@ -1,6 +1,6 @@
 """A pool of worker processes that can be killed at any moment.
 
-Grading runs code that may hang in C, eat memory or crash: symbolic algebra on a hostile answer, or somebody's
+Grading runs code that may hang in C, eat memory or crash: symbolic algebra on a hostile answer, or a user's
 own reward function. Each job goes to a process of its own session with a memory limit; at the job's deadline
 the process group gets SIGKILL, which needs no cooperation, and another takes its place. Messages are JSON
 lines over a socket, so nothing that a worker sends is ever unpickled. Workers start from a bare interpreter,

@@ -1,4 +1,4 @@
-"""Checkpoints of a whole training state, checked before they are believed.
+"""Checkpoints of a whole training state, checked before they are used.
 
     checkpoints/
       100/                what is here was finished: folders get this name last
@@ -43,12 +43,12 @@ class CheckpointError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig:
-    every: Annotated[int, Ge(0), Doc("steps from one checkpoint to the next; 0: the last step only")] = 50
-    keep: Annotated[int, Ge(1), Doc("how many of the newest checkpoints stay")] = 2
+    every: Annotated[int, Ge(0), Doc("steps between checkpoints; 0: one after the last step alone")] = 50
+    keep: Annotated[int, Ge(1), Doc("newest checkpoints that are kept")] = 2
     best: Annotated[
-        str | None, Doc("a metric, such as eval/NAME/accuracy: where it was highest stays too; null: none")
+        str | None, Doc("metric, e.g. eval/NAME/accuracy, whose best checkpoint is kept too; null: none")
     ] = None
-    export: Annotated[Literal["latest", "best"], Doc("the checkpoint that the command export takes")] = "latest"
+    export: Annotated[Literal["latest", "best"], Doc("checkpoint that the command `export` takes")] = "latest"
 
     def __post_init__(self):
         if self.export == "best" and self.best is None:
@@ -77,7 +77,7 @@ class Checkpoints:
         self._pending: tuple[int, concurrent.futures.Future] | None = None
         self._current: set[int] = set()         # steps that this object wrote or read
         self._damaged: set[int] = set()
-        self._told: set[str] = set()            # unfinished folders that were spoken of
+        self._told: set[str] = set()            # unfinished folders that were reported
 
     def __enter__(self) -> Checkpoints:
         return self

@@ -11,7 +11,7 @@ from jaxrl_fp16.training.updates.optimizer import make_schedule
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """One step of a training, done: what it led to, and what is to be told of it."""
+    """One step of a training, done: what it led to, and what is to be logged of it."""
 
     number: int
     learner: Learner                            # donated to the next step
@@ -19,7 +19,7 @@ class Step:
     position: int                               # in the data, after it
     taken: Sequence[Mapping[str, float]]        # metrics of its optimizer steps, in order
     samples: Iterable[Mapping[str, Any]] = ()   # for samples.jsonl
-    # What was not finite in the latest optimizer step that was skipped, as text; None where nobody can tell.
+    # What was not finite in the latest optimizer step that was skipped, as text; None where that is not known.
     cause: Callable[[], str | None] = lambda: None
 
 

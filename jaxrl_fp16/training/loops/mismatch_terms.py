@@ -1,4 +1,4 @@
-"""What parts the sampler from what is trained, in four terms that are measured apart.
+"""What separates the sampler from what is trained, in four terms that are measured separately.
 
 numerics: two programs round differently. staleness: the weights have moved since. truncation: top-k and top-p
 sample another distribution. tokenisation: the text has other ids than those that were sampled.

@@ -1,7 +1,7 @@
 """Beside a run: its ranges every few iterations, and what was not finite in a step that was skipped.
 
 M: rows of a minibatch.
-It reads and changes nothing: its programs are its own, and nothing of a run hangs on what they find.
+It reads and changes nothing: its programs are its own, and nothing in a run depends on what they find.
 """
 
 from functools import partial
@@ -75,7 +75,7 @@ class Watch:
         count = min(-(-self.run.config.telemetry.rows // shards) * shards, len(index))
         minibatch = rows_of(index)
         total = normalizer_of(minibatch.response_mask)
-        # Rows that pull come first: a gradient of nothing shows nothing.
+        # Rows with an advantage come first: the policy loss of the others has no gradient to measure.
         idle = (to_host(minibatch.advantages).reshape(len(index), -1) == 0).all(axis=1)
         index = index[np.argsort(idle, kind="stable")]
         with self.run.log.announce("looking at the ranges"):

@@ -78,8 +78,8 @@ def fresh_state(run, params):
 def supervise(run, state, position=0, start=0):
     """The steps of section `sft` after step `start`, from `state` and a position in the data.
 
-    Yields a Step after each. Beside the update's own metrics stand `examples` and `filled`, the share of columns
-    that hold a token.
+    Yields a Step after each. Its metrics are the update's own, `examples`, and `filled`, the share of columns that
+    hold a token.
     """
     section, setup = run.config.sft, run.setup
     update = make_sft_update(

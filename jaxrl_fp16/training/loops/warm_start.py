@@ -15,7 +15,7 @@ FOLDER = "warm_start"  # of its checkpoints
 
 @dataclasses.dataclass(frozen=True)
 class Start:
-    """What a training's first step goes on from."""
+    """What a training's first step continues from."""
 
     learner: Learner
     position: int = 0                       # in the data
@@ -60,7 +60,7 @@ def warm_start(run, params):
     """Supervised steps before the first iteration: `(params, metrics of the last step, exit code after a signal or 0)`.
 
     They end early with `sft.until_accuracy`, so that runs whose roundings or seeds differ
-    begin RL at about one accuracy. Checkpoints of their own, `warm_start/`, let a run go on that was cut off within.
+    begin RL at about one accuracy. Checkpoints of their own, `warm_start/`, let a run that was cut off there continue.
     """
     section, guard = run.config.sft, SkipGuard(run)
     shown, learner, known, start = max(1, section.steps // 5), Learner(fresh_state(run, params)), {}, 0

@@ -34,7 +34,7 @@ def _permutation(seed, epoch, size):
 
 
 def data_order(seed, size, places):
-    """Indices of the rows that stand at `places` of an endless pass over `size` rows, shuffled anew each epoch."""
+    """Indices of the rows at `places` of an endless pass over `size` rows, shuffled anew each epoch."""
     return [int(_permutation(seed, place // size, size)[place % size]) for place in places]
 
 
@@ -58,7 +58,7 @@ def fitting_rows(task, position, chunk, seed, encode, nothing):
 
 
 def next_prompts(task, tokenizer, position, count, length, seed):
-    """`count` prompts of `task.train` from `position` on, in an order that hangs on `seed` and the epoch alone.
+    """`count` prompts of `task.train` from `position` on, in an order that depends on `seed` and the epoch alone.
 
     A prompt longer than `length` tokens is set aside, never cut. Raises ValueError
     when a whole epoch holds none that fits.

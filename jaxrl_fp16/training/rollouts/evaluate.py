@@ -68,7 +68,7 @@ def evaluate(evaluator, params, setup, length, key):
     """Metrics of one set: `eval/NAME/accuracy` (mean reward of all samples), `.../stderr` (over problems),
     `.../pass@k`, `.../response_length`, `.../finished`, `.../problems`.
 
-    Prompts longer than `length` tokens count as unsolved: a set's size does not hang on a limit.
+    Prompts longer than `length` tokens count as unsolved: a set's size does not depend on a limit.
     """
     rewards, lengths, finished = [], [], []
     for kept, graded in grade_chunks(evaluator, params, setup, length, key):
@@ -85,7 +85,7 @@ def grade_chunks(evaluator, params, setup, length, key, start=0):
     """Yields `(kept bool [c], Graded)` for each chunk of a set's problems, in order: the first c groups are theirs.
 
     kept: False where a prompt has more than `length` tokens. `start`, a multiple of
-    `prompts_at_once`, is the first problem: what a chunk gives hangs on its place alone.
+    `prompts_at_once`, is the first problem: what a chunk gives depends on its place alone.
     """
     for begin in range(start, len(evaluator.task.heldout), evaluator.prompts_at_once):
         chunk = evaluator.task.heldout[begin:begin + evaluator.prompts_at_once]

@@ -29,7 +29,7 @@ class RewardModel:
     params: Any             # float32, on the mesh
     precision: Precision
     tokenizer: Any
-    pad_token_id: int | None  # of its config.json: a text's score stands on its last token that is not this one
+    pad_token_id: int | None  # of its config.json: a text's score is at its last token that is not this one
     write: Write
 
 

@@ -161,7 +161,7 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
     reads a run's folder, which others may write meanwhile.
 
     Where `rewarded`, and the config names a reward model, `run.task` is graded by it; the
-    evaluation sets keep the task's own reward: where the two part, the policy exploits the model.
+    evaluation sets keep the task's own reward: where the two differ, the policy exploits the model.
 
     Raises ConfigError for whatever can be refused before the start; `check(setup, task)`
     may raise more of them, before the run folder is made.

@@ -34,10 +34,18 @@ MAY_CHANGE = ("run.steps", "sft.steps", "dpo.steps", "run.dir", "run.compile_cac
 class Config:
     """Everything that a command reads."""
 
-    precision: Annotated[str, Doc("auto, fp16, bf16, fp32 or params=float32,compute=DTYPE,output=DTYPE")] = "auto"
-    rollout_precision: Annotated[str | None, Doc("of the sampler alone, for the ablation; null: precision")] = None
-    platform: Annotated[Literal["auto", "cpu", "gpu", "tpu"] | None, Doc("short for run.platform")] = None
-    resume: Annotated[str | None, Doc("a run folder to go on with")] = None
+    precision: Annotated[
+        str,
+        Doc("precision of the run: auto (fp16, on a TPU bf16), fp16, bf16, fp32 or "
+            "params=float32,compute=DTYPE,output=DTYPE"),
+    ] = "auto"
+    rollout_precision: Annotated[
+        str | None, Doc("precision of the sampler alone, for the ablation; null: that of the run")
+    ] = None
+    platform: Annotated[
+        Literal["auto", "cpu", "gpu", "tpu"] | None, Doc("short for run.platform; null: as run.platform says")
+    ] = None
+    resume: Annotated[str | None, Doc("run folder that the command continues from, or exports; null: a new run")] = None
     run: RunConfig = RunConfig()
     loss_scale: LossScaleConfig = LossScaleConfig()
     model: ModelConfig = ModelConfig()

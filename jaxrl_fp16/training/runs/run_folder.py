@@ -59,7 +59,7 @@ def _command_of(folder):
 
 
 def write_record(setup, folder, command, reward_policy=None):
-    """`config.yaml`, resolved, and `environment.json`: the command, and what the run's numerics hang on.
+    """`config.yaml`, resolved, and `environment.json`: the command, and what the run's numerics depend on.
 
     reward_policy: of the reward model, where the run has one.
     """

@@ -15,34 +15,57 @@ from jaxrl_fp16.training.updates.optimizer import OptimizerConfig
 
 @dataclasses.dataclass(frozen=True)
 class RunConfig:
-    name: Annotated[str | None, Doc("first part of the run folder's name; null: the config file's")] = None
-    dir: Annotated[str, Doc("where run folders are made")] = "runs"
-    seed: Annotated[int, Ge(0), Doc("of weights, sampling and data order")] = 0
-    stamp: Annotated[bool, Doc("the folder's name ends with the time; false: dir/name itself")] = True
-    steps: Annotated[int, Ge(0), Doc("iterations")] = 100
-    platform: Annotated[Literal["auto", "cpu", "gpu", "tpu"], Doc("auto: the best that JAX finds")] = "auto"
-    compile_cache: Annotated[str | None, Doc("folder of compiled programs; null: none")] = "~/.cache/jaxrl_fp16"
-    export: Annotated[bool, Doc("write the final weights as a Hugging Face folder, model/")] = True
+    name: Annotated[str | None, Doc("first part of the run folder's name; null: the name of the config file")] = None
+    dir: Annotated[str, Doc("folder in which run folders are made")] = "runs"
+    seed: Annotated[int, Ge(0), Doc("seed of random weights, sampling and data order")] = 0
+    stamp: Annotated[bool, Doc("end the run folder's name with the time; false: the folder is run.dir/run.name")] = True
+    steps: Annotated[int, Ge(0), Doc("RL iterations of `train`")] = 100
+    platform: Annotated[
+        Literal["auto", "cpu", "gpu", "tpu"], Doc("where JAX runs; auto: on the best platform that it finds")
+    ] = "auto"
+    compile_cache: Annotated[
+        str | None, Doc("folder in which compiled programs are kept; null: they are not kept")
+    ] = "~/.cache/jaxrl_fp16"
+    export: Annotated[bool, Doc("write the final weights as a Hugging Face folder, model/, in the run folder")] = True
     heartbeat_seconds: Annotated[
-        int, Ge(1), Doc("of several processes: silence after which one counts as gone, and the others stop")
+        int, Ge(1), Doc("seconds of silence after which one of several processes counts as gone and the others stop")
     ] = 60
 
 
-def _optional_fields(cls):
-    """The fields of a config class, each of which may also be null."""
-    hints = get_type_hints(cls, include_extras=True).items()
-    return [(name, Annotated[(Optional[hint.__origin__], *hint.__metadata__)], None) for name, hint in hints]
+def _optional_fields(cls, null):
+    """The fields of a config class, each of which may also be null; `null(field)` is what that means, for the help."""
+    hints, fields = get_type_hints(cls, include_extras=True), []
+    for field in dataclasses.fields(cls):
+        hint = hints[field.name]
+        notes = [_or_null(note, null(field)) if isinstance(note, Doc) else note for note in hint.__metadata__]
+        fields.append((field.name, Annotated[(Optional[hint.__origin__], *notes)], None))
+    return fields
+
+
+def _or_null(doc, meaning):
+    return doc if "null:" in doc.text else Doc(f"{doc.text}; null: {meaning}")
+
+
+def _null_shape(field):
+    """What null means for a field of the model's shape."""
+    if field.name == "vocab_size":
+        return "that of model.path, or of the tokenizer"
+    return "that of model.path" if field.default is dataclasses.MISSING else "that of model.path, or the family's"
 
 
 # `path`, or the fields of a DecoderConfig; all in one section.
 ModelConfig = dataclasses.make_dataclass(
     "ModelConfig",
     [
-        ("path", Annotated[str | None, Doc("a Hugging Face folder; null: random weights of the shape below")], None),
-        ("tokenizer", Annotated[str | None, Doc("its folder; null: path's, or the task's characters")], None),
-        ("attention", Annotated[AttentionKind, Doc("one for sampler, scorer and update")], "blockwise"),
-        ("remat", Annotated[bool, Doc("keep only layer inputs for the backward pass")], True),
-        *_optional_fields(DecoderConfig),
+        ("path", Annotated[
+            str | None, Doc("Hugging Face folder of the model; null: random weights in the shape that model.* gives")
+        ], None),
+        ("tokenizer", Annotated[
+            str | None, Doc("folder of the tokenizer; null: model.path, or without it a tokenizer of single characters")
+        ], None),
+        ("attention", Annotated[AttentionKind, Doc("attention of sampler, scorer and update alike")], "blockwise"),
+        ("remat", Annotated[bool, Doc("keep only layer inputs for the backward pass; compute the rest again")], True),
+        *_optional_fields(DecoderConfig, _null_shape),
     ],
     frozen=True,
     namespace={"__doc__": "The model: a folder, or a shape to be filled at random."},
@@ -52,8 +75,10 @@ ModelConfig = dataclasses.make_dataclass(
 AlgorithmSection = dataclasses.make_dataclass(
     "AlgorithmSection",
     [
-        ("preset", Annotated[Literal[*PRESETS], Doc("the algorithm; fields left null are the preset's")], "grpo"),
-        *(field for field in _optional_fields(AlgorithmConfig) if field[0] != "preset"),
+        ("preset", Annotated[
+            Literal[*PRESETS], Doc("preset of the algorithm, whose values the null fields of section algorithm take")
+        ], "grpo"),
+        *(field for field in _optional_fields(AlgorithmConfig, lambda field: "the preset's") if field[0] != "preset"),
     ],
     frozen=True,
     namespace={"__doc__": "The algorithm: a preset, and the fields of AlgorithmConfig that differ from it."},
@@ -62,33 +87,38 @@ AlgorithmSection = dataclasses.make_dataclass(
 
 @dataclasses.dataclass(frozen=True)
 class TrainingConfig:
-    prompts_per_step: Annotated[int, Ge(1), Doc("prompts of an iteration; each gets group_size responses")] = 64
-    minibatch_size: Annotated[int, Ge(1), Doc("rows of an optimizer step")] = 128
-    microbatch_size: Annotated[int, Ge(1), Doc("rows in memory at once; divides minibatch_size")] = 8
-    epochs: Annotated[int, Ge(1), Doc("passes over an iteration's rows")] = 1
-    max_prompt_tokens: Annotated[int, Ge(1), Doc("longer prompts are set aside")] = 1024
+    prompts_per_step: Annotated[
+        int, Ge(1), Doc("prompts of an iteration; each gets sampling.group_size responses")
+    ] = 64
+    minibatch_size: Annotated[int, Ge(1), Doc("rows (responses) of an RL optimizer step")] = 128
+    microbatch_size: Annotated[int, Ge(1), Doc("rows scored or learnt from at once; divides minibatch_size")] = 8
+    epochs: Annotated[int, Ge(1), Doc("passes over the rows of an iteration")] = 1
+    max_prompt_tokens: Annotated[int, Ge(1), Doc("longest prompt, in tokens; longer ones are set aside")] = 1024
     old_logprobs: Annotated[
-        Literal["recompute", "rollout"], Doc("by the scorer, or the sampler's own")
+        Literal["recompute", "rollout"],
+        Doc("old log-probs of the policy ratio: recompute takes the scorer's, rollout the sampler's own"),
     ] = "recompute"
     truncated: Annotated[
-        Literal["keep", "zero", "mask"], Doc("a response cut by the length limit: as graded, reward 0, out of the loss")
+        Literal["keep", "zero", "mask"],
+        Doc("a response cut by the length limit: keep its grade, give it reward zero, or mask it out of the loss"),
     ] = "zero"
-    reference: Annotated[
-        Literal["device", "host"], Doc("where the KL term's reference waits: in device memory, or the host's")
-    ] = "device"
+    reference: Annotated[Literal["device", "host"], Doc("whose memory keeps the KL term's reference model")] = "device"
     max_sampling_rounds: Annotated[
-        int, Ge(1), Doc("with dynamic_sampling: batches sampled at most to fill a step with unequal groups")
+        int, Ge(1), Doc("dynamic_sampling: most batches sampled to fill a step with groups of unequal reward")
     ] = 4
     max_skipped_steps: Annotated[int, Ge(1), Doc("optimizer steps skipped in a row before the run stops")] = 20
     stop_above: Annotated[
-        dict[str, float], Doc("metrics that end the run when above, e.g. {mismatch/kl_k3: 0.1, kl: 5}; none: {}")
+        dict[str, float],
+        Doc("bounds of metrics, e.g. {mismatch/kl_k3: 0.1, kl: 5}; a metric above its bound ends the run; {}: none"),
     ] = dataclasses.field(default_factory=dict)
     stage_seconds: Annotated[
         float | None, Gt(0),
-        Doc("longer sampling with grading, learning, evaluating of a set or saving ends the run; null: no limit"),
+        Doc("seconds after which a stage (sampling, learning, an evaluation set, saving) ends the run; null: no limit"),
     ] = 3600.0
-    max_failed_rewards: Annotated[float, Ge(0), Le(1), Doc("share of rewards that may fail in a step")] = 0.05
-    probe: Annotated[bool, Doc("`train` at learning rate 0: no weight moves, the mismatch is the set-up's own")] = False
+    max_failed_rewards: Annotated[
+        float, Ge(0), Le(1), Doc("share of a sampled batch's rewards that may fail; more end the run")
+    ] = 0.05
+    probe: Annotated[bool, Doc("run `train` at learning rate 0: no weight moves, any mismatch is the set-up's")] = False
     tokenisation_rows: Annotated[
         int, Ge(0), Doc("responses of a step that are decoded and encoded again for terms/tokenisation; 0: none")
     ] = 16
@@ -98,46 +128,55 @@ class TrainingConfig:
 class SFTConfig:
     """Supervised training on the task's solutions; before `train` where `steps` is not 0."""
 
-    steps: Annotated[int, Ge(0), Doc("optimizer steps; 0: none")] = 0
+    steps: Annotated[int, Ge(0), Doc("supervised optimizer steps, of `sft` or of a warm start; 0: none")] = 0
     until_accuracy: Annotated[
-        float | None, Gt(0), Le(1), Doc("a warm start ends when the first evaluation set reaches it; null: after steps")
+        float | None, Gt(0), Le(1),
+        Doc("accuracy on the first evaluation set at which a warm start ends; null: after sft.steps"),
     ] = None
-    check_every: Annotated[int, Ge(1), Doc("steps between looks at that accuracy")] = 10
-    batch_size: Annotated[int, Ge(1), Doc("rows of a step")] = 64
-    microbatch_size: Annotated[int, Ge(1), Doc("rows in memory at once; divides batch_size")] = 64
-    max_length: Annotated[int, Ge(2), Doc("tokens of prompt and solution; longer pairs are set aside")] = 512
-    packing: Annotated[bool, Doc("several pairs share a row of max_length columns; the loss is the same")] = False
-    optimizer: Annotated[OptimizerConfig, Doc("its own")] = OptimizerConfig(learning_rate=1e-5)
+    check_every: Annotated[
+        int, Ge(1), Doc("warm-start steps between measurements of the accuracy that sft.until_accuracy asks for")
+    ] = 10
+    batch_size: Annotated[int, Ge(1), Doc("rows of a supervised step")] = 64
+    microbatch_size: Annotated[int, Ge(1), Doc("rows of a supervised step in memory at once; divides batch_size")] = 64
+    max_length: Annotated[int, Ge(2), Doc("longest prompt with solution, in tokens; longer ones are set aside")] = 512
+    packing: Annotated[
+        bool, Doc("put several prompts with solutions into one row of max_length columns; the loss is the same")
+    ] = False
+    optimizer: Annotated[OptimizerConfig, Doc("optimizer of supervised training")] = OptimizerConfig(learning_rate=1e-5)
 
 
 @dataclasses.dataclass(frozen=True)
 class DPOConfig(PreferenceConfig):
     """Preference optimization on the task's pairs of responses; the reference is the model that it starts from."""
 
-    steps: Annotated[int, Ge(1), Doc("optimizer steps")] = 100
-    batch_size: Annotated[int, Ge(1), Doc("pairs of a step")] = 64
-    microbatch_size: Annotated[int, Ge(1), Doc("pairs in memory at once; divides batch_size")] = 8
-    max_length: Annotated[int, Ge(2), Doc("tokens of prompt and response; longer pairs are set aside")] = 1024
-    optimizer: Annotated[OptimizerConfig, Doc("its own")] = OptimizerConfig(learning_rate=1e-6)
+    steps: Annotated[int, Ge(1), Doc("preference optimizer steps, of `dpo`")] = 100
+    batch_size: Annotated[int, Ge(1), Doc("pairs of responses of a preference step")] = 64
+    microbatch_size: Annotated[int, Ge(1), Doc("pairs of a preference step in memory at once; divides batch_size")] = 8
+    max_length: Annotated[
+        int, Ge(2), Doc("longest prompt with one response, in tokens; pairs with a longer one are set aside")
+    ] = 1024
+    optimizer: Annotated[OptimizerConfig, Doc("optimizer of preference training")] = OptimizerConfig(learning_rate=1e-6)
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationSet:
-    name: Annotated[str, Doc("heads its metrics: eval/NAME/accuracy")]
-    path: Annotated[str | None, Doc("JSONL file; null: the task's held-out problems")] = None
-    template: Annotated[str | None, Doc("null: the task's")] = None
-    samples: Annotated[int, Ge(1), Doc("responses to each problem")] = 1
-    temperature: Annotated[float, Ge(0), Doc("0: greedy")] = 0.0
-    top_p: Annotated[float, Gt(0), Le(1), Doc("1: off")] = 1.0
-    limit: Annotated[int | None, Ge(1), Doc("first problems only; null: all")] = None
+    name: Annotated[str, Doc("name of the evaluation set, as in its metric eval/NAME/accuracy")]
+    path: Annotated[str | None, Doc("JSONL file of the evaluation set; null: the task's held-out problems")] = None
+    template: Annotated[str | None, Doc("prompt template of the evaluation set; null: the task's")] = None
+    samples: Annotated[int, Ge(1), Doc("responses sampled for each problem of the evaluation set")] = 1
+    temperature: Annotated[float, Ge(0), Doc("sampling temperature of the evaluation set; 0: greedy")] = 0.0
+    top_p: Annotated[float, Gt(0), Le(1), Doc("probability mass that the evaluation set samples from; 1: all")] = 1.0
+    limit: Annotated[int | None, Ge(1), Doc("first problems of the evaluation set that are taken; null: all")] = None
 
 
 @dataclasses.dataclass(frozen=True)
 class EvaluationConfig:
-    every: Annotated[int, Ge(0), Doc("steps between evaluations; 0: none before the end")] = 0
-    sets: Annotated[tuple[EvaluationSet, ...], Doc("what is evaluated")] = ()
-    max_new_tokens: Annotated[int | None, Ge(1), Doc("null: as in sampling")] = None
-    rows: Annotated[int, Ge(1), Doc("responses sampled at once")] = 256
+    every: Annotated[int, Ge(0), Doc("steps between evaluations; 0: none between a run's start and its end")] = 0
+    sets: Annotated[tuple[EvaluationSet, ...], Doc("evaluation sets, each a section; []: nothing is evaluated")] = ()
+    max_new_tokens: Annotated[
+        int | None, Ge(1), Doc("longest response in evaluation, in tokens; null: sampling.max_new_tokens")
+    ] = None
+    rows: Annotated[int, Ge(1), Doc("responses that evaluation and `filter` sample at once")] = 256
 
     def __post_init__(self):
         names = [section.name for section in self.sets]
@@ -149,27 +188,29 @@ class EvaluationConfig:
 class CriticConfig:
     """PPO's critic; used where the advantage is `gae`."""
 
-    path: Annotated[str | None, Doc("a Hugging Face folder for its body; null: a copy of the policy's")] = None
-    precision: Annotated[str | None, Doc("its own, as `precision`; null: the run's")] = None
-    loss_scale: Annotated[LossScaleConfig, Doc("its own")] = LossScaleConfig()
-    optimizer: Annotated[OptimizerConfig, Doc("its own")] = OptimizerConfig(learning_rate=1e-5)
-    warmup_steps: Annotated[int, Ge(0), Doc("first iterations, in which the critic alone learns")] = 0
+    path: Annotated[str | None, Doc("Hugging Face folder of the critic's body; null: a copy of the policy's")] = None
+    precision: Annotated[str | None, Doc("precision of the critic; null: the run's")] = None
+    loss_scale: Annotated[LossScaleConfig, Doc("loss scale of the critic")] = LossScaleConfig()
+    optimizer: Annotated[OptimizerConfig, Doc("optimizer of the critic")] = OptimizerConfig(learning_rate=1e-5)
+    warmup_steps: Annotated[int, Ge(0), Doc("first iterations in which the critic alone learns; 0: none")] = 0
 
 
 @dataclasses.dataclass(frozen=True)
 class GenerateConfig:
-    prompts: Annotated[tuple[str, ...], Doc("problems, put into the template; none: the task's held-out ones")] = ()
-    count: Annotated[int, Ge(1), Doc("how many of the task's problems")] = 4
+    prompts: Annotated[tuple[str, ...], Doc("problems for `generate` to answer; []: the task's held-out ones")] = ()
+    count: Annotated[int, Ge(1), Doc("problems of the task that `generate` takes where generate.prompts is empty")] = 4
 
 
 @dataclasses.dataclass(frozen=True)
 class FilterConfig:
     """Which problems `filter` keeps; the defaults are the paper's (2510.26788)."""
 
-    samples: Annotated[int, Ge(1), Doc("responses to each problem")] = 40
-    low: Annotated[float, Ge(0), Le(1), Doc("smallest accuracy that is kept")] = 0.2
-    high: Annotated[float, Ge(0), Le(1), Doc("largest")] = 0.8
-    output: Annotated[str | None, Doc("JSONL file of the kept ones; null: filtered.jsonl in the run folder")] = None
+    samples: Annotated[int, Ge(1), Doc("responses that `filter` samples for each problem")] = 40
+    low: Annotated[float, Ge(0), Le(1), Doc("lowest accuracy of a problem that `filter` keeps")] = 0.2
+    high: Annotated[float, Ge(0), Le(1), Doc("highest accuracy of a problem that `filter` keeps")] = 0.8
+    output: Annotated[
+        str | None, Doc("JSONL file of the problems that `filter` keeps; null: filtered.jsonl in the run folder")
+    ] = None
 
     def __post_init__(self):
         if self.low > self.high:
@@ -180,16 +221,21 @@ class FilterConfig:
 class CompareConfig:
     """The runs that `compare` starts: each precision with each seed."""
 
-    precisions: Annotated[tuple[str, ...], Doc("of the runs; short: --precisions A B")] = ("fp16", "bf16")
+    precisions: Annotated[tuple[str, ...], Doc("precisions of the compared runs; short: --precisions A B")] = (
+        "fp16", "bf16",
+    )
     rollout_precisions: Annotated[
-        tuple[str, ...], Doc("each with each precision, for the ablation; none: the same as the run's")
+        tuple[str, ...], Doc("sampler's precisions, each combined with each of compare.precisions; []: the run's own")
     ] = ()
-    seeds: Annotated[tuple[Annotated[int, Ge(0)], ...], Doc("none: run.seed alone; short: --seeds 0 1 2")] = ()
+    seeds: Annotated[
+        tuple[Annotated[int, Ge(0)], ...], Doc("seeds of the compared runs; []: run.seed alone; short: --seeds 0 1 2")
+    ] = ()
     jobs: Annotated[
-        int | None, Ge(1), Doc("runs side by side; null: one on an accelerator, on a CPU one a core; short: --jobs")
+        int | None, Ge(1),
+        Doc("compared runs side by side; null: one on an accelerator, on a CPU one for each core; short: --jobs"),
     ] = None
     collapse: Annotated[
-        float, Gt(0), Le(1), Doc("share of its peak by which the reward must fall, and stay, to have collapsed")
+        float, Gt(0), Le(1), Doc("share of its peak by which a run's reward must fall, and stay, to have collapsed")
     ] = 0.25
 
     def __post_init__(self):
@@ -205,20 +251,26 @@ class CompareConfig:
 class InfoConfig:
     """What `info` looks at."""
 
-    rows: Annotated[int, Ge(1), Doc("problems, with their solutions or with sampled responses")] = 8
-    max_new_tokens: Annotated[int, Ge(1), Doc("of a sampled response, where that is less than sampling's")] = 128
-    output: Annotated[str | None, Doc("JSON file of all figures; null: the console alone")] = None
+    rows: Annotated[int, Ge(1), Doc("problems that `info` looks at, with solutions or with sampled responses")] = 8
+    max_new_tokens: Annotated[
+        int, Ge(1), Doc("longest response that `info` samples, in tokens; sampling.max_new_tokens limits it too")
+    ] = 128
+    output: Annotated[str | None, Doc("JSON file of all figures of `info`; null: the console alone")] = None
 
 
 @dataclasses.dataclass(frozen=True)
 class MismatchConfig:
     """What `mismatch` samples, scores and draws."""
 
-    precisions: Annotated[tuple[str, ...], MinLen(1), Doc("each samples, and each scores what all sampled")] = (
-        "fp16", "bf16",
-    )
+    precisions: Annotated[
+        tuple[str, ...], MinLen(1), Doc("precisions that `mismatch` compares: each samples, and scores all samples")
+    ] = ("fp16", "bf16")
     reference: Annotated[str, Doc("the precision that stands in for the exact answer")] = "fp32"
-    rollouts: Annotated[str | None, Doc("a folder of stored rollouts to read; null: sample")] = None
-    prompts: Annotated[int | None, Ge(1), Doc("of the task's; null: training.prompts_per_step")] = None
-    bins: Annotated[int, Ge(1), Doc("of a figure's axis at most")] = 12
-    attribution: Annotated[bool, Doc("also by module, of the first responses; takes every activation's memory")] = False
+    rollouts: Annotated[str | None, Doc("folder of stored rollouts for `mismatch` to read; null: it samples")] = None
+    prompts: Annotated[
+        int | None, Ge(1), Doc("prompts of the task that `mismatch` samples from; null: training.prompts_per_step")
+    ] = None
+    bins: Annotated[int, Ge(1), Doc("most bins on the axis of a figure")] = 12
+    attribution: Annotated[
+        bool, Doc("measure the mismatch by module too, on some responses; takes the memory of every activation")
+    ] = False

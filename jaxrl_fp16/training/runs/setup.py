@@ -84,7 +84,7 @@ def set_up_alone(command, config):
 def set_up(config):
     """Checks `config` against this machine and gives a `Setup`. Raises ConfigError.
 
-    Chooses JAX's platform, so it stands before any other use of JAX.
+    Chooses JAX's platform, so it comes before any other use of JAX.
     """
     wanted = config.platform or config.run.platform
     if wanted != "auto":
@@ -122,7 +122,7 @@ def _platform(wanted):
     except RuntimeError as error:
         found, reason = None, " ".join(str(error).split())[:200]
     found = {"cuda": "gpu", "rocm": "gpu"}.get(found, found)
-    if found is None or wanted not in ("auto", found):  # JAX itself goes on to the CPU in silence
+    if found is None or wanted not in ("auto", found):  # JAX itself would fall back to the CPU
         raise ConfigError(f"run.platform: JAX finds no {wanted} here, {reason or f'but {found}'}; allowed: auto, cpu")
     return found
 
@@ -155,7 +155,7 @@ def make_model(setup):
 def load_params(setup, model, any_weights=False):
     """float32 parameters of `make_model`'s model on the mesh: from `model.path`, or random. Raises ConfigError.
 
-    any_weights: also such as are no finite numbers of the compute dtype.
+    any_weights: also weights that are no finite numbers of the compute dtype.
     """
     path, compute = setup.config.model.path, None if any_weights else setup.precision.policy.compute_dtype.name
     with _naming_model():

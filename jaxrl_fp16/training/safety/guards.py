@@ -74,5 +74,5 @@ def check_bounds(run, step, metrics):
         if value > bound or math.isnan(value):
             raise Guard(
                 f"{name} is {value:g} after step {step}, above training.stop_above's {bound:g}: the run diverges; try "
-                f"precision fp16 or a lower learning rate, and go on from an earlier checkpoint"
+                f"precision fp16 or a lower learning rate, and continue from an earlier checkpoint"
             )

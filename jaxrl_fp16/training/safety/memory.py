@@ -1,6 +1,6 @@
-"""What a run will need of a device's memory, reckoned before anything compiles.
+"""What a run will need of a device's memory, estimated before anything compiles.
 
-An estimate of what lives longest, not a measurement: temporary buffers of a
+It counts what lives longest and measures nothing: temporary buffers of a
 compiled program come on top, and `jax.jit(...).lower().compile().memory_analysis()`
 tells those.
 """

@@ -14,9 +14,23 @@ def make_value_update(critic, policy, algorithm, optimizer, *, microbatch_size=8
                       state_shardings=None, frozen=False):
     """A jitted `update(state, batch) -> (state, metrics)` that regresses the critic on `batch.returns`.
 
-    `batch.values` float32 [B,T] are the critic's at the iteration's start, from
-    which `value_clip` measures. The state is donated; on a mesh `state_shardings`
-    keeps it where it lies. frozen: the parameters stay, and all else runs.
+    Args:
+      critic: a Critic.
+      policy: a `jmp.Policy`, the critic's precision.
+      algorithm: an `AlgorithmConfig`, of which `value_clip` and `aggregation` are read.
+      optimizer: an `optax.GradientTransformation`.
+      microbatch_size: rows in memory at once, a divisor of B; the result is that of all rows at once.
+      max_new_tokens: tokens, the constant of the aggregation `fixed_length`; None: T - 1.
+      state_shardings: on a mesh, a tree like the state that keeps it where it lies.
+      frozen: the parameters stay, and all else runs.
+
+    Returns:
+      The update. It donates `state`, the critic's `TrainState`, and takes the minibatch as a `Batch`: its
+      `values` float32 [B,T] are the critic's at the iteration's start, its `returns` float32 [B,T] the
+      targets. Its metrics are those of `value_loss` and of `guarded_step`.
+
+    Raises:
+      ValueError: the update, for a batch without values or returns, or where `microbatch_size` does not divide B.
     """
 
     def update(state, batch):

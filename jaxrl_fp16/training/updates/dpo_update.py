@@ -15,7 +15,7 @@ from jaxrl_fp16.training.updates.step import guarded_step, jit_update
 
 @struct.dataclass
 class PreferencePairs:
-    """Prompts with two responses each. A pair is one row, so that no microbatch parts it."""
+    """Prompts with two responses each. A pair is one row, so that no microbatch splits it."""
 
     tokens: jax.Array                      # int32 [B,2,T]
     mask: jax.Array                        # bool [B,2,T]: real tokens
@@ -26,10 +26,20 @@ class PreferencePairs:
 def make_dpo_update(model, policy, config, optimizer, *, microbatch_size=8, state_shardings=None):
     """A jitted `update(state, pairs) -> (state, metrics)`: one optimizer step of `dpo_loss`, or none.
 
-    config: a `PreferenceConfig`. `microbatch_size` pairs, a divisor of B, are in memory
-    at once, and the result is that of all pairs at once. Metrics as those of
-    `dpo_loss` and `guarded_step`. The state is donated; on a mesh `state_shardings` keeps
-    it where it lies. Raises ValueError for pairs without `ref_logprobs`.
+    Args:
+      model: the policy's Decoder.
+      policy: a `jmp.Policy`, the run's precision.
+      config: a `PreferenceConfig`.
+      optimizer: an `optax.GradientTransformation`.
+      microbatch_size: pairs in memory at once, a divisor of B; the result is that of all pairs at once.
+      state_shardings: on a mesh, a tree like the state that keeps it where it lies.
+
+    Returns:
+      The update. It donates `state`, a `TrainState`, and takes `PreferencePairs`. Its metrics are those of
+      `dpo_loss` and of `guarded_step`.
+
+    Raises:
+      ValueError: the update, for pairs without `ref_logprobs`, or where `microbatch_size` does not divide B.
     """
 
     def update(state, pairs):
@@ -49,7 +59,13 @@ def make_dpo_update(model, policy, config, optimizer, *, microbatch_size=8, stat
 
 
 def make_pair_scorer(model, policy, *, microbatch_size=8):
-    """A jitted `(params, pairs) -> logprobs` float32 [B,2,T]; `microbatch_size` pairs are in memory at once."""
+    """A jitted `(params, pairs) -> logprobs`, float32 [B,2,T] of `PreferencePairs`.
+
+    Args:
+      model: a Decoder.
+      policy: a `jmp.Policy`, the run's precision.
+      microbatch_size: pairs in memory at once, a divisor of B.
+    """
     score_rows = make_scorer(model, policy, microbatch_size=2 * microbatch_size)
 
     def scorer(params, pairs):

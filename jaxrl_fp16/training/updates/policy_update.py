@@ -17,12 +17,24 @@ def make_update(
 ):
     """A jitted `update(state, batch) -> (state, metrics)`: one optimizer step, or none (see `guarded_step`).
 
-    `batch` is a `Batch`, the minibatch; `microbatch_size` rows of it, a divisor of
-    B, are in memory at once, and the result is that of all rows at once.
-    temperature: of the sampler. max_new_tokens: the constant of `fixed_length`,
-    T - 1 where None. keep_logprobs adds `logprobs` float32 [B,T] to the metrics: the
-    gradient program's own, before the step. The state is donated; on a mesh
-    `state_shardings` keeps it where it lies. frozen: the parameters stay, and all else runs.
+    Args:
+      model: the policy's Decoder.
+      policy: a `jmp.Policy`, the run's precision.
+      algorithm: an `AlgorithmConfig`.
+      optimizer: an `optax.GradientTransformation`.
+      microbatch_size: rows in memory at once, a divisor of B; the result is that of all rows at once.
+      temperature: the sampler's.
+      max_new_tokens: tokens, the constant of the aggregation `fixed_length`; None: T - 1.
+      keep_logprobs: adds `logprobs` float32 [B,T] to the metrics: the gradient program's own, before the step.
+      state_shardings: on a mesh, a tree like the state that keeps it where it lies.
+      frozen: the parameters stay, and all else runs.
+
+    Returns:
+      The update. It donates `state`, a `TrainState`, and takes the minibatch as a `Batch`. Its metrics are
+      those of `policy_loss` and of `guarded_step`.
+
+    Raises:
+      ValueError: the update, where `microbatch_size` does not divide B or the batch lacks what the loss reads.
     """
 
     def update(state, batch):

@@ -25,8 +25,19 @@ class RewardPairs:
 def make_reward_update(model, policy, optimizer, *, microbatch_size=8, state_shardings=None):
     """A jitted `update(state, pairs) -> (state, metrics)` by `pairwise_reward_loss`, for `RewardPairs`.
 
-    model: a Critic without a bias, whose gradient would be rounding alone. Metrics as those of
-    `guarded_step`, with the loss's. The state is donated; on a mesh `state_shardings` keeps it where it lies.
+    Args:
+      model: a Critic without a bias, whose gradient would be rounding alone.
+      policy: a `jmp.Policy`, the run's precision.
+      optimizer: an `optax.GradientTransformation`.
+      microbatch_size: pairs in memory at once, a divisor of B; the result is that of all pairs at once.
+      state_shardings: on a mesh, a tree like the state that keeps it where it lies.
+
+    Returns:
+      The update. It donates `state`, a `TrainState`, and takes `RewardPairs`. Its metrics are those of
+      `pairwise_reward_loss` and of `guarded_step`.
+
+    Raises:
+      ValueError: the update, where `microbatch_size` does not divide B.
     """
 
     def update(state, pairs):

@@ -14,7 +14,19 @@ from jaxrl_fp16.training.updates.step import join_rows, split_rows
 def make_scorer(model, policy, *, microbatch_size, temperature=1.0, with_entropy=False):
     """A jitted `(params, tokens, mask, decisions) -> (logprobs, entropies)`, float32 [B,T] each.
 
-    `microbatch_size` rows, a divisor of B, are in memory at once; entropies are zeros unless asked for.
+    Args:
+      model: a Decoder.
+      policy: a `jmp.Policy`, the run's precision.
+      microbatch_size: rows in memory at once, a divisor of B.
+      temperature: the sampler's.
+      with_entropy: computes the entropies, in nats; otherwise they are zeros.
+
+    Returns:
+      The scorer, of tokens int32 [B,T], their mask bool [B,T] and a rollout's `decisions`. Log-probs are those
+      of `token_logprobs`.
+
+    Raises:
+      ValueError: the scorer, where `microbatch_size` does not divide B.
     """
 
     def scorer(params, tokens, mask, decisions=NONE):
@@ -29,7 +41,19 @@ def make_scorer(model, policy, *, microbatch_size, temperature=1.0, with_entropy
 
 
 def make_valuer(critic, policy, *, microbatch_size):
-    """A jitted `(params, tokens, mask) -> values` float32 [B,T]: the critic's, likewise."""
+    """A jitted `(params, tokens, mask) -> values`, float32 [B,T]: those of `token_values`.
+
+    Args:
+      critic: a Critic.
+      policy: a `jmp.Policy`, the critic's precision.
+      microbatch_size: rows in memory at once, a divisor of B.
+
+    Returns:
+      The valuer, of tokens int32 [B,T] and their mask bool [B,T].
+
+    Raises:
+      ValueError: the valuer, where `microbatch_size` does not divide B.
+    """
 
     def valuer(params, tokens, mask):
         def rows(chunk):

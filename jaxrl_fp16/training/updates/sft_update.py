@@ -25,9 +25,19 @@ class SFTRows:
 def make_sft_update(model, policy, optimizer, *, microbatch_size=8, state_shardings=None):
     """A jitted `update(state, pairs) -> (state, metrics)`: masked next-token cross-entropy, mean over tokens.
 
-    Examples that are packed into a row count as they would in rows of their own.
-    Metrics as those of `guarded_step`; `loss` is in nats a token. The state is donated; on a
-    mesh `state_shardings` keeps it where it lies.
+    Args:
+      model: a Decoder.
+      policy: a `jmp.Policy`, the run's precision.
+      optimizer: an `optax.GradientTransformation`.
+      microbatch_size: rows in memory at once, a divisor of B; the result is that of all rows at once.
+      state_shardings: on a mesh, a tree like the state that keeps it where it lies.
+
+    Returns:
+      The update. It donates `state`, a `TrainState`, and takes `SFTRows`; examples that are packed into a row
+      count as they would in rows of their own. Its metrics are those of `guarded_step`; `loss` is in nats a token.
+
+    Raises:
+      ValueError: the update, where `microbatch_size` does not divide B.
     """
 
     def update(state, pairs):

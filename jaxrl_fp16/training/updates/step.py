@@ -1,6 +1,6 @@
 """One scaled and guarded optimizer step for any loss: policy, critic, supervised.
 
-Cast, forward, loss and scale stand in the loss function and `_gradient`; then
+Cast, forward, loss and scale are in the loss function and `_accumulate`; then
 unscale in float32, finite check, optimizer (which clips), select the old or the
 new state, adjust the scale.
 """
@@ -17,12 +17,24 @@ from jaxrl_fp16.models.numerics import jit
 def guarded_step(loss_fn, optimizer, state, batch, microbatch_size, *, empty=False, frozen=False):
     """One optimizer step on `batch`, or none where a gradient is not finite or the batch is `empty` (bool []).
 
-    loss_fn: `(params, microbatch) -> (share, aux)`, the shares adding up to the
-    loss of the whole batch; aux is any tree of arrays. Returns the state, metrics
-    `loss`, `grad_norm` (unscaled, before clipping), `loss_scale` (of this step),
-    `skipped`, `empty`, and aux stacked over microbatches. A skipped step changes the
-    loss scale and its counters alone; an empty one changes nothing. With `frozen` all else
-    runs and the parameters stay, to the bit: adding an update of 0 would turn a -0.0 into 0.0.
+    A skipped step changes the loss scale and its counters alone; an empty one changes nothing.
+
+    Args:
+      loss_fn: `(params, microbatch) -> (share, aux)`, the shares adding up to the loss of the whole batch;
+        aux is any tree of arrays.
+      optimizer: an `optax.GradientTransformation`.
+      state: a `TrainState`.
+      batch: a tree of arrays [B,...].
+      microbatch_size: rows that `loss_fn` gets at once, a divisor of B.
+      empty: bool [], whether the batch has nothing to learn from.
+      frozen: the parameters stay, to the bit, and all else runs: adding an update of 0 would turn a -0.0 into 0.0.
+
+    Returns:
+      `(state, metrics, aux)`. metrics, scalars: `loss`, `grad_norm` (unscaled, before clipping), `loss_scale`
+      (of this step), `skipped` and `empty` (1 or 0). aux is stacked over microbatches.
+
+    Raises:
+      ValueError: where `microbatch_size` does not divide B.
     """
     loss, grads, aux = _accumulate(loss_fn, state, split_rows(batch, microbatch_size))
     grads = state.loss_scale.unscale(grads)

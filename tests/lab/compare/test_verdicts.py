@@ -98,7 +98,7 @@ def test_equal_differences_without_spread():
 
 
 def test_several_tests_are_counted():
-    """Holm: 0.004 stands against 0.05 / 4, 0.014 against 0.05 / 3, 0.03 against 0.05 / 2: the last fails."""
+    """Holm: 0.004 is held against 0.05 / 4, 0.014 against 0.05 / 3, 0.03 against 0.05 / 2: the last fails."""
     assert hold_together([0.03, 0.004, None, 0.9, 0.014]) == [False, True, False, False, True]
     assert hold_together([]) == []
 

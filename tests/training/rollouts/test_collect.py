@@ -67,7 +67,7 @@ def test_long_prompts_are_set_aside_and_counted():
     short, long = [f"{n}=" for n in range(9)], ["1+1+1=", "22+22="]
     batches = walk(task_of(*short, *long), count=3, steps=3)
     assert sorted(sum((batch.texts for batch in batches), [])) == sorted(short)
-    # What stands at an epoch's end is met by the next batch.
+    # What comes at an epoch's end is met by the next batch.
     assert sum(batch.set_aside for batch in batches) == batches[-1].position - 9 <= 2
     again = next_prompts(task_of(*short, *long), TOKENIZER, batches[-1].position, 9, 4, 0)
     assert again.set_aside + sum(batch.set_aside for batch in batches) == again.position - 18

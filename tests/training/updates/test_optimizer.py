@@ -39,7 +39,7 @@ def test_rates_without_a_warm_up(fields, expected):
     ("constant", [1, 1, 1]), ("linear", [1, 0.5, 0]), ("cosine", [1, 0.5, 0]),
 ])
 def test_a_warm_up_rises_from_its_first_share_to_the_peak(schedule, after):
-    """The first step is not for nothing: at a rate of 0 it would be."""
+    """The first step moves the parameters; at a rate of 0 it would not."""
     found = rates((0, 1, 2, 3, 4, 8, 12), learning_rate=1.0, schedule=schedule, warmup_steps=4, decay_steps=12)
     np.testing.assert_allclose(found, [0.25, 0.5, 0.75, 1, *after], atol=1e-6)
 

@@ -62,7 +62,7 @@ def test_packed_examples_teach_what_single_ones_do(toy, precision, kind, remat, 
     """Against single ones in float32; 4 heads over 2 of keys, several blocks of attention in a row.
 
     In half precision both are as far from float32: 5e-3 of a leaf's largest entry in float16, 2.7e-2 in
-    bfloat16. What stands at padding does not matter.
+    bfloat16. What padding holds does not matter.
     """
     arrays = examples()
     packed, count = pack(*arrays, 2)

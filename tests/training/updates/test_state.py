@@ -22,7 +22,7 @@ def test_a_state_shares_no_buffer_with_what_it_was_made_of(toy, given):
     params, loss_scale, key = given
     state = init_train_state(params, toy.optimizer, loss_scale, key)
     assert not pointers(state) & pointers(given)
-    assert len(pointers(state)) == len(jax.tree.leaves(state))  # donated whole, so nothing stands twice
+    assert len(pointers(state)) == len(jax.tree.leaves(state))  # donated whole, so nothing is held twice
     jax.tree.map(np.testing.assert_array_equal, (state.params, state.loss_scale, state.key), given)
     assert int(state.step) == 0
 

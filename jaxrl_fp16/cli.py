@@ -23,12 +23,12 @@ commands:
 
 # name -> what it does; `commands/NAME.py` has `run_NAME(config) -> exit code`
 COMMANDS = {
-    "train": "RL, after a warm start where sft.steps asks for one; --resume RUN_FOLDER goes on",
+    "train": "RL, after a warm start where sft.steps asks for one; continues with --resume RUN_FOLDER",
     "sft": "supervised training on the task's solutions",
     "warmup": "the warm start of train alone, as a model folder",
     "dpo": "preference optimization on pairs of responses, after a warm start as in train",
     "eval": "accuracy, pass@k and standard error on evaluation.sets",
-    "filter": "the problems that a model solves sometimes; --resume RUN_FOLDER goes on",
+    "filter": "the problems that a model solves sometimes; continues with --resume RUN_FOLDER",
     "compare": "one config under --precisions fp16 bf16 ..., --seeds 0 1 ...; one report of all runs",
     "mismatch": "how far sampler and trainer disagree in each precision, as a page; no training",
     "generate": "responses to prompts, printed",

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # The tests: makes the environment with what they need, then runs pytest.
 #
-#   launch/test.sh [PYTEST FLAG OR PATH ...]      e.g. -k checkpoint, -n 0 --pdb, tests/rl
+#   launch/test.sh [PYTEST FLAG OR PATH ...]      e.g. -k checkpoint, -n 0 --pdb, tests/objectives
 #
 # Two worker processes, since JAX keeps about two cores busy in each. JAX_PLATFORMS=cuda,cpu runs
 # on a GPU, with the tests that need one.

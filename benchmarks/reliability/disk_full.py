@@ -83,13 +83,13 @@ def one_filling(number, run, disk, expected, work, steps, generator):
     left = room_to_leave(generator, bytes_of(expected / "checkpoints" / str(EVERY)))
     before = number > 0 and generator.random() < BEFORE
     filler = fill(disk, left) if before else None
-    there = finished_steps(folder)
+    known = finished_steps(folder)
     with started(run, folder, work, steps, **{"checkpoint.keep": KEPT}) as life:
         if not before:
-            wanted = (there or [EVERY])[-1] + generator.randint(1, EVERY)
+            wanted = (known or [EVERY])[-1] + generator.randint(1, EVERY)
             life.wait_until(lambda: (life.last_step() or 0) >= wanted and finished_steps(folder))
             time.sleep(generator.uniform(0, 0.03))
-            there, filler = finished_steps(folder), fill(disk, left)
+            known, filler = finished_steps(folder), fill(disk, left)
         code = life.process.wait(PATIENCE)
     error, after = life.errors().strip(), finished_steps(folder)
     problems = []
@@ -97,8 +97,8 @@ def one_filling(number, run, disk, expected, work, steps, generator):
         problems.append(f"ended with {code}")
     if len(error.splitlines()) != 1 or "Traceback" in error:
         problems.append(f"{len(error.splitlines())} lines on stderr: {error[-500:]}")
-    if not after or len(after) < min(len(there), KEPT):
-        problems.append(f"of the checkpoints {there} there is {after}")
+    if not after or len(after) < min(len(known), KEPT):
+        problems.append(f"of the checkpoints {known} there is {after}")
     problems += [line for step in after for line in checkpoint_differences(folder, expected, step)]
     filler.unlink()
     figures = {"before_the_start": before, "in_a_save": "could not be written" in error, "checkpoints": len(after)}

@@ -259,8 +259,8 @@ def reward(prompts, responses, examples):
 @pytest.fixture(scope="module")
 def compared(tiny, compiled, quick_environment, tmp_path_factory):
     """Two runs, one after another: of 24 calls, 8 a step, the first takes two steps' and the second one step's."""
-    there = tmp_path_factory.mktemp("compare")
-    (there / "reward.py").write_text(REWARD)
+    root = tmp_path_factory.mktemp("compare")
+    (root / "reward.py").write_text(REWARD)
     flags = ["--precisions", "fp16", "bf16", "--jobs", "1", "--sft.steps", "2", "--task.reward_file", "reward.py",
              "--run.dir", "runs", "--run.compile_cache", str(compiled), "--run.export", "false", "--task.workers", "1",
              "--logging.tensorboard", "false"]
@@ -271,16 +271,16 @@ def compared(tiny, compiled, quick_environment, tmp_path_factory):
 
     def start(*more):
         with pytest.MonkeyPatch.context() as patch:
-            patch.chdir(there)
+            patch.chdir(root)
             for name, value in quick.items():
                 patch.setenv(name, value)
             code = cli.main(["compare", str(tiny), *flags, *more])
-        (folder,) = (there / "runs").iterdir()
+        (folder,) = (root / "runs").iterdir()
         return SimpleNamespace(code=code, folder=folder, data=json.loads((folder / "report.json").read_text()))
 
     first = start()
     records = read_metrics(first.folder / "fp16-seed0"), read_metrics(first.folder / "bf16-seed0")
-    (there / "mended").write_text("")
+    (root / "mended").write_text("")
     return SimpleNamespace(first=first, records=records, again=start("--resume", str(first.folder)))
 
 

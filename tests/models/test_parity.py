@@ -78,8 +78,8 @@ def test_written_back(reference, tmp_path):
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
     assert again.dtype == torch.float32
     tokens, mask = ragged_batch()
-    there, back = (reference_logits(m, tokens, mask)[torch.tensor(mask)] for m in (hf, again))
-    np.testing.assert_allclose(back.numpy(), there.numpy(), atol=1e-4)
+    first, back = (reference_logits(m, tokens, mask)[torch.tensor(mask)] for m in (hf, again))
+    np.testing.assert_allclose(back.numpy(), first.numpy(), atol=1e-4)
 
 
 def test_config_survives_the_way_there_and_back(reference, tmp_path, random_model):

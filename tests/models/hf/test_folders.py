@@ -100,11 +100,11 @@ def test_table_names_every_parameter_once(family, tie):
 @pytest.mark.parametrize("kind", TRANSFORMS)
 def test_an_array_as_a_folder_holds_it_is_a_view(kind):
     rank = {"same": 2, "transpose": 2, "bias_of_heads": 2}.get(kind, 3)
-    tensor, here = Tensor("x", ("x",), (None,) * rank, kind), np.arange(24.0).reshape((4, 6, 1)[:rank])
-    there = tensor.to_hf(here)
-    assert there.shape == tensor.hf_shape(here.shape) and np.shares_memory(there, here)
-    index = (slice(1, 3), *(slice(0, size) for size in here.shape[1:]))
-    np.testing.assert_array_equal(there[tensor.hf_index(index, here.shape)], tensor.to_hf(here[index]))
+    tensor, ours = Tensor("x", ("x",), (None,) * rank, kind), np.arange(24.0).reshape((4, 6, 1)[:rank])
+    stored = tensor.to_hf(ours)
+    assert stored.shape == tensor.hf_shape(ours.shape) and np.shares_memory(stored, ours)
+    index = (slice(1, 3), *(slice(0, size) for size in ours.shape[1:]))
+    np.testing.assert_array_equal(stored[tensor.hf_index(index, ours.shape)], tensor.to_hf(ours[index]))
 
 
 def test_heads_are_cut_whole():

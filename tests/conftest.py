@@ -3,6 +3,7 @@
 from html.parser import HTMLParser
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -21,7 +22,26 @@ TINY = {
 }
 
 
+# What compiles whole models or starts processes, by folder or file: `launch/test.sh --fast` leaves it out.
+SLOW = """
+commands lab/mismatch models parallel telemetry training/checkpoints training/updates
+training/loops/test_mismatch_terms training/rollouts/test_reward_model training/rollouts/test_evaluate
+sampling/test_agreement sampling/test_cache sampling/test_sampler
+objectives/test_losses objectives/test_preference objectives/test_properties tasks/test_math_task tasks/grading
+test_api test_benchmarks test_forward test_jaxprs test_real_data test_refusals test_reliability_scripts
+test_sanity_configs test_security
+""".split()
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        path = item.path.relative_to(Path(__file__).parent).with_suffix("").as_posix()
+        if any(f"{path}/".startswith(f"{place}/") for place in SLOW):
+            item.add_marker("slow")
+
+
 def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: left out by launch/test.sh --fast")
     config.addinivalue_line("markers", "fault(row): the row of docs/reliability.md's table that the test injects")
 
 

@@ -144,6 +144,10 @@ def test_scripts_share_one_environment(project):
     assert project.run("test.sh").out.strip().endswith(str(project.root)) and project.calls() == []
 
 
+def test_the_fast_tests_are_a_flag_of_their_own(project):
+    assert "--no-loadscope-reorder -m not slow -k x" in project.run("test.sh", "--fast", "-k", "x").out
+
+
 def test_the_tests_run_with_exact_versions_where_they_are_known(project):
     pins = project.root / "launch/constraints/python3.11.txt"
     pins.parent.mkdir()

@@ -55,7 +55,8 @@ def train(tree, kind, folder, work, steps, *more):
     config = config_file(CONFIGS.get(kind, kind), work)
     flags = {"run.dir": folder.parent, "run.name": folder.name, "run.compile_cache": work / "compiled",
              "run.export": "true", "run.steps": steps, "dpo.steps": steps, "dpo.batch_size": 16,
-             "dpo.microbatch_size": 8, "dpo.max_length": 10, "checkpoint.every": 1, "checkpoint.keep": STEPS + 1}
+             "dpo.microbatch_size": 8, "dpo.max_length": 10, "checkpoint.every": 1, "checkpoint.keep": STEPS + 1,
+             "evaluation.every": 1}   # a run also evaluates at its last step, which the cut one reaches earlier
     command(tree, KINDS[kind], config, *[text for key, value in flags.items() for text in (f"--{key}", value)], *more)
 
 

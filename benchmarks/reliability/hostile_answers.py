@@ -20,7 +20,8 @@ import time
 
 import psutil
 
-from jaxrl_fp16.tasks import Example, TaskConfig, grading, load_examples, open_task
+from jaxrl_fp16.tasks import Example, TaskConfig, load_examples, open_task
+from jaxrl_fp16.tasks.grading import pool as grading
 from jaxrl_fp16.tasks.grading.answers import gold_answers
 from runs import arguments, conclude
 

@@ -95,14 +95,18 @@ KINDS: dict[str, Callable[[random.Random, ArithmeticConfig], tuple[str, list[int
 
 def generator(config: ArithmeticConfig) -> Generator:
     """The task's `Generator`."""
-    return Generator(functools.partial(_draw, config), f"too few problems with kinds {config.kinds} and digits "
-                     f"{config.digits}: raise task.arithmetic.digits")
+    few = f"too few problems with kinds {config.kinds} and digits {config.digits}: raise task.arithmetic.digits"
+    return Generator(functools.partial(_draw, config), few, _rejected)
 
 
 def _draw(config: ArithmeticConfig, draw: random.Random) -> Example:
     kind = config.kinds[draw.randrange(len(config.kinds))]
     problem, steps = KINDS[kind](draw, config)
-    return Example(problem, str(steps[-1]), {"kind": kind}, _written(steps), rejected=_written(with_error(draw, steps)))
+    return Example(problem, str(steps[-1]), {"kind": kind}, _written(steps))
+
+
+def _rejected(draw: random.Random, example: Example) -> str:
+    return _written(with_error(draw, [int(step) for step in example.solution.split(",")]))
 
 
 def with_error(draw: random.Random, steps: list[int]) -> list[int]:

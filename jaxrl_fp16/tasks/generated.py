@@ -21,6 +21,7 @@ class Generator:
 
     make: Callable[[random.Random], Example]    # an example out of the numbers of the generator alone
     few: str                                    # why there is none, and what to change, for a refusal
+    rejected: Callable[[random.Random, Example], str] | None = None  # a wrong answer to an example that is kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,8 +44,11 @@ class Problems(Sequence):
         draw = random.Random(f"{self.seed}:{self.held_out}:{index % self.size}")
         for _ in range(MAX_DRAWS):
             example = self.generator.make(draw)
-            if is_held_out(example.problem) == self.held_out:
+            if is_held_out(example.problem) != self.held_out:
+                continue
+            if self.generator.rejected is None:
                 return example
+            return dataclasses.replace(example, rejected=self.generator.rejected(draw, example))
         raise ValueError(self.generator.few)
 
 

@@ -1,6 +1,7 @@
 """Generated problems: right, repeatable, disjoint, short; and their reward."""
 
 import ast
+import hashlib
 import operator
 import re
 
@@ -69,6 +70,14 @@ def test_the_stream_is_pinned():
     problems = train_problems(ArithmeticConfig(), seed=0, size=3)
     assert [(example.problem, example.solution) for example in problems] == [
         ("87+79-3=", "166,163"), ("45+74-49=", "119,70"), ("11-2+96=", "9,105")]
+    assert digest(train_problems(ALL, seed=1, size=300)) == "0d991f935a08e1f0"
+    assert digest(held_out_problems(ALL, seed=1, size=100)) == "e53763e08b75f60b"
+
+
+def digest(examples):
+    """Of every text, also of those that come after draws on the other side."""
+    texts = "\n".join(f"{example.problem} {example.solution} {example.rejected}" for example in examples)
+    return hashlib.sha256(texts.encode()).hexdigest()[:16]
 
 
 def test_held_out_problems_are_new_and_different():

@@ -10,7 +10,10 @@ import jax
 
 @struct.dataclass
 class Decisions:
-    """What a sampler decided beside the tokens. Whoever scores the tokens is given all of it, as one argument."""
+    """What a sampler decided beside the tokens. Whoever scores the tokens is given all of it, as one argument.
+
+    A Rollout and a Batch have each as a field of the same name.
+    """
 
     support: jax.Array | None = None  # int32 [B,N,K]: kept ids, filled with -1; only with top-k or top-p
 

@@ -19,7 +19,7 @@ ARRAYS = {
     "tokens": (np.int32, "BT"), "mask": (np.bool_, "BT"), "response_mask": (np.bool_, "BT"),
     "logprobs": (np.float32, "BT"), "finished": (np.bool_, "B"),
 }
-SUPPORT = (np.int32, "BNK")
+DECISIONS = {"support": (np.int32, "BNK")}  # likewise; those that the sampler made
 SCORES = ("scorer", "gradient", "entropy")  # each a group of arrays float32 [B,T], one a precision
 # What NumPy raises for a file that is none of its own, or not whole; a lone array is no context manager.
 DAMAGED = (OSError, EOFError, KeyError, TypeError, ValueError, MemoryError, NotImplementedError, zipfile.BadZipFile,
@@ -61,8 +61,7 @@ def save_rollout(folder, rollout):
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: getattr(rollout, name) for name in ARRAYS}
-    if rollout.support is not None:
-        arrays["support"] = rollout.support
+    arrays |= {name: array for name, array in vars(rollout.decisions).items() if array is not None}
     for group in SCORES:
         arrays |= {f"{group}/{precision}": array for precision, array in getattr(rollout, group).items()}
     path = folder / file_name(rollout.precision)
@@ -112,10 +111,10 @@ def _scalar(path, arrays, name, kind):
 
 def _check(path, arrays, groups):
     """Every array is there with its dtype and shape, and the masks go together."""
-    wanted = {**ARRAYS, **({"support": SUPPORT} if "support" in arrays else {})}
+    wanted = {**ARRAYS, **{name: kind for name, kind in DECISIONS.items() if name in arrays}}
     if set(arrays) != set(wanted):
         odd = ", ".join(sorted(set(arrays) ^ set(wanted)))
-        raise ValueError(f"{path}: {odd} missing or unknown; allowed: {', '.join(wanted)}, support")
+        raise ValueError(f"{path}: {odd} missing or unknown; allowed: {', '.join(ARRAYS | DECISIONS)}")
     sizes = dict(zip("BT", np.shape(arrays["tokens"])))
     for name, (dtype, letters) in wanted.items():
         _check_array(path, name, arrays[name], dtype, letters, sizes)

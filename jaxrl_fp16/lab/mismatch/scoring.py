@@ -100,7 +100,7 @@ def sample_rollout(laboratory, precision, params, prompts):
         found = _in_chunks(laboratory, run, prompts, at_once)
     return ScoredRollout(
         precision.name, sampling.temperature, found.tokens, found.mask, found.response_mask, found.logprobs,
-        found.finished, found.support,
+        found.finished, **vars(found.decisions),
     )
 
 
@@ -170,8 +170,8 @@ def _idle_batch(algorithm, rollout):
     return Batch(
         tokens=rollout.tokens, mask=rollout.mask, response_mask=np.zeros_like(rollout.mask),
         rollout_logprobs=rollout.logprobs, old_logprobs=rollout.logprobs,
-        advantages=np.zeros(len(rollout.tokens), np.float32), support=rollout.support,
-        ref_logprobs=rollout.logprobs if needs_reference(algorithm) else None,
+        advantages=np.zeros(len(rollout.tokens), np.float32),
+        ref_logprobs=rollout.logprobs if needs_reference(algorithm) else None, **vars(rollout.decisions),
     )
 
 

@@ -181,5 +181,5 @@ def _make_batch(programs, learner, graded, old):
     return Batch(
         tokens=rollout.tokens, mask=rollout.mask, response_mask=mask, rollout_logprobs=rollout.logprobs,
         old_logprobs=old, advantages=advantages, ref_logprobs=reference, values=values, returns=returns,
-        support=rollout.support,
+        **vars(rollout.decisions),
     )

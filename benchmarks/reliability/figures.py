@@ -65,6 +65,11 @@ def bad_input(result):
             f"{result['slowest_seconds']:.1f} s")
 
 
+def earlier_commit(result):
+    return (f"{total(result, 'bitwise_equal')} of {len(result['rows'])} kinds (policy, with a critic, preferences), "
+            f"written by commit {result['earlier']}")
+
+
 # What is promised, and what a script's result says of it.
 LINES = {
     kills: "`kill -9` at a random moment, a quarter of them inside a save: resumed bitwise as a run never killed",
@@ -75,6 +80,7 @@ LINES = {
     hostile_answers: "hostile answers in groups of 8: none beyond its deadline of 2 s and 1 s more, less than 100 MB",
     meshes: "a checkpoint of one mesh restored on another: bitwise",
     bad_input: "bad input: refused in one line within 10 s, nothing written",
+    earlier_commit: "run folders of an earlier commit: resumed bitwise, exported and evaluated alike",
 }
 
 

@@ -30,15 +30,16 @@ def cast_to_compute(params, policy, numerics=DEFAULT):
     is gathered in float32, because its gradient is a scatter-add.
     """
     if "body" in params:
-        value = params["value"] if numerics.float32_head else _cast_kernels(params["value"], policy)
+        value = params["value"] if numerics.float32_head else cast_kernels(params["value"], policy)
         return {"value": value, "body": cast_to_compute(params["body"], policy, numerics)}
     head = params.get("head", params["embedding"])
     if not numerics.float32_head:
         head = head.astype(policy.compute_dtype)
-    return {**_cast_kernels(params, policy), "head": head}
+    return {**cast_kernels(params, policy), "head": head}
 
 
-def _cast_kernels(params, policy):
+def cast_kernels(params, policy):
+    """A tree like `params`, or a part of them, with its kernels in the policy's compute dtype."""
     def cast(path, leaf):
         return leaf.astype(policy.compute_dtype) if path[-1].key == "kernel" else leaf
 

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_fp16.finite import largest, smallest
 from jaxrl_fp16.masking import masked_sum
 from jaxrl_fp16.objectives.importance import clamp_bites, clamp_log_ratio
 
@@ -29,8 +30,8 @@ class Rule:
 MEAN = Rule(jnp.sum, lambda values: float(np.mean(values)))  # shares add up to the mean
 # By the whole name behind its last slash, or by its ending; every other metric is a MEAN.
 RULES = {
-    "_max": Rule(jnp.max, max),
-    "_min": Rule(jnp.min, min),
+    "_max": Rule(largest, np.max),
+    "_min": Rule(smallest, np.min),
     "skipped": Rule(jnp.sum, sum),
     "empty": Rule(jnp.sum, sum),
     "loss_scale": Rule(jnp.max, itemgetter(-1)),  # one for all microbatches of a step
@@ -88,8 +89,8 @@ def ratio_metrics(name, log_ratio, mask, normalizer):
     ratio, counted = jnp.exp(clamp_log_ratio(log_ratio)), _counted(log_ratio, mask)
     return {
         f"{name}_mean": mean_metric(ratio, mask, normalizer),
-        f"{name}_max": jnp.max(jnp.where(counted, ratio, -jnp.inf)),
-        f"{name}_min": jnp.min(jnp.where(counted, ratio, jnp.inf)),
+        f"{name}_max": largest(ratio, counted),
+        f"{name}_min": smallest(ratio, counted),
         f"{name}_clamp_count": masked_sum(clamp_bites(log_ratio), counted),
     }
 

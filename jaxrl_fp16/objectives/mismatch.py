@@ -8,19 +8,15 @@ B: rows (responses).  T: columns.
 
 import jax.numpy as jnp
 
+from jaxrl_fp16.finite import largest, smallest
 from jaxrl_fp16.masking import masked_mean, masked_sum, zero_where_masked
 from jaxrl_fp16.objectives.importance import clamp_log_ratio
 from jaxrl_fp16.objectives.kl import k3
 
 
-def _masked_max(x, mask):
-    """The largest entry where `mask` is 1; 0 where there is none."""
-    return jnp.where(jnp.any(mask), jnp.max(jnp.where(mask, x, -jnp.inf)), 0.0)
-
-
-def _masked_min(x, mask):
-    """The smallest entry where `mask` is 1; 0 where there is none."""
-    return jnp.where(jnp.any(mask), jnp.min(jnp.where(mask, x, jnp.inf)), 0.0)
+def _or_zero(extreme, x, mask):
+    """`extreme` of the entries where `mask` is 1; 0 where there is none."""
+    return jnp.where(jnp.any(mask), extreme(x, mask), 0.0)
 
 
 def _probability_change(log_mu, log_pi):
@@ -38,10 +34,10 @@ def _token_metrics(log_mu, log_pi, mask):
         "kl_k1": masked_mean(d, mask),
         "kl_k3": masked_mean(k3(-d), mask),
         "logprob_abs_diff_mean": masked_mean(jnp.abs(d), mask),
-        "logprob_abs_diff_max": _masked_max(jnp.abs(d), mask),
+        "logprob_abs_diff_max": _or_zero(largest, jnp.abs(d), mask),
         "prob_abs_diff_mean": masked_mean(jnp.abs(change), mask),
-        "prob_diff_max": _masked_max(change, mask),
-        "prob_diff_min": _masked_min(change, mask),
+        "prob_diff_max": _or_zero(largest, change, mask),
+        "prob_diff_min": _or_zero(smallest, change, mask),
         "chi2_token": masked_mean(jnp.expm1(2.0 * clamp_log_ratio(-d)), mask),
         "exact_fraction": masked_mean(d == 0.0, mask),
     }
@@ -56,8 +52,8 @@ def _row_metrics(log_ratio, rows):
     return {
         "seq_log_ratio_mean": mean,
         "seq_log_ratio_std": jnp.sqrt(masked_mean((log_ratio - mean) ** 2, rows)),
-        "seq_log_ratio_min": _masked_min(log_ratio, rows),
-        "seq_log_ratio_max": _masked_max(log_ratio, rows),
+        "seq_log_ratio_min": _or_zero(smallest, log_ratio, rows),
+        "seq_log_ratio_max": _or_zero(largest, log_ratio, rows),
         "seq_kl": masked_mean(-log_ratio, rows),
         "chi2_seq": masked_mean(jnp.expm1(2.0 * clamped), rows),
         "ess_seq": masked_sum(weights, rows) ** 2 / squares,

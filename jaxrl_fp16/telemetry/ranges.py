@@ -9,15 +9,14 @@ import dataclasses
 from functools import partial
 from typing import Any
 
-from flax import linen as nn
 from flax import struct
 import jax
 import jax.numpy as jnp
 
-from jaxrl_fp16.forward import NONE, align_rows, cast_to_compute, in_compute_dtype, score_hidden
-from jaxrl_fp16.masking import align
-from jaxrl_fp16.models.layers import Projection
-from jaxrl_fp16.models.taps import tap_names, tapped_forward
+from jaxrl_fp16.finite import peak
+from jaxrl_fp16.forward import in_compute_dtype
+from jaxrl_fp16.models.taps import tap_names
+from jaxrl_fp16.telemetry.by_layer import INSIDE, make_program, walk
 
 LARGEST = float(jnp.finfo(jnp.float16).max)  # 65,504
 NORMAL = 2.0**-14                            # below it float16 has fewer and fewer digits
@@ -76,7 +75,7 @@ def weight_ranges(params):
         size, over = jnp.abs(leaf), _axes_within_layer(path, leaf)
         count = partial(jnp.sum, axis=over, dtype=jnp.int32)
         return WeightRange(
-            entries=count(jnp.ones(leaf.shape, bool)), peak=jnp.max(size, axis=over), beyond=count(~(size <= LARGEST)),
+            entries=count(jnp.ones(leaf.shape, bool)), peak=peak(leaf, over), beyond=count(~(size <= LARGEST)),
             lost=count((size > 0) & (size <= LOST)), subnormal=count((size > LOST) & (size < NORMAL)),
         )
 
@@ -91,109 +90,63 @@ def make_ranges(model, policy, loss_of, *, temperature=1.0, with_entropy=False):
     those of the update's formula through a program of their own, in the policy's compute
     dtype and once more in float32.
     """
-    half = _differentiated(model, policy, loss_of, temperature, with_entropy)
-    full = _differentiated(model, dataclasses.replace(policy, compute_dtype=jnp.dtype("float32")), loss_of,
-                           temperature, with_entropy)
+    exact = dataclasses.replace(policy, compute_dtype=jnp.dtype("float32"))
+    policies = [policy, exact] if policy.compute_dtype != jnp.float32 else [policy]
+    programs = [make_program(model, each, loss_of, temperature, with_entropy) for each in policies]
 
     def ranges(params, scale, rows, total):
-        loss, taps, _, gradients = half(params, scale, rows, total)
-        if policy.compute_dtype == jnp.float32:
-            exact_taps, exact = taps, gradients
-        else:
-            _, exact_taps, _, exact = full(params, scale, rows, total)
-        _, _, (order, _) = align_rows(rows.tokens, rows.mask)
-        seen = align(rows.mask, order).astype(bool)
+        def compare(given, true=None):
+            return jax.tree.map(partial(_gradient_range, scale), given, given if true is None else true)
 
-        def compare(path, given, true):
-            over = _axes_within_layer(path, given)
-            count = partial(jnp.sum, axis=over, dtype=jnp.int32)
-            return GradientRange(
-                peak=jnp.max(jnp.abs(given), axis=over) / scale, nonzero=count(true != 0),
-                underflow=count((true != 0) & (given == 0)),
-            )
-
-        compared = jax.tree_util.tree_map_with_path(compare, gradients, exact)
-        return Ranges(loss, _peaks(taps, seen), _peaks(exact_taps, seen), compared)
+        found, gradients = walk(programs, params, scale, rows, total, see=_peak_of_real, compare=compare)
+        activations, *others = [by_name(model, each.outside, each.inside) for each in found]
+        return Ranges(found[0].loss, activations, *(others or [activations]), gradients)
 
     return jax.jit(ranges)
 
 
+def _gradient_range(scale, given, true):
+    nonzero = true != 0
+    return GradientRange(
+        peak=peak(given) / scale, nonzero=jnp.sum(nonzero, dtype=jnp.int32),
+        underflow=jnp.sum(nonzero & (given == 0), dtype=jnp.int32),
+    )
+
+
 def make_peaks(model, policy, loss_of, *, temperature=1.0, with_entropy=False):
     """A jitted `(params, scale, rows, total) -> Peaks`, in the policy's compute dtype; arguments as `make_ranges`'s."""
-    differentiated = _differentiated(model, policy, loss_of, temperature, with_entropy)
+    program = make_program(model, policy, loss_of, temperature, with_entropy)
 
     def peaks(params, scale, rows, total):
-        loss, taps, cotangents, gradients = differentiated(params, scale, rows, total)
-        return Peaks(loss, _peaks(taps), _peaks(cotangents), _peaks_of_params(gradients), _peaks_of_params(params))
+        (found,), gradients = walk(
+            [program], params, scale, rows, total, see=lambda x, real: peak(x), compare=partial(jax.tree.map, peak),
+            cotangents=True,
+        )
+        activations = by_name(model, found.outside, found.inside)
+        cotangents = by_name(model, found.pulled_outside, found.pulled_inside)
+        return Peaks(found.loss, activations, cotangents, gradients, _peaks_of_params(params))
 
     return jax.jit(peaks)
 
 
-def _differentiated(model, policy, loss_of, temperature, with_entropy):
-    """`(params, scale, rows, total) -> (loss, taps, gradients by tap, gradients)`; gradients are scaled."""
-
-    def forward(params, add, rows, total):
-        packed = getattr(rows, "segments", None)
-        tokens, segments, alignment = align_rows(rows.tokens, rows.mask, packed)
-        cast, inside = cast_to_compute(params, policy, model.numerics), {}
-        with nn.intercept_methods(_reader(inside)):
-            hidden, taps = tapped_forward(in_compute_dtype(model, policy), cast, tokens, add=add, segments=segments)
-        logprobs, entropy = score_hidden(
-            hidden, alignment, cast["head"], rows.tokens, rows.mask, temperature,
-            getattr(rows, "decisions", NONE), with_entropy, packed,
-        )
-        return loss_of(logprobs, entropy, rows, total), (taps, inside)
-
-    def differentiated(params, scale, rows, total):
-        _, (shapes, _) = jax.eval_shape(forward, params, None, rows, total)
-        zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-
-        def scaled(params, add):
-            loss, (taps, inside) = forward(params, add, rows, total)
-            return loss * scale, (loss, taps | inside)
-
-        (gradients, cotangents), (loss, taps) = jax.grad(scaled, argnums=(0, 1), has_aux=True)(params, zeros)
-        return loss, taps, cotangents, gradients
-
-    return differentiated
+def by_name(model, outside, inside):
+    """A dict name -> array of what `walk` has seen: "embedding", "layers.0", "layers.0.mlp", ..., "final_norm"."""
+    layers = {
+        f"layers.{index}" + (name and f".{name}"): values[index]
+        for name, values in inside.items() for index in range(model.config.num_layers)
+    }
+    return outside | layers
 
 
-def _reader(found):
-    """A flax interceptor that adds what is rounded to the compute dtype inside attention and MLP to `found`.
-
-    Queries and keys before their rotation, which keeps the length of each pair.
-    """
-    seen = dict.fromkeys(INSIDE, 0)
-
-    def intercept(call, args, kwargs, context):
-        result, name = call(*args, **kwargs), context.module.name
-        if isinstance(context.module, Projection) and name in INSIDE:
-            found[f"layers.{seen[name]}.{INSIDE[name]}"] = args[0] if name == "down" else result
-            seen[name] += 1
-        return result
-
-    return intercept
-
-
-# A projection's name -> what is called after it. The MLP's product, which goes into `down`, is the largest of most.
-INSIDE = {"q": "attention.q", "k": "attention.k", "v": "attention.v", "down": "mlp.product"}
-
-
-def _peaks(arrays, seen=None):
-    """float32 [] each: the largest magnitude of arrays [B,T,...], where `seen` bool [B,T] is given over those."""
-
-    def peak(x):
-        if seen is not None:
-            x = jnp.where(seen.reshape(seen.shape + (1,) * (x.ndim - 2)), x, 0)
-        return jnp.max(jnp.abs(x)).astype(jnp.float32)
-
-    return jax.tree.map(peak, arrays)
+def _peak_of_real(x, real):
+    """`peak` of an activation [B,T,...] over real tokens."""
+    return peak(jnp.where(real.reshape(real.shape + (1,) * (x.ndim - 2)), x, 0))
 
 
 def _peaks_of_params(tree):
     """float32 [L] or [] each: the largest magnitude of a tree like the parameters, by layer where they are stacked."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: jnp.max(jnp.abs(leaf), axis=_axes_within_layer(path, leaf)), tree
+        lambda path, leaf: peak(leaf, _axes_within_layer(path, leaf)), tree
     )
 
 

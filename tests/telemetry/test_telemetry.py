@@ -1,5 +1,7 @@
 """Ranges against NumPy's own casts and against the untapped gradient; what is named when something is not finite."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -211,3 +213,29 @@ def test_a_gradient_is_followed_from_the_head_down(peaks, params, rows):
     steep = changed(changed(params, "layers.mlp_norm.scale", 1e-4, layer=0), "layers.mlp.gate.kernel", 1e4, layer=0)
     steep = changed(steep, "layers.mlp.up.kernel", 1e4, layer=0)
     assert name(peaks, steep, 2.0**14, rows, 1.0).startswith("the gradient of layers.0.mlp_norm at loss scale 16384")
+
+
+# -- what a look costs -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [make_ranges, make_peaks])
+def test_a_look_takes_no_more_memory_than_a_gradient(make):
+    """Of programs that are compiled and not run, at two depths: nothing in it may be quadratic in depth."""
+    deep = {layers: Decoder(dataclasses.replace(MODEL.config, vocab_size=512, hidden_size=256, intermediate_size=768,
+                                                num_layers=layers)) for layers in (4, 12)}
+    array = lambda *shape, dtype="float32": jax.ShapeDtypeStruct(shape, dtype)
+    rows = SFTRows(array(4, 64, dtype="int32"), array(4, 64, dtype="bool"), array(4, 64, dtype="bool"))
+
+    def memory(program, model):
+        params = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+        found = program.lower(params, array(), rows, array()).compile().memory_analysis()
+        return found.argument_size_in_bytes + found.temp_size_in_bytes + found.output_size_in_bytes
+
+    def gradient(params, scale, rows, total):
+        loss = lambda params: loss_of(score(deep[12], params, rows.tokens, rows.mask, FP16)[0], None, rows, total)
+        return jax.grad(lambda params: scale * loss(params))(params)
+
+    looks = {layers: memory(make(model, FP16, loss_of), model) for layers, model in deep.items()}
+    whole = memory(jax.jit(gradient), deep[12])
+    print(looks, whole, looks[12] / whole)
+    assert looks[12] <= 1.3 * whole and looks[12] <= 3.2 * looks[4]

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_fp16.finite import peak
 from jaxrl_fp16.models.critic import Critic, decoder_of
 from jaxrl_fp16.models.decoder import Decoder, DecoderConfig
 from jaxrl_fp16.models.families import FAMILIES
@@ -132,17 +133,16 @@ def check_range(model, params, dtype, source="parameters"):
     peaks = _peaks(depths, [at(params, tensor.path) for tensor in table])
     for tensor, found in zip(table, map(to_host, peaks), strict=True):
         for index, name in tensor.entries(found.shape):
-            peak = found[index].max()
-            if not peak <= limit:  # a NaN compares false
-                raise PretrainedError(f"{source}: tensor {name} holds {peak:g}; allowed: finite values up to "
+            largest = found[index].max()
+            if not largest <= limit:  # a NaN compares false
+                raise PretrainedError(f"{source}: tensor {name} holds {largest:g}; allowed: finite values up to "
                                       f"{limit:g}, the range of {jnp.dtype(dtype).name}")
 
 
 @partial(jax.jit, static_argnums=0)
 def _peaks(depths, arrays):
-    """Largest magnitude along all but the first `depth` axes of each array, and at least one. NaN wins over any
-    number."""
-    return [jnp.max(jnp.abs(x), axis=tuple(range(max(depth, 1), x.ndim))) for depth, x in zip(depths, arrays)]
+    """Largest magnitude along all but the first `depth` axes of each array, and at least one."""
+    return [peak(x, tuple(range(max(depth, 1), x.ndim))) for depth, x in zip(depths, arrays)]
 
 
 # -- what must be there -------------------------------------------------------------------------

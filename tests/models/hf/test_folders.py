@@ -291,6 +291,24 @@ def test_tensors_are_refused(single, change, pattern):
     refused(single, pattern)
 
 
+@pytest.mark.parametrize("width", [64, 4096])
+@pytest.mark.parametrize("place", [(0, 0), (1, 37), 1, ...])
+def test_a_nan_is_found_in_and_kept_out_of_a_folder(tmp_path, place, width):
+    """One entry, a row, a whole tensor; also at widths at which XLA's own maximum drops it."""
+    model, params = small(intermediate_size=width)
+    save_pretrained(tmp_path / "good", model, params, dtype="float32")
+    name, kernel = "model.layers.1.mlp.down_proj.weight", params["layers"]["mlp"]["down"]["kernel"]
+    bad = np.array(kernel)
+    bad[1].T[place] = np.nan
+    broken = jax.tree.map(lambda leaf: jnp.asarray(bad) if leaf is kernel else leaf, params)
+    with pytest.raises(ValueError, match=f"{re.escape(name)} holds nan"):
+        save_pretrained(tmp_path / "bad", model, broken, dtype="float32")
+    assert not (tmp_path / "bad").exists()
+    edit_tensors(tmp_path / "good" / "model.safetensors", set_tensor(name, np.ascontiguousarray(bad[1].T)))
+    for dtype in ("float16", "float32"):
+        refused(tmp_path / "good", f"{re.escape(name)} holds nan; allowed: ", compute_dtype=dtype)
+
+
 def test_range_of_float16_is_asked_only_of_float16(single):
     value = np.ones((24, 16), np.float32)
     value[3, 5] = -65505

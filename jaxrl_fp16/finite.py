@@ -13,17 +13,17 @@ def peak(x, axis=None):
     return _with_nan(jnp.max(jnp.abs(x).astype(jnp.float32), axis=axis, initial=0.0), x, axis)
 
 
-def largest(x, mask=True):
+def largest(x, mask=True, axis=None):
     """The largest entry of `x` where `mask` is 1, minus infinity where there is none; NaN where one of them is."""
     kept = jnp.where(mask, x, -jnp.inf)
-    return _with_nan(jnp.max(kept), kept)
+    return _with_nan(jnp.max(kept, axis=axis), kept, axis)
 
 
-def smallest(x, mask=True):
+def smallest(x, mask=True, axis=None):
     """The smallest entry of `x` where `mask` is 1, infinity where there is none; NaN where one of them is."""
     kept = jnp.where(mask, x, jnp.inf)
-    return _with_nan(jnp.min(kept), kept)
+    return _with_nan(jnp.min(kept, axis=axis), kept, axis)
 
 
-def _with_nan(found, x, axis=None):
+def _with_nan(found, x, axis):
     return jnp.where(jnp.any(jnp.isnan(x), axis=axis), jnp.nan, found)

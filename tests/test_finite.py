@@ -50,4 +50,5 @@ def test_extremes_of_metrics_keep_a_nan():
         for place in (0, 1):
             values = [1.0, 1.0]
             values[place] = np.nan
-            assert np.isnan(RULES[name].microbatches(jnp.asarray(values), axis=0)) and np.isnan(RULES[name].steps(values))
+            rule = RULES[name]
+            assert np.isnan(rule.microbatches(jnp.asarray(values), axis=0)) and np.isnan(rule.steps(values))

@@ -15,6 +15,7 @@ import json
 import math
 import os
 from pathlib import Path
+import secrets
 from typing import Annotated, Any
 
 from annotated_types import Ge
@@ -23,6 +24,7 @@ from jaxrl_fp16.config import Doc
 from jaxrl_fp16.console import Console
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+WANDB_ID = "wandb_id"   # the file of a run folder that holds its id in W&B: a resumed run goes on there
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +144,12 @@ def _open_tensorboard(folder: Path, resumed: int | None):
 
 def _open_wandb(folder: Path, project: str, facts: Mapping[str, Any] | None):
     import wandb
-    run = wandb.init(project=project, name=folder.name, dir=str(folder), config=dict(facts or {}))
+    kept = folder / WANDB_ID
+    if not kept.is_file():
+        kept.write_text(secrets.token_hex(4), encoding="utf-8")
+    # "allow": a run of that id goes on, where there is one; else it begins.
+    run = wandb.init(project=project, name=folder.name, dir=str(folder), config=dict(facts or {}),
+                     id=kept.read_text(encoding="utf-8").strip(), resume="allow")
     return lambda step, numbers: run.log(dict(numbers), step=step), run.finish
 
 

@@ -173,6 +173,25 @@ def test_wandb_gets_config_and_metrics(tmp_path, monkeypatch):
     assert calls == [{"seed": 1}, (1, {"a": 1.0}), "finish"]
 
 
+def test_wandb_goes_on_with_the_run_that_it_had(tmp_path, monkeypatch):
+    """Also where the folder has moved since; another folder is another run."""
+    opened = []
+    stub = types.ModuleType("wandb")
+    stub.__spec__ = types.SimpleNamespace()
+    stub.init = lambda **options: opened.append((options["id"], options["resume"])) or types.SimpleNamespace(
+        log=lambda values, step: None, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    for folder, resumed in (("a", None), ("b", None), ("a", 3), ("moved", 4)):
+        if folder == "moved":
+            (tmp_path / "a").rename(tmp_path / "moved")
+        with RunLog(tmp_path / folder, LoggingConfig(tensorboard=False, wandb=True), resumed=resumed,
+                    console=plain_console()):
+            pass
+    ids = [id for id, _ in opened]
+    assert ids[0] == ids[2] == ids[3] != ids[1] and all(len(id) == 8 for id in ids)
+    assert {resume for _, resume in opened} == {"allow"}
+
+
 def test_only_the_primary_process_writes(tmp_path):
     console = plain_console()
     with RunLog(tmp_path / "run", LoggingConfig(), primary=False, console=console) as log:

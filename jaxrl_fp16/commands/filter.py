@@ -18,6 +18,7 @@ from jaxrl_fp16.console import Console
 from jaxrl_fp16.lab.report import draw_accuracies, histogram
 from jaxrl_fp16.training.rollouts.collect import truncation_rule
 from jaxrl_fp16.training.rollouts.evaluate import grade_chunks, make_evaluator
+from jaxrl_fp16.training.runs.inputs import check_inputs, inputs_of
 from jaxrl_fp16.training.runs.run import open_folder
 from jaxrl_fp16.training.runs.run_folder import check_resumed, write_record
 from jaxrl_fp16.training.runs.setup import opened, set_up
@@ -58,14 +59,16 @@ def filter_problems(config):
     if config.resume is not None:
         check_resumed(config, config.resume, "filter")
     with contextlib.ExitStack() as stack:
-        bench = stack.enter_context(opened(setup))
+        bench, inputs = stack.enter_context(opened(setup)), inputs_of(config)
+        if config.resume is not None:
+            check_inputs(config.resume, inputs)
         task = bench.task
         sampling = dataclasses.replace(config.sampling, group_size=config.filter.samples, max_rows=0)
         with naming("filter"):
             evaluator = make_evaluator(bench, "filter", dataclasses.replace(task, heldout=task.train), sampling)
         params = bench.load_params()
         folder = stack.enter_context(open_folder(config))
-        write_record(setup, folder, "filter")
+        write_record(setup, folder, "filter", inputs)
         signals = stack.enter_context(caught_signals())
         found = _measure(config, evaluator, setup, params, setup.keys.evaluation, folder, signals)
         if signals.received is not None:

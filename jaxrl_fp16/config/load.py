@@ -66,6 +66,16 @@ def parse_config(cls: type[T], mapping: Mapping[str, Any], source: str = "mappin
     return _build_root(cls, [(source, dict(mapping))])
 
 
+def load_unchecked(cls: type, path: str | os.PathLike) -> dict[str, Any]:
+    """The plain values of a file that `to_yaml` wrote, whichever keys it has, over the defaults of `cls`.
+
+    For comparing: no value is checked, as it may be right on another machine, or have been right in its time. Raises
+    ConfigError for what is no mapping in plain YAML.
+    """
+    mappings = (mapping for _, mapping in yaml_files.read_chain(path))
+    return functools.reduce(_merge, mappings, schema.to_dict(cls()))
+
+
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
     """`["--a.b", "1", "--c=2", "--d"]` into `[("a.b", "1"), ("c", "2"), ("d", "true")]`.
 

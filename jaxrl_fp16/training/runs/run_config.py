@@ -1,7 +1,7 @@
 """The configuration of a run: the modules' own dataclasses, assembled."""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from jaxrl_fp16.config import Doc
 from jaxrl_fp16.logs import LoggingConfig
@@ -28,6 +28,9 @@ MAY_CHANGE = ("run.steps", "sft.steps", "dpo.steps", "run.dir", "run.compile_cac
               "generate", "telemetry", "info", "filter.low", "filter.high", "filter.output", "compare.jobs",
               "mismatch", "task.workers", "task.deadline_seconds", "task.batch_seconds", "task.memory_mb",
               "training.stage_seconds", "training.stop_above", "run.heartbeat_seconds")
+
+# Keys that are no longer there, with the defaults that they had: a run that was started with those is resumed.
+GONE: dict[str, Any] = {}
 
 
 @dataclasses.dataclass(frozen=True)

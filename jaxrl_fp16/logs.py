@@ -29,7 +29,10 @@ WANDB_ID = "wandb_id"   # the file of a run folder that holds its id in W&B: a r
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    every: Annotated[int, Ge(1), Doc("steps between console lines where the output is no terminal")] = 10
+    every: Annotated[
+        int | None, Ge(1),
+        Doc("steps between console lines where the output is no terminal; null: a line each half minute"),
+    ] = None
     samples: Annotated[int, Ge(0), Doc("rollouts of each step that samples.jsonl keeps; 0: none")] = 4
     tensorboard: Annotated[bool, Doc("write TensorBoard events into the run folder")] = True
     wandb: Annotated[bool, Doc("log to Weights & Biases; needs the extra `wandb`")] = False

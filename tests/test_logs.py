@@ -214,6 +214,29 @@ def test_without_a_terminal_some_steps_are_plain_lines(tmp_path):
     assert second.endswith("left 0:00:00") and "left" not in last
 
 
+@pytest.mark.parametrize("seconds, wanted", [(0.1, [1, 200]), (1, [1, *range(31, 200, 30), 200]), (45, range(1, 201))])
+def test_progress_comes_by_time_into_a_file(seconds, wanted, tmp_path, monkeypatch):
+    """However long the steps take, a line comes each half minute, and with the first step and the last."""
+    now = [0.0]
+    monkeypatch.setattr("jaxrl_fp16.console.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    console = plain_console()
+    with RunLog(tmp_path, LoggingConfig(tensorboard=False), steps=200, console=console) as log:
+        for step in range(1, 201):
+            now[0] += seconds
+            log.metrics(step, {"reward": 0.5})
+    assert [int(line.split("/")[0].split()[1]) for line in console.file.getvalue().splitlines()] == list(wanted)
+
+
+def test_what_would_steer_a_terminal_is_not_shown():
+    console = plain_console()
+    log = RunLog(None, QUIET, console=console)
+    log.say("a\x1b[2J\x07\x9b31m\rb\x00\x7f\tc\n\u202ed [/foo] \ud800 é 数 \U0001f469\u200d\U0001f4bb")
+    log.table("\x1b[1mtitle", ["\x08column"], [["\x1b]0;owned\x07cell"]])
+    shown = console.file.getvalue()
+    assert shown.startswith("a[2J31mb        c\nd [/foo] \ufffd é 数 \U0001f469\u200d\U0001f4bb\n")
+    assert not set("\x1b\x07\x08\x9b\r\x00\x7f\u202e") & set(shown) and "]0;ownedcell" in shown
+
+
 def test_on_a_terminal_one_line_lives_below_what_is_said(tmp_path):
     console = terminal()
     with RunLog(tmp_path, QUIET, steps=3, console=console) as log:

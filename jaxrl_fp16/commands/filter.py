@@ -85,7 +85,7 @@ def _measure(config, evaluator, setup, params, key, folder, signals):
     """Accuracy of each problem, or None where nothing is known; as far as no signal came."""
     total, at_once = len(evaluator.task.heldout), evaluator.prompts_at_once
     found = _read_accuracies(folder, at_once, total)
-    console = Console(steps=total, every=at_once, line=LINE, quiet=jax.process_index() != 0)
+    console = Console(steps=total, line=LINE, quiet=jax.process_index() != 0)
     with console, open(folder / ACCURACY, "a", encoding="utf-8") as file:
         chunks = grade_chunks(evaluator, params, setup, config.training.max_prompt_tokens, key, len(found))
         for kept, graded in chunks if len(found) < total else ():

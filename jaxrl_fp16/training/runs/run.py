@@ -112,7 +112,8 @@ class Run:
             self.stage(f"evaluating {evaluator.name}")
             with self.log.announce(f"evaluating {evaluator.name}"):
                 metrics |= evaluate(
-                    evaluator, params, self.setup, self.config.training.max_prompt_tokens, self.setup.keys.evaluation
+                    evaluator, params, self.setup, self.config.training.max_prompt_tokens, self.setup.keys.evaluation,
+                    self.log.status,
                 )
             self.stage(f"what follows evaluating {evaluator.name}")
         return metrics

@@ -112,10 +112,12 @@ class Console:
             self._said = self._ends[-1]
             self.say(text)
 
-    def status(self, text: str, seconds: float = PATIENCE) -> None:
-        """What goes on now, in the live line; where there is none, a line every `seconds` at most."""
+    def status(self, text: str, seconds: float = PATIENCE, live: bool = True) -> None:
+        """What goes on now, in the live line unless `live` is false; where there is none, a line every `seconds` at
+        most."""
         if self._is_live():
-            self._redraw(text)
+            if live:
+                self._redraw(text)
         elif time.monotonic() - self._said >= seconds:
             self._said = time.monotonic()
             self.say(text)

@@ -227,6 +227,17 @@ def test_progress_comes_by_time_into_a_file(seconds, wanted, tmp_path, monkeypat
     assert [int(line.split("/")[0].split()[1]) for line in console.file.getvalue().splitlines()] == list(wanted)
 
 
+def test_what_goes_on_in_a_long_step_is_told_into_a_file(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("jaxrl_fp16.console.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    for console, wanted in ((plain_console(), ["step 1: 4", "step 1: 8"]), (terminal(), [])):
+        log = RunLog(None, QUIET, console=console)
+        for stage in range(1, 10):
+            now[0] += 8.0
+            log.status(f"step 1: {stage}", live=False)
+        assert console.file.getvalue().splitlines() == wanted
+
+
 def test_what_would_steer_a_terminal_is_not_shown():
     console = plain_console()
     log = RunLog(None, QUIET, console=console)

@@ -76,7 +76,9 @@ class Run:
         return state, extra["position"], step
 
     def stage(self, name):
-        """A stage begins; the one before has ended. One that takes too long ends the run."""
+        """A stage begins; the one before has ended. One that takes too long ends the run; into a file, where no line
+        lives, those of long steps are told."""
+        self.log.status(name, live=False)
         self.watchdog.start(name, self.checkpoints.describe())
 
     def start_log(self, start, steps, **console):

@@ -12,6 +12,7 @@ _HOMES = {
         "Decoder", "DecoderConfig", "NumericsConfig", "RopeScaling", "Critic", "critic_params", "init_params",
         "load_pretrained", "save_pretrained", "load_reward_model", "save_reward_model",
     ),
+    "tokenizer": ("load_tokenizer", "encode_prompts", "decode_responses"),
     "forward": ("token_logprobs", "token_values", "sequence_scores", "logits"),
     "sampling": ("SamplingConfig", "make_sampler"),
     "objectives": (

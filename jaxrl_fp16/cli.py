@@ -11,14 +11,14 @@ import re
 import sys
 import warnings
 
-from jaxrl_fp16.config import ConfigError, describe, load_config, parse_overrides
+from jaxrl_fp16.config import ConfigError, describe, parse_overrides
 
 USAGE = """usage: jaxrl-fp16 COMMAND CONFIG [--key.subkey VALUE ...]
 
 commands:
 {commands}
 
-`jaxrl-fp16 COMMAND --help` lists every key."""
+`jaxrl-fp16 COMMAND --help` lists the command's own keys, and names the sections of the others."""
 
 
 # name -> what it does; `commands/NAME.py` has `run_NAME(config) -> exit code`
@@ -42,6 +42,13 @@ LISTS = {"compare": {
 }}
 SHORT = {"compare": {"jobs": "compare.jobs"}}
 
+# The sections that a command's help shows in full, beside the keys at the top of a config.
+OWN = {
+    "train": ("run", "training", "sampling", "algorithm", "optimizer"), "warmup": ("sft",),
+    "filter": ("filter", "sampling"), "eval": ("evaluation",), "generate": ("generate", "sampling"),
+    "export": ("checkpoint",),
+}
+
 
 def main(argv):
     """Runs one command; `argv` without the program's name."""
@@ -52,20 +59,21 @@ def main(argv):
         command, arguments = argv[0], list(argv[1:])
         if command not in COMMANDS:
             raise ConfigError(f"command {command!r} is unknown; allowed: {', '.join(COMMANDS)}")
-        if "--help" in arguments or "-h" in arguments:
-            return _help(command)
+        for place, argument in enumerate(arguments):
+            if argument in ("--help", "-h"):
+                return _help(command, arguments[place + 1:])
         return _run(command, arguments)
     except ConfigError as error:
         return _end(2, error)
 
 
 def _run(command, arguments):
-    from jaxrl_fp16.training.runs.run_config import Config
+    from jaxrl_fp16.training.runs.run_config import load_for
 
     if not arguments or arguments[0].startswith("--"):
         raise ConfigError(f"{command} needs a config file: jaxrl-fp16 {command} CONFIG [--key VALUE ...]")
     path, *rest = arguments
-    config = load_config(Config, path, parse_overrides(list(_lengthened(command, rest))))
+    config = load_for(command, path, parse_overrides(list(_lengthened(command, rest))))
     if config.run.name is None:
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=Path(path).stem))
     # orbax warns of what it will do by default one day; a person at a console can do nothing about it
@@ -118,23 +126,43 @@ def _guarded(run, config):
 
 
 def _end(code, error):
-    print(f"jaxrl-fp16: {' '.join(str(error).split())}", file=sys.stderr)
+    from jaxrl_fp16.console import printable
+
+    print(f"jaxrl-fp16: {' '.join(printable(str(error)).split())}", file=sys.stderr)
     return code
 
 
-def _help(command):
-    from jaxrl_fp16.training.runs.run_config import Config
+def _help(command, wanted):
+    """The keys of `wanted`, sections or `all`; without any the command's own, and which sections there are beside."""
+    from jaxrl_fp16.training.runs.run_config import USED, Config
 
-    print(f"usage: jaxrl-fp16 {command} CONFIG [--key VALUE ...]\n\n{COMMANDS[command]}\n")
+    sections = {}
     for row in describe(Config):
-        print(f"  --{row.key} ({row.type}; {row.default})\n      {row.doc}" if row.doc else
-              f"  --{row.key} ({row.type}; {row.default})")
+        sections.setdefault(row.key.partition(".")[0] if "." in row.key else "", []).append(row)
+    unknown = [name for name in wanted if name not in (*filter(None, sections), "all")]
+    if unknown:
+        allowed = ", ".join([*filter(None, sections), "all"])
+        raise ConfigError(f"{command} --help: there is no section {unknown[0]!r}; allowed: {allowed}")
+    wanted = list(sections) if "all" in wanted else wanted
+    shown = wanted or ["", *OWN.get(command, (command,))]
+    print(f"usage: jaxrl-fp16 {command} CONFIG [--key VALUE ...]\n\n{COMMANDS[command]}\n")
+    for row in (row for name in shown for row in sections[name]):
+        print(f"  --{row.key} ({row.type}; {row.default})\n      {row.doc}")
+    if not wanted:
+        commands = [name for name in sections if name in COMMANDS and name not in ("sft", command)]
+        read = [name for name in USED.get(command, sections) if name not in (*shown, *commands)]
+        print(f"\nother sections that {command} reads: {', '.join(read)}\n"
+              f"sections that it does not read: {', '.join(name for name in sections if name not in (*shown, *read))}\n"
+              f"`jaxrl-fp16 {command} --help SECTION` lists the keys of one, `--help all` every key.")
     return 0
 
 
 def entry():
     """The console script."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "1")
+    # XLA's own lines, "Very slow compile?" among its errors: what matters of them comes as an exception too.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+    for stream in filter(None, (sys.stdout, sys.stderr)):
+        stream.reconfigure(errors="replace")    # a response may hold what the console's encoding does not
     _silence_failed_saves()
     code = main(sys.argv[1:])
     if code and _is_one_of_several():

@@ -8,6 +8,7 @@ import sys
 import threading
 import time
 from typing import Any
+import unicodedata
 
 import rich.console
 import rich.live
@@ -22,6 +23,22 @@ LINE = (
     ("KL", "mismatch/kl_k3", ".1e"),
     ("scale", "loss_scale", ",g"),
 )
+PATIENCE = 30.0     # seconds without a line of progress where there is no live one
+TURNS = "\u200e\u200f\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"   # what turns the direction of a text
+
+
+def printable(text: str) -> str:
+    """A text without what would steer a terminal: control characters but tab and newline, and turns of direction.
+
+    A surrogate that stands alone, which no encoding holds, becomes U+FFFD.
+    """
+    def shown(character):
+        kind = unicodedata.category(character)
+        if kind == "Cs":
+            return "\ufffd"
+        return "" if (kind == "Cc" and character not in "\t\n") or character in TURNS else character
+
+    return text if text.isascii() and text.isprintable() else "".join(map(shown, text))
 
 
 class Console:
@@ -29,19 +46,19 @@ class Console:
 
     Args:
       steps: iterations in all, for the time left.
-      every: steps between progress lines where the output is no terminal.
+      every: where the output is no terminal, steps between progress lines; None: they come by time alone.
       line: rows like those of `LINE`.
       quiet: prints nothing at all, as in every process of a run but the first.
     """
 
-    def __init__(self, *, steps: int = 0, every: int = 10, line: Sequence[tuple[str, str, str]] = LINE,
+    def __init__(self, *, steps: int = 0, every: int | None = None, line: Sequence[tuple[str, str, str]] = LINE,
                  quiet: bool = False, console: rich.console.Console | None = None):
         self._console = console or _RichConsole(width=None if sys.stdout.isatty() else 120)
         self._console.quiet = quiet
         self._steps, self._every, self._line = steps, every, line
         self._live: rich.live.Live | None = None
         self._ends: collections.deque[float] = collections.deque(maxlen=20)     # when the latest steps ended
-        self._said = time.monotonic()       # when `status` last took a line
+        self._said = time.monotonic()       # when progress last took a line
 
     def __enter__(self):
         return self
@@ -52,15 +69,15 @@ class Console:
 
     def say(self, text: str) -> None:
         """One line, above the live one."""
-        self._guarded(self._console.print, text, markup=False, highlight=False, soft_wrap=True)
+        self._guarded(self._console.print, printable(text), markup=False, highlight=False, soft_wrap=True)
 
     def table(self, title: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
         """A table whose first column is text and whose others are aligned as numbers."""
-        table = rich.table.Table(title=Text(title), title_justify="left")
+        table = rich.table.Table(title=Text(printable(title)), title_justify="left")
         for index, column in enumerate(columns):
-            table.add_column(Text(column), justify="right" if index else "left")
+            table.add_column(Text(printable(column)), justify="right" if index else "left")
         for row in rows:
-            table.add_row(*(Text(str(cell)) for cell in row))
+            table.add_row(*(Text(printable(str(cell))) for cell in row))
         self._guarded(self._console.print, table)
 
     @contextlib.contextmanager
@@ -84,18 +101,23 @@ class Console:
             self.say(f"{text}: {time.monotonic() - began:.1f} s")
 
     def progress(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Shows that `step` iterations are done: redraws the live line, or prints one now and then."""
+        """Shows that `step` iterations are done: redraws the live line; where there is none, prints one for the first
+        and the last, one where PATIENCE has passed since, and one for each `every` of them."""
         self._ends.append(time.monotonic())
         text = self._describe(step, numbers)
         if self._is_live():
             self._redraw(text)
-        elif len(self._ends) == 1 or step % self._every == 0 or step == self._steps:
+        elif (len(self._ends) == 1 or step == self._steps or (self._every and step % self._every == 0)
+              or self._ends[-1] - self._said >= PATIENCE):
+            self._said = self._ends[-1]
             self.say(text)
 
-    def status(self, text: str, seconds: float = 30.0) -> None:
-        """What goes on now, in the live line; where there is none, a line every `seconds` at most."""
+    def status(self, text: str, seconds: float = PATIENCE, live: bool = True) -> None:
+        """What goes on now, in the live line unless `live` is false; where there is none, a line every `seconds` at
+        most."""
         if self._is_live():
-            self._redraw(text)
+            if live:
+                self._redraw(text)
         elif time.monotonic() - self._said >= seconds:
             self._said = time.monotonic()
             self.say(text)
@@ -108,7 +130,7 @@ class Console:
             # Drawn by us alone: rich's own refreshing takes a thread, and workers are started beside it.
             self._live = rich.live.Live(console=self._console, auto_refresh=False)
             self._guarded(self._live.start)
-        line = Text(text, style="bold", no_wrap=True, overflow="ellipsis")
+        line = Text(printable(text), style="bold", no_wrap=True, overflow="ellipsis")
         self._guarded(self._live.update, line, refresh=True)
 
     def _describe(self, step: int, numbers: Mapping[str, float]) -> str:
@@ -116,7 +138,7 @@ class Console:
         parts += [f"{label} {numbers[key]:{form}}" for label, key, form in self._line if key in numbers]
         if len(self._ends) > 1 and step < self._steps:      # the first step's time includes compiling
             seconds = (self._ends[-1] - self._ends[0]) / (len(self._ends) - 1)
-            parts.append(f"left {_clock((self._steps - step) * seconds)}")
+            parts.append(f"left {clock((self._steps - step) * seconds)}")
         return "  ".join(parts)
 
     def _guarded(self, call: Callable, *arguments, **options) -> None:
@@ -135,7 +157,8 @@ class _RichConsole(rich.console.Console):
             os.dup2(os.open(os.devnull, os.O_WRONLY), self.file.fileno())
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
+    """A duration as h:mm:ss."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}"

@@ -15,6 +15,7 @@ import json
 import math
 import os
 from pathlib import Path
+import secrets
 from typing import Annotated, Any
 
 from annotated_types import Ge
@@ -23,11 +24,15 @@ from jaxrl_fp16.config import Doc
 from jaxrl_fp16.console import Console
 
 METRICS, SAMPLES = "metrics.jsonl", "samples.jsonl"
+WANDB_ID = "wandb_id"   # the file of a run folder that holds its id in W&B: a resumed run goes on there
 
 
 @dataclasses.dataclass(frozen=True)
 class LoggingConfig:
-    every: Annotated[int, Ge(1), Doc("steps between console lines where the output is no terminal")] = 10
+    every: Annotated[
+        int | None, Ge(1),
+        Doc("steps between console lines where the output is no terminal; null: a line each half minute"),
+    ] = None
     samples: Annotated[int, Ge(0), Doc("rollouts of each step that samples.jsonl keeps; 0: none")] = 4
     tensorboard: Annotated[bool, Doc("write TensorBoard events into the run folder")] = True
     wandb: Annotated[bool, Doc("log to Weights & Biases; needs the extra `wandb`")] = False
@@ -142,7 +147,12 @@ def _open_tensorboard(folder: Path, resumed: int | None):
 
 def _open_wandb(folder: Path, project: str, facts: Mapping[str, Any] | None):
     import wandb
-    run = wandb.init(project=project, name=folder.name, dir=str(folder), config=dict(facts or {}))
+    kept = folder / WANDB_ID
+    if not kept.is_file():
+        kept.write_text(secrets.token_hex(4), encoding="utf-8")
+    # "allow": a run of that id goes on, where there is one; else it begins.
+    run = wandb.init(project=project, name=folder.name, dir=str(folder), config=dict(facts or {}),
+                     id=kept.read_text(encoding="utf-8").strip(), resume="allow")
     return lambda step, numbers: run.log(dict(numbers), step=step), run.finish
 
 

@@ -1,5 +1,8 @@
 """`import jaxrl_fp16 as rl`: the names, and the whole way from a folder to a step and back."""
 
+from pathlib import Path
+import re
+
 import jax
 import jax.numpy as jnp
 import jmp
@@ -16,6 +19,7 @@ NAMES = (
     "make_sampler", "SamplingConfig", "Rollout", "get_algorithm", "AlgorithmConfig", "group_advantages", "gae",
     "policy_loss", "mismatch_metrics", "init_train_state", "TrainState", "Batch", "make_update", "make_value_update",
     "Critic", "critic_params", "PreferenceConfig", "dpo_loss", "PreferencePairs", "make_pair_scorer", "make_dpo_update",
+    "load_tokenizer", "encode_prompts", "decode_responses",
 )
 pytestmark = pytest.mark.usefixtures("quick_compile")
 P, N, GROUP = 5, 6, 4
@@ -147,3 +151,29 @@ def test_a_folder_out_and_in_again(model, params, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, loaded, half)
     assert {"config.json", "model.safetensors", "tokenizer.json", "generation_config.json"} <= {
         path.name for path in (tmp_path / "model").iterdir()}
+
+
+def test_text_to_rows_and_back(model, params, tmp_path):
+    rl.save_pretrained(tmp_path / "model", model, params, dtype="float16", tokenizer=TOKENIZER)
+    tokenizer = rl.load_tokenizer(tmp_path / "model")
+    prompts = rl.encode_prompts(tokenizer, ["1+2=", "", "1+2+3+4="], 6)
+    assert prompts.tokens.shape == (3, 6) and prompts.kept.tolist() == [True, False, False]
+    assert rl.decode_responses(tokenizer, prompts.tokens, prompts.mask) == ["1+2=", "", ""]
+    with pytest.raises(ValueError):
+        rl.load_tokenizer(tmp_path / "nowhere")
+
+
+def test_the_example_of_the_readme_runs_as_printed(model, params, tmp_path, monkeypatch, capsys):
+    """With a tiny folder's path, and the id of its end of text, in place of those named there."""
+    page = (Path(__file__).parents[1] / "README.md").read_text()
+    (code,) = (block for block in re.findall(r"```python\n(.*?)```", page, flags=re.S) if "import jaxrl_fp16" in block)
+    assert code.count('"models/Qwen2.5-0.5B"') == 2 and code.count("=151643") == 2
+    rl.save_pretrained(tmp_path / "tiny", model, params, dtype="float16", tokenizer=TOKENIZER)
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code.replace("models/Qwen2.5-0.5B", "tiny").replace("=151643", f"={EOS}"), names)  # noqa: S102
+    assert "mismatch/kl_k3" in capsys.readouterr().out
+    assert names["rollout"].tokens.shape == (16, 96) and len(names["responses"]) == 16
+    assert float(names["metrics"]["skipped"]) == 0 and int(names["state"].step) == 1 - int(names["metrics"]["empty"])
+    again, _ = rl.load_pretrained(tmp_path / "out")
+    assert again.config == model.config and rl.load_tokenizer(tmp_path / "out").get_vocab() == TOKENIZER.get_vocab()

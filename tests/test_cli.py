@@ -1,5 +1,9 @@
 """The command line: what it says of itself, and a run that cannot fit. What else it refuses: test_refusals.py."""
 
+from pathlib import Path
+import subprocess
+import sys
+
 import pytest
 
 from jaxrl_fp16 import cli
@@ -29,12 +33,56 @@ def test_help_names_the_commands(capsys):
     assert cli.main([]) == 2 and capsys.readouterr().out == said
 
 
+def said_of(rows):
+    return [f"--{row.key} ({row.type}; {row.default})\n      {row.doc}\n" for row in rows]
+
+
+def section_of(row):
+    return row.key.partition(".")[0] if "." in row.key else ""
+
+
 @pytest.mark.parametrize("command", cli.COMMANDS)
-def test_help_of_a_command_lists_every_key(command, capsys):
+def test_help_of_a_command_lists_its_own_keys_and_names_the_other_sections(command, capsys):
     assert cli.main([command, "--help"]) == 0
+    said, rows = capsys.readouterr().out, describe(Config)
+    own = ["", *cli.OWN.get(command, (command,))]
+    assert {section_of(row) for row in rows} >= set(own)
+    assert all(text in said for text in said_of(row for row in rows if section_of(row) in own))
+    assert not any(f"--{row.key} " in said for row in rows if section_of(row) not in own)
+    listed = said.partition("\nother sections ")[2].replace(",", "").split()
+    assert all(section_of(row) in listed for row in rows if section_of(row) not in own)
+
+
+def test_help_of_sections_and_of_every_key(capsys):
+    assert cli.main(["train", "any.yaml", "--help", "telemetry", "mesh"]) == 0
+    said, rows = capsys.readouterr().out, describe(Config)
+    assert [line.split()[0] for line in said.splitlines() if line.startswith("  --")] == [
+        f"--{row.key}" for row in rows if section_of(row) in ("telemetry", "mesh")]
+    assert cli.main(["eval", "--help", "all"]) == 0
     said = capsys.readouterr().out
-    for row in describe(Config):
-        assert f"--{row.key} ({row.type}; {row.default})\n      {row.doc}\n" in said
+    assert all(text in said for text in said_of(rows))
+    assert cli.main(["eval", "--help", "evaluations"]) == 2
+    assert "eval --help: there is no section 'evaluations'; allowed: run, loss_scale" in capsys.readouterr().err
+
+
+def test_the_package_is_a_program_too():
+    done = subprocess.run([sys.executable, "-m", "jaxrl_fp16", "generate"], capture_output=True, text=True,
+                          cwd=Path(cli.__file__).parents[1])
+    assert done.returncode == 2 and done.stderr.startswith("jaxrl-fp16: generate needs a config file")
+
+
+def test_xla_keeps_its_lines_from_the_console(monkeypatch):
+    monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+    code = "import sys; sys.argv = ['x', '--help']; from jaxrl_fp16 import cli\ntry: cli.entry()\nexcept SystemExit: " \
+           "import os; print(os.environ['TF_CPP_MIN_LOG_LEVEL'])"
+    root = Path(cli.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=root)
+    assert done.stdout.splitlines()[-1] == "3"      # errors too: "Very slow compile?" is one
+
+
+def test_an_error_steers_no_terminal(capsys):
+    assert cli.main(["\x1b[2Jtrain"]) == 2 and cli._end(3, "a\x1b[2J b\u202e\nc") == 3
+    assert "\x1b" not in (said := capsys.readouterr().err) and said.endswith("jaxrl-fp16: a[2J b c\n")
 
 
 def test_both_spellings_of_an_override(tiny, compile_cache, tmp_path, capsys):

@@ -34,6 +34,7 @@ training
 lab
 commands
 cli
+__main__
 """.strip().splitlines()
 FLOORS = {room: floor for floor, line in enumerate(ORDER) for room in line.split()}
 MOST = 11  # files of a folder, without its `__init__`

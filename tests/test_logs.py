@@ -173,6 +173,25 @@ def test_wandb_gets_config_and_metrics(tmp_path, monkeypatch):
     assert calls == [{"seed": 1}, (1, {"a": 1.0}), "finish"]
 
 
+def test_wandb_goes_on_with_the_run_that_it_had(tmp_path, monkeypatch):
+    """Also where the folder has moved since; another folder is another run."""
+    opened = []
+    stub = types.ModuleType("wandb")
+    stub.__spec__ = types.SimpleNamespace()
+    stub.init = lambda **options: opened.append((options["id"], options["resume"])) or types.SimpleNamespace(
+        log=lambda values, step: None, finish=lambda: None)
+    monkeypatch.setitem(sys.modules, "wandb", stub)
+    for folder, resumed in (("a", None), ("b", None), ("a", 3), ("moved", 4)):
+        if folder == "moved":
+            (tmp_path / "a").rename(tmp_path / "moved")
+        with RunLog(tmp_path / folder, LoggingConfig(tensorboard=False, wandb=True), resumed=resumed,
+                    console=plain_console()):
+            pass
+    ids = [id for id, _ in opened]
+    assert ids[0] == ids[2] == ids[3] != ids[1] and all(len(id) == 8 for id in ids)
+    assert {resume for _, resume in opened} == {"allow"}
+
+
 def test_only_the_primary_process_writes(tmp_path):
     console = plain_console()
     with RunLog(tmp_path / "run", LoggingConfig(), primary=False, console=console) as log:
@@ -193,6 +212,40 @@ def test_without_a_terminal_some_steps_are_plain_lines(tmp_path):
     first, second, *_, last = shown.splitlines()
     assert first == "step  1/10  reward 0.100  KL nan  scale 65,536"
     assert second.endswith("left 0:00:00") and "left" not in last
+
+
+@pytest.mark.parametrize("seconds, wanted", [(0.1, [1, 200]), (1, [1, *range(31, 200, 30), 200]), (45, range(1, 201))])
+def test_progress_comes_by_time_into_a_file(seconds, wanted, tmp_path, monkeypatch):
+    """However long the steps take, a line comes each half minute, and with the first step and the last."""
+    now = [0.0]
+    monkeypatch.setattr("jaxrl_fp16.console.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    console = plain_console()
+    with RunLog(tmp_path, LoggingConfig(tensorboard=False), steps=200, console=console) as log:
+        for step in range(1, 201):
+            now[0] += seconds
+            log.metrics(step, {"reward": 0.5})
+    assert [int(line.split("/")[0].split()[1]) for line in console.file.getvalue().splitlines()] == list(wanted)
+
+
+def test_what_goes_on_in_a_long_step_is_told_into_a_file(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("jaxrl_fp16.console.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    for console, wanted in ((plain_console(), ["step 1: 4", "step 1: 8"]), (terminal(), [])):
+        log = RunLog(None, QUIET, console=console)
+        for stage in range(1, 10):
+            now[0] += 8.0
+            log.status(f"step 1: {stage}", live=False)
+        assert console.file.getvalue().splitlines() == wanted
+
+
+def test_what_would_steer_a_terminal_is_not_shown():
+    console = plain_console()
+    log = RunLog(None, QUIET, console=console)
+    log.say("a\x1b[2J\x07\x9b31m\rb\x00\x7f\tc\n\u202ed [/foo] \ud800 é 数 \U0001f469\u200d\U0001f4bb")
+    log.table("\x1b[1mtitle", ["\x08column"], [["\x1b]0;owned\x07cell"]])
+    shown = console.file.getvalue()
+    assert shown.startswith("a[2J31mb        c\nd [/foo] \ufffd é 数 \U0001f469\u200d\U0001f4bb\n")
+    assert not set("\x1b\x07\x08\x9b\r\x00\x7f\u202e") & set(shown) and "]0;ownedcell" in shown
 
 
 def test_on_a_terminal_one_line_lives_below_what_is_said(tmp_path):

@@ -285,6 +285,12 @@ def run_folders():
         resumed(27, "changed precision", "resume: run was started otherwise: precision was 'fp16', is 'bf16'",
                 "--precision", "bf16"),
         resumed(27, "changed seed", "run.seed was 0, is 1; allowed to differ:", "--run.seed", "1"),
+        resumed(27, "changed content", "run was started with other content: config.json of model.path has changed",
+                build=write("run/inputs.json", '{"model.path": {"config.json": "of another"}}')),
+        resumed(27, "damaged digests", "resume: run/inputs.json cannot be read", build=write("run/inputs.json", "{")),
+        resumed(27, "a key that is gone", "training.gone was 3, and is no key any more",
+                build=lambda folder: write("run/config.yaml", (folder / "run" / "config.yaml").read_bytes().replace(
+                    b"training:\n", b"training:\n  gone: 3\n"))(folder)),
         Case(28, "no run", "resume: model has no config.yaml; allowed: the folder of an earlier run",
              ("--resume", "model"), config="folder.yaml"),
         resumed(28, "another run", "resume: run was started otherwise: run.name was 'folder', is 'shards'",

@@ -1,7 +1,7 @@
 """`compare`: one config under several precisions, each run a process of its own, from one warm start a seed.
 
     runs/NAME-compare-STAMP/
-      config.yaml               as given
+      config.yaml               as given; inputs.json: digests of the data and folders that it names
       configs/RUN.yaml          what each run was started with; `train` takes it
       warm-seed0/model/         the warm start of a seed, in float32, from which its runs begin
       fp16-seed0/, ...          run folders
@@ -31,8 +31,9 @@ from jaxrl_fp16.lab.compare.processes import Job, core_count, run_jobs, shares_o
 from jaxrl_fp16.lab.compare.runs import CONFIGS, OUTCOMES, Planned, last_step, plan_runs, read_comparison
 from jaxrl_fp16.logs import METRICS
 from jaxrl_fp16.training.loops.iterations import open_training
+from jaxrl_fp16.training.runs.inputs import check_inputs, inputs_of
 from jaxrl_fp16.training.runs.run_config import Config
-from jaxrl_fp16.training.runs.run_folder import check_resumed, new_folder
+from jaxrl_fp16.training.runs.run_folder import check_resumed, new_folder, write_inputs
 from jaxrl_fp16.training.safety.deadlines import caught_signals
 from jaxrl_fp16.training.safety.folder_lock import only_writer
 
@@ -100,8 +101,10 @@ def _open_each(runs):
 
 
 def _open_folder(config):
+    inputs = inputs_of(config)
     if config.resume is not None:
         check_resumed(config, config.resume)
+        check_inputs(config.resume, inputs)
         folder = Path(config.resume)
     else:
         folder = new_folder(
@@ -110,6 +113,7 @@ def _open_folder(config):
     for name in (CONFIGS, "logs"):
         (folder / name).mkdir(exist_ok=True)
     (folder / "config.yaml").write_text(to_yaml(dataclasses.replace(config, resume=None)), encoding="utf-8")
+    write_inputs(folder, inputs)
     return folder
 
 

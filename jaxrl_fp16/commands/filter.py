@@ -18,6 +18,7 @@ from jaxrl_fp16.console import Console
 from jaxrl_fp16.lab.report import draw_accuracies, histogram
 from jaxrl_fp16.training.rollouts.collect import truncation_rule
 from jaxrl_fp16.training.rollouts.evaluate import grade_chunks, make_evaluator
+from jaxrl_fp16.training.runs.inputs import check_inputs, inputs_of
 from jaxrl_fp16.training.runs.run import open_folder
 from jaxrl_fp16.training.runs.run_folder import check_resumed, write_record
 from jaxrl_fp16.training.runs.setup import opened, set_up
@@ -58,14 +59,16 @@ def filter_problems(config):
     if config.resume is not None:
         check_resumed(config, config.resume, "filter")
     with contextlib.ExitStack() as stack:
-        bench = stack.enter_context(opened(setup))
+        bench, inputs = stack.enter_context(opened(setup)), inputs_of(config)
+        if config.resume is not None:
+            check_inputs(config.resume, inputs)
         task = bench.task
         sampling = dataclasses.replace(config.sampling, group_size=config.filter.samples, max_rows=0)
         with naming("filter"):
             evaluator = make_evaluator(bench, "filter", dataclasses.replace(task, heldout=task.train), sampling)
         params = bench.load_params()
         folder = stack.enter_context(open_folder(config))
-        write_record(setup, folder, "filter")
+        write_record(setup, folder, "filter", inputs)
         signals = stack.enter_context(caught_signals())
         found = _measure(config, evaluator, setup, params, setup.keys.evaluation, folder, signals)
         if signals.received is not None:
@@ -82,7 +85,7 @@ def _measure(config, evaluator, setup, params, key, folder, signals):
     """Accuracy of each problem, or None where nothing is known; as far as no signal came."""
     total, at_once = len(evaluator.task.heldout), evaluator.prompts_at_once
     found = _read_accuracies(folder, at_once, total)
-    console = Console(steps=total, every=at_once, line=LINE, quiet=jax.process_index() != 0)
+    console = Console(steps=total, line=LINE, quiet=jax.process_index() != 0)
     with console, open(folder / ACCURACY, "a", encoding="utf-8") as file:
         chunks = grade_chunks(evaluator, params, setup, config.training.max_prompt_tokens, key, len(found))
         for kept, graded in chunks if len(found) < total else ():

@@ -13,7 +13,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_fp16.config import ConfigError
+from jaxrl_fp16.config import ConfigError, naming
 from jaxrl_fp16.console import Console
 from jaxrl_fp16.logs import plain, write_json
 from jaxrl_fp16.objectives import needs_reference, normalizer_of
@@ -42,6 +42,8 @@ def run_info(config):
     output = config.info.output
     if output is not None and not Path(output).parent.is_dir():
         raise ConfigError(f"info.output: the folder of {output} does not exist; allowed: a file in one that does")
+    with naming("algorithm"):
+        resolve_algorithm(config)
     setup, log = set_up_alone("info", config), Console()
     with opened(setup) as bench:
         model = bench.model

@@ -48,7 +48,7 @@ def run_mismatch(config):
             rollouts = load_rollouts(section.rollouts, names)
     scored = rollouts is not None and all(_is_scored(rollout, [*names, reference.name]) for rollout in rollouts)
     with contextlib.ExitStack() as stack:
-        console = Console(quiet=jax.process_index() != 0)
+        console = stack.enter_context(Console(quiet=jax.process_index() != 0))
         signals = stack.enter_context(caught_signals())
         programs = None
         if not scored or section.attribution:
@@ -115,6 +115,10 @@ def _fill(laboratory, state, prompts, precisions, reference, rollouts, folder):
     say(f"{folder}: {laboratory.model.config.family}, {parameter_count(laboratory.model) / 1e6:,.2f}M parameters, "
         f"{config.model.attention} attention, in {', '.join(precision.name for precision in precisions)}; "
         f"reference in {reference.name}")
+    others = [] if reference.name in [precision.name for precision in precisions] else [reference]
+    given = len(precisions) if rollouts is None else len(rollouts)
+    laboratory.tally.total = (given if rollouts is None else 0) + given * (2 * len(precisions) + len(others))
+    laboratory.tally.total += given * config.mismatch.attribution
     if rollouts is None:
         say(f"{len(prompts[0])} prompts x {config.sampling.group_size} responses of at most "
             f"{config.sampling.max_new_tokens} tokens")
@@ -123,7 +127,6 @@ def _fill(laboratory, state, prompts, precisions, reference, rollouts, folder):
             rollouts.append(sample_rollout(laboratory, precision, state.sampling_params, prompts))
             keep(rollouts[-1])
     rollouts = [dataclasses.replace(rollout, scorer={}, gradient={}, entropy={}) for rollout in rollouts]
-    others = [] if reference.name in [precision.name for precision in precisions] else [reference]
     for precision in [*precisions, *others]:
         state, rollouts = score_rollouts(laboratory, precision, state, rollouts, gradient=precision in precisions)
     for rollout in rollouts:
@@ -133,11 +136,13 @@ def _fill(laboratory, state, prompts, precisions, reference, rollouts, folder):
 
 def _attribute(laboratory, state, precisions, rollouts):
     """By precision, what `attribute` finds in its first responses."""
-    found = {}
+    found, tally = {}, laboratory.tally
+    tally.total = max(tally.total, len(rollouts))
     for precision, rollout in zip(precisions, rollouts, strict=True):
         laboratory.check_signals()
         first = {name: getattr(rollout, name)[:ATTRIBUTED] for name in ("tokens", "mask", "response_mask", "logprobs")}
-        with laboratory.console.announce(f"attribution in {precision.name}"), naming("mismatch.attribution"):
+        text = f"attribution in {precision.name}"
+        with tally.counted(laboratory.console, text), naming("mismatch.attribution"):
             found[precision.name] = attribute(
                 laboratory.model, state.sampling_params, dataclasses.replace(rollout, **first), precision.policy,
                 temperature=rollout.temperature,

@@ -43,7 +43,7 @@ class _Bare(_Text):
 
 
 def load_config(cls: type[T], path: str | os.PathLike,
-                overrides: Sequence[tuple[str, str]] | Sequence[str] = ()) -> T:
+                overrides: Sequence[tuple[str, str]] | Sequence[str] = (), unused: Collection[str] = ()) -> T:
     """Reads a YAML file (and those that it extends) into `cls`, a nested frozen dataclass.
 
     Args:
@@ -53,17 +53,29 @@ def load_config(cls: type[T], path: str | os.PathLike,
         or pairs of key and text. Text for a field that takes text is kept as it is;
         any other is read as YAML. `--key` alone is true, where the field is true or false.
         A later one wins.
+      unused: sections that the caller does not read: one whose own `__post_init__` refuses it is left at its
+        defaults.
 
     Raises:
       ConfigError: one line, for anything in the files or overrides that is unknown,
         of the wrong type, out of range, missing, or not plain YAML.
     """
-    return _build_root(cls, [*yaml_files.read_chain(path), *_override_layers(overrides)])
+    return _build_root(cls, [*yaml_files.read_chain(path), *_override_layers(overrides)], unused)
 
 
 def parse_config(cls: type[T], mapping: Mapping[str, Any], source: str = "mapping") -> T:
     """Like `load_config`, from a mapping of plain values; `source` is named in errors."""
     return _build_root(cls, [(source, dict(mapping))])
+
+
+def load_unchecked(cls: type, path: str | os.PathLike) -> dict[str, Any]:
+    """The plain values of a file that `to_yaml` wrote, whichever keys it has, over the defaults of `cls`.
+
+    For comparing: no value is checked, as it may be right on another machine, or have been right in its time. Raises
+    ConfigError for what is no mapping in plain YAML.
+    """
+    mappings = (mapping for _, mapping in yaml_files.read_chain(path))
+    return functools.reduce(_merge, mappings, schema.to_dict(cls()))
 
 
 def parse_overrides(arguments: Sequence[str]) -> list[tuple[str, str]]:
@@ -115,6 +127,7 @@ class _Origin:
 
     root: type
     layers: Sequence[tuple[str, dict]]      # (file or "command line", its mapping); later ones win
+    unused: Collection[str] = ()            # sections that may be at fault
 
     def of(self, key: str) -> str:
         for source, node in reversed(self.layers):
@@ -133,9 +146,9 @@ class _Origin:
         return ConfigError(f"{key}: {show(value)} is not allowed; allowed: {allowed} ({self.of(key)})")
 
 
-def _build_root(cls, layers):
+def _build_root(cls, layers, unused=()):
     merged = functools.reduce(_merge, (mapping for _, mapping in layers))
-    return _section(cls, merged, "", _Origin(cls, layers))
+    return _section(cls, merged, "", _Origin(cls, layers, unused))
 
 
 def _section(cls, value: dict, key: str, origin: _Origin):
@@ -158,6 +171,8 @@ def _section(cls, value: dict, key: str, origin: _Origin):
     except ConfigError:
         raise
     except ValueError as error:
+        if key.partition(".")[0] in origin.unused:
+            return cls()
         raise ConfigError(f"{key + ': ' if key else ''}{error} ({origin.of(key)})") from error
 
 

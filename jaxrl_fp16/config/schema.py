@@ -83,6 +83,10 @@ def type_text(hint) -> str:
     return f"{text} {bounds}" if bounds else text
 
 
+def _docs(hint) -> list[str]:
+    return [item.text for item in getattr(hint, "__metadata__", ()) if isinstance(item, Doc)]
+
+
 def describe(cls: type, prefix: str = "", defaults: Any = None) -> list[Field]:
     """Every key of `cls` in order of declaration, for `--help` and the docs; `defaults`, an
     instance of `cls`, stands in for the class's own."""
@@ -94,13 +98,17 @@ def describe(cls: type, prefix: str = "", defaults: Any = None) -> list[Field]:
         elif field.default_factory is not dataclasses.MISSING:
             default = field.default_factory()
         if not dataclasses.is_dataclass(bare(hint)):
-            doc = [item.text for item in getattr(hint, "__metadata__", ()) if isinstance(item, Doc)]
+            doc = _docs(hint)
             shown = "required" if default is dataclasses.MISSING else yaml_files.show(to_dict(default))
             rows.append(Field(key, type_text(hint), shown, doc[0] if doc else ""))
+        about = _docs(hint)
         listed = any(typing.get_origin(bare(member)) in (list, tuple) for member in members(hint))
         for section in sections(hint):
             own = default if isinstance(default, section) else None
-            rows += describe(section, key + "[]" if listed else key, own)
+            inner = describe(section, key + "[]" if listed else key, own)
+            # What a class says of its fields is said of one of several of its kind, as of an optimizer.
+            named = about and dataclasses.is_dataclass(bare(hint))
+            rows += [row._replace(doc=f"{row.doc} ({about[0]})") for row in inner] if named else inner
     return rows
 
 

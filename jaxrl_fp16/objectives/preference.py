@@ -40,7 +40,7 @@ class PreferenceConfig:
     ] = "sigmoid"
     beta: Annotated[float, Gt(0), Doc("how strongly the preference loss holds the policy to the reference")] = 0.1
     label_smoothing: Annotated[
-        float, Ge(0), Lt(0.5), Doc("sigmoid: chance that a preference is labelled the wrong way round")
+        float, Ge(0), Lt(0.5), Doc("dpo.loss sigmoid: chance that a preference is labelled the wrong way round")
     ] = 0.0
 
     def __post_init__(self):

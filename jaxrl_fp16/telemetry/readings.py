@@ -24,7 +24,9 @@ class TelemetryConfig:
     """Ranges of weights, activations and gradients while a run trains."""
 
     every: Annotated[int, Ge(0), Doc("iterations between looks at weights, activations and gradients; 0: none")] = 50
-    rows: Annotated[int, Ge(1), Doc("rows of an iteration that are measured; those with an advantage come first")] = 8
+    rows: Annotated[
+        int, Ge(1), Doc("rows of an iteration whose ranges telemetry takes; those with an advantage come first")
+    ] = 8
 
 
 def summarize(model, policy, ranges, weights):

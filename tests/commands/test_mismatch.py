@@ -189,8 +189,17 @@ def test_rollouts_without_scores_are_scored(start, whole, tmp_path, capsys):
         rollout = load_rollout(whole / "rollouts" / f"{precision}.npz")
         save_rollout(tmp_path, dataclasses.replace(rollout, scorer={}, gradient={}, entropy={}))
     code, folder = start("--mismatch.rollouts", str(tmp_path))
-    capsys.readouterr()
+    said = capsys.readouterr().out.splitlines()
     assert code == 0
+    # Scorer and gradient program of two precisions and the reference's scorer, on two rollouts: each is told when it
+    # begins and when it ends, with what is left and with its first figures.
+    ended = [re.match(r"(\d+) of 10: (.*): [0-9.]+ s(, about \d:\d\d:\d\d left)?$", line) for line in said]
+    assert [int(each[1]) for each in ended if each] == list(range(1, 11))
+    assert ended[said.index(next(line for line in said if line.startswith("10 of 10") and line[-1] == "s"))][3] is None
+    assert "1 of 10: the scorer in fp16, on what fp16 sampled ..." in said
+    kl = report_of(folder)["metrics"]["bf16"]["sampler|scorer"]["kl_k3"]
+    (line,) = (line for line in said if "sampler in bf16 | scorer in bf16: token KL (k3) " in line)
+    assert float(line.split("(k3) ")[1].split(",")[0]) == pytest.approx(kl, rel=1e-2)
     for precision in ("fp16", "bf16"):
         first, again = stored(whole, precision), stored(folder, precision)
         assert set(first) == set(again)

@@ -175,6 +175,39 @@ def test_eval_prints_a_table_and_a_json_line(command, tmp_path, capsys):
     assert not (tmp_path / "runs").exists()
 
 
+def test_each_set_is_told_when_it_is_done(command, monkeypatch, capsys):
+    """And within a set how far it is, as often as lines of progress come."""
+    monkeypatch.setattr(Console, "status", lambda console, text: console.say(f"status: {text}"))
+    assert command("eval", *SETS, "--evaluation.rows", "8") == 0
+    said = capsys.readouterr().out
+    told = [line for line in said.splitlines() if line.startswith(("status: ", "sampled: ", "greedy: "))]
+    assert [re.sub(r"[0-9.]+(e-\d+)?$", "X", line.partition(" +-")[0]) for line in told] == [
+        "status: evaluating sampled: 2 of 6 problems, accuracy so far X",
+        "status: evaluating sampled: 4 of 6 problems, accuracy so far X", "sampled: accuracy X", "greedy: accuracy X"]
+    metrics = json.loads(said.splitlines()[-1])
+    assert f"sampled: accuracy {metrics['eval/sampled/accuracy']:.4g} +- " in said and " on 6 problems\n" in said
+
+
+def test_what_only_a_training_needs_is_not_asked_of_others(command, tmp_path, capsys):
+    """Groups of one under a group's baseline, minibatches that do not divide, a mesh's rows."""
+    flags = ("--sampling.group_size", "1", "--training.minibatch_size", "7", "--training.microbatch_size", "2")
+    assert command("train", *flags, "--run.dir", str(tmp_path)) == 2
+    capsys.readouterr()
+    assert command("generate", *flags, "--generate.count", "3") == 0
+    assert len(re.findall(r"^> ", capsys.readouterr().out, flags=re.MULTILINE)) == 3
+    assert command("info", *flags, "--algorithm.importance", "tis", "--algorithm.cap", "null") == 2
+    assert "algorithm: cap is None; importance 'tis' needs a number" in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
+
+
+def test_responses_steer_no_terminal(command, monkeypatch, capsys):
+    monkeypatch.setattr("jaxrl_fp16.training.rollouts.collect.decode_responses",
+                        lambda *rest: ["\x1b[2Jhidden\x07 [/foo]"] * 8)
+    assert command("generate", "--generate.prompts", '["1+2="]', "--sampling.group_size", "8") == 0
+    said = capsys.readouterr().out
+    assert "[2Jhidden [/foo]\n" in said and "\x1b" not in said and "\x07" not in said
+
+
 def test_generate_prints_a_group_for_each_prompt(command, capsys):
     flags = ("--generate.count", "2", "--training.max_prompt_tokens", "6")
     assert command("generate", *flags) == 0

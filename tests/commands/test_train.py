@@ -217,6 +217,25 @@ def test_resuming_under_another_config_is_refused(train_command, resumed, capsys
     assert {path: path.stat().st_mtime_ns for path in resumed.folder.rglob("*")} == before
 
 
+@pytest.mark.fault(27)
+def test_a_reward_that_changed_is_named_and_one_that_moved_is_not(train_command, tmp_path, capsys):
+    place, moved = tmp_path / "reward.py", tmp_path / "elsewhere.py"
+    place.write_text("def reward(prompts, responses, examples):\n    return [float(len(text)) for text in responses]\n")
+    flags = ("--run.export", "false", "--logging.tensorboard", "false")
+    run = train_command("--run.steps", "1", "--task.reward_file", str(place), *flags)
+    about = json.loads((run.folder / "checkpoints" / "1" / "about.json").read_text())
+    assert set(about["inputs"]) == {"task.reward_file", "task.template"}
+    place.rename(moved)
+    again = (*flags, "--task.reward_file", str(moved), "--resume", str(run.folder))
+    assert train_command("--run.steps", "2", *again).code == 0
+    moved.write_text(moved.read_text().replace("len(text)", "1.0"))
+    before = {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")}
+    capsys.readouterr()
+    assert train_command("--run.steps", "3", *again).code == 2
+    assert "started with other content: content of task.reward_file has changed" in capsys.readouterr().err
+    assert {path: path.stat().st_mtime_ns for path in run.folder.rglob("*")} == before
+
+
 @pytest.mark.fault(28)
 def test_a_folder_that_another_run_writes_is_refused(train_command, resumed, capsys):
     with only_writer(resumed.folder):

@@ -6,8 +6,10 @@ The programs are those of training, with its shapes: the sampler over an iterati
 prompts, scorer and update over minibatches, a microbatch at a time.
 """
 
+import contextlib
 import dataclasses
 from functools import partial
+import time
 from typing import Any
 
 import jax
@@ -15,8 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_fp16.config import ConfigError, naming, naming_at_entry
-from jaxrl_fp16.console import Console
+from jaxrl_fp16.console import Console, clock
 from jaxrl_fp16.lab.mismatch.rollout_files import ScoredRollout
+from jaxrl_fp16.lab.mismatch.stats import k3
 from jaxrl_fp16.models import param_shardings
 from jaxrl_fp16.objectives import needs_reference
 from jaxrl_fp16.parallel import replicated, row_shards, shard_batch, to_host
@@ -38,14 +41,35 @@ class Stopped(Exception):
     """A signal came; what was under way is given up."""
 
 
+@dataclasses.dataclass
+class Tally:
+    """How many programs on how many rollouts there are to run, and how far that is."""
+
+    total: int = 0
+    done: int = 0
+    seconds: float = 0.0    # that the done ones took
+
+    @contextlib.contextmanager
+    def counted(self, console, text):
+        """One more, which the block runs: said when it begins, and with its time and about what is left at its end."""
+        began, place = time.monotonic(), f"{self.done + 1} of {self.total}"
+        console.say(f"{place}: {text} ...")
+        yield
+        took = time.monotonic() - began
+        self.done, self.seconds = self.done + 1, self.seconds + took
+        left = self.seconds / self.done * (self.total - self.done)
+        console.say(f"{place}: {text}: {took:.1f} s" + (f", about {clock(left)} left" if left else ""))
+
+
 @dataclasses.dataclass(frozen=True)
 class Laboratory:
-    """What sampling and scoring work with. Nothing in it changes but the signals that come."""
+    """What sampling and scoring work with. Nothing in it changes but the signals that come, and the tally."""
 
     setup: Setup
     model: Any
     console: Console
     signals: Signals
+    tally: Tally = dataclasses.field(default_factory=Tally)
 
     def check_signals(self):
         if self.signals.received is not None:
@@ -96,7 +120,7 @@ def sample_rollout(laboratory, precision, params, prompts):
     def run(number, chunk):
         return engine(params, *chunk, jax.random.fold_in(key, number))  # the same in every precision
 
-    with laboratory.console.announce(f"sampling in {precision.name}"):
+    with laboratory.tally.counted(laboratory.console, f"sampling in {precision.name}"):
         found = _in_chunks(laboratory, run, prompts, at_once)
     return ScoredRollout(
         precision.name, sampling.temperature, found.tokens, found.mask, found.response_mask, found.logprobs,
@@ -119,6 +143,7 @@ def score_rollouts(laboratory, precision, state, rollouts, gradient=True):
     for rollout in rollouts:
         with _announced(laboratory, "the scorer", precision, rollout):
             logprobs, entropy = _score(laboratory, scorer, state.sampling_params, rollout)
+        _tell(laboratory, "scorer", precision, rollout, logprobs)
         done.append(dataclasses.replace(
             rollout, scorer={**rollout.scorer, precision.name: logprobs},
             entropy={**rollout.entropy, precision.name: entropy},
@@ -127,7 +152,21 @@ def score_rollouts(laboratory, precision, state, rollouts, gradient=True):
 
 
 def _announced(laboratory, program, precision, rollout):
-    return laboratory.console.announce(f"{program} in {precision.name}, on what {rollout.precision} sampled")
+    text = f"{program} in {precision.name}, on what {rollout.precision} sampled"
+    return laboratory.tally.counted(laboratory.console, text)
+
+
+def _tell(laboratory, program, precision, rollout, logprobs):
+    """The first figures of a program, before the report has them all; over the tokens where both are finite."""
+    mu, pi = (np.asarray(x, np.float64)[rollout.response_mask] for x in (rollout.logprobs, logprobs))
+    finite = np.isfinite(mu) & np.isfinite(pi)
+    if not finite.any():
+        return
+    d = mu[finite] - pi[finite]
+    laboratory.console.say(
+        f"    sampler in {rollout.precision} | {program} in {precision.name}: token KL (k3) {k3(-d).mean():.2e}, "
+        f"|log-prob difference| mean {np.abs(d).mean():.2e}, largest {np.abs(d).max():.2e}"
+    )
 
 
 def _score(laboratory, scorer, params, rollout):
@@ -158,6 +197,7 @@ def _score_by_gradient(laboratory, precision, state, rollouts):
     for rollout in rollouts:
         with _announced(laboratory, "the gradient program", precision, rollout):
             logprobs = _in_chunks(laboratory, run, _idle_batch(algorithm, rollout), _rows(laboratory, rollout))
+        _tell(laboratory, "gradient program", precision, rollout, logprobs)
         done.append(dataclasses.replace(rollout, gradient={**rollout.gradient, precision.name: logprobs}))
     return state, done
 
@@ -190,6 +230,8 @@ def _in_chunks(laboratory, run, arrays, size):
     total, parts = len(jax.tree.leaves(arrays)[0]), []
     for number, start in enumerate(range(0, total, size)):
         laboratory.check_signals()
+        if number:
+            laboratory.console.status(f"    {start} of {total} rows")
         take = partial(np.take, indices=np.arange(start, start + size) % total, axis=0)
         parts.append(jax.tree.map(to_host, run(number, jax.tree.map(take, arrays))))
     return jax.tree.map(lambda *x: np.concatenate(x)[: total * len(x[0]) // size], *parts)

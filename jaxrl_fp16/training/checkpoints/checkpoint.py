@@ -3,7 +3,7 @@
     checkpoints/
       100/                what is here was finished: folders get this name last
         state/            the arrays, written by orbax
-        about.json        step, the leaves' dtypes and shapes, the caller's extra values
+        about.json        step, the leaves' dtypes and shapes, the caller's extra values, digests of the run's inputs
         config.yaml       the resolved config
         manifest.json     BLAKE2 of every other file
       200.partial/        a save that is under way, or was killed
@@ -65,13 +65,14 @@ class Checkpoints:
       folder: where they lie; made by the first save.
       config: how many stay.
       resolved: the run's config as YAML, kept inside each checkpoint.
+      inputs: what JSON holds of the content that the run depends on, kept there too; `newest_about` gives it.
       say: takes a line for a person.
     """
 
     def __init__(self, folder: str | os.PathLike, config: CheckpointConfig = CheckpointConfig(), *,
-                 resolved: str = "", say: Callable[[str], None] = print):
+                 resolved: str = "", inputs: Mapping[str, Any] | None = None, say: Callable[[str], None] = print):
         self.folder = Path(folder).absolute()
-        self._config, self._resolved, self._say = config, resolved, say
+        self._config, self._resolved, self._inputs, self._say = config, resolved, inputs, say
         self._checkpointer = ocp.StandardCheckpointer()
         self._finisher = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._pending: tuple[int, concurrent.futures.Future] | None = None
@@ -160,6 +161,8 @@ class Checkpoints:
             raise CheckpointError(f"{self.folder / str(step)}: exists already; allowed: a new step or folder")
         leaves = named_leaves(state)
         about = {"step": step, "leaves": table_of(leaves), "extra": extra or {}}
+        if self._inputs is not None:
+            about["inputs"] = self._inputs
         if (score := _finite((metrics or {}).get(self._config.best))) is not None:
             about["score"] = {self._config.best: score}
         try:
@@ -291,6 +294,16 @@ class Checkpoints:
     def _failed(self, step: int, error: Exception) -> CheckpointError:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         return CheckpointError(f"checkpoint of step {step} could not be written ({reason}); {self.describe()}")
+
+
+def newest_about(folder: str | os.PathLike) -> dict[str, Any]:
+    """What the newest checkpoint of a folder says of itself (`about.json`), of those where that file is as it was
+    written; {} where there is none. Reads no array."""
+    finished = (path for path in Path(folder).glob("[0-9]*") if _is_finished(path))
+    for path in sorted(finished, key=lambda path: int(path.name), reverse=True):
+        if manifest.is_as_written(path, ABOUT):
+            return json.loads((path / ABOUT).read_text(encoding="utf-8"))
+    return {}
 
 
 def _check_table(path: Path, saved: Mapping[str, list], wanted: Mapping[str, list]) -> None:

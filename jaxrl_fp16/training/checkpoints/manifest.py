@@ -34,6 +34,15 @@ def find_damage(folder: Path) -> str:
     return f"{wrong[0]} is not what was written" if wrong else ""
 
 
+def is_as_written(folder: Path, name: str) -> bool:
+    """Whether one file of the folder is there as the manifest has it."""
+    try:
+        written = dict(json.loads((folder / NAME).read_text(encoding="utf-8")))
+        return name in written and written[name] == _digest(folder / name)
+    except (OSError, ValueError, TypeError):
+        return False
+
+
 def _digests(folder: Path) -> dict[str, str]:
     files = sorted(path for path in folder.rglob("*") if path.is_file() and path != folder / NAME)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:      # hashing lets go of the interpreter's lock

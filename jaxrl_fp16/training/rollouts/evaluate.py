@@ -64,13 +64,14 @@ def make_evaluator(bench, name, task, sampling):
     return Evaluator(name, task, make_engine(setup, bench.model, sampling), math.ceil(at_once / parts) * parts, samples)
 
 
-def evaluate(evaluator, params, setup, length, key):
+def evaluate(evaluator, params, setup, length, key, tell=lambda text: None):
     """Metrics of one set: `eval/NAME/accuracy` (mean reward of all samples), `.../stderr` (over problems),
     `.../pass@k`, `.../response_length`, `.../finished`, `.../problems`.
 
     Prompts longer than `length` tokens count as unsolved: a set's size does not depend on a limit.
+    tell: takes a line on how far it is, after each chunk but the last.
     """
-    rewards, lengths, finished = [], [], []
+    rewards, lengths, finished, done, total = [], [], [], 0, len(evaluator.task.heldout)
     for kept, graded in grade_chunks(evaluator, params, setup, length, key):
         count = len(kept)
         counted = kept[:, None] & graded.rewards.valid[:count]
@@ -78,6 +79,10 @@ def evaluate(evaluator, params, setup, length, key):
         rewards.append(values)
         lengths.append(graded.lengths[: values.size])
         finished.append(graded.finished[: values.size])
+        done += count
+        if done < total:
+            right = sum(chunk.mean(axis=1).sum() for chunk in rewards)
+            tell(f"evaluating {evaluator.name}: {done} of {total} problems, accuracy so far {right / done:.3f}")
     return _metrics(evaluator.name, np.concatenate(rewards), np.concatenate(lengths), np.concatenate(finished))
 
 

@@ -22,6 +22,7 @@ from jaxrl_fp16.tasks import Task
 from jaxrl_fp16.training.checkpoints.checkpoint import CheckpointError, Checkpoints
 from jaxrl_fp16.training.rollouts.evaluate import evaluate, make_evaluators
 from jaxrl_fp16.training.rollouts.reward_model import make_grader, open_reward_model
+from jaxrl_fp16.training.runs.inputs import Inputs, check_inputs, inputs_of
 from jaxrl_fp16.training.runs.learner import critic_model
 from jaxrl_fp16.training.runs.run_folder import check_resumed, new_folder, write_record
 from jaxrl_fp16.training.runs.setup import Setup, opened, set_up
@@ -44,6 +45,7 @@ class Run:
     watchdog: Watchdog
     stack: contextlib.ExitStack
     log: Console
+    inputs: Inputs
     checkpoints: Checkpoints = dataclasses.field(init=False)  # opened below `folder`, which the log tells of
     ending: int | None = None   # the signal after which all processes end, once `stops` has said so
 
@@ -74,7 +76,9 @@ class Run:
         return state, extra["position"], step
 
     def stage(self, name):
-        """A stage begins; the one before has ended. One that takes too long ends the run."""
+        """A stage begins; the one before has ended. One that takes too long ends the run; into a file, where no line
+        lives, those of long steps are told."""
+        self.log.status(name, live=False)
         self.watchdog.start(name, self.checkpoints.describe())
 
     def start_log(self, start, steps, **console):
@@ -91,7 +95,8 @@ class Run:
         """The `Checkpoints` in a folder of the run, by section `checkpoint` with these changes."""
         config = dataclasses.replace(self.config.checkpoint, **changes)
         return Checkpoints(
-            self.folder / name, config, resolved=to_yaml(self.config), say=lambda text: self.log.say(text)
+            self.folder / name, config, resolved=to_yaml(self.config), inputs=self.inputs,
+            say=lambda text: self.log.say(text),
         )
 
     def saved(self):
@@ -109,7 +114,8 @@ class Run:
             self.stage(f"evaluating {evaluator.name}")
             with self.log.announce(f"evaluating {evaluator.name}"):
                 metrics |= evaluate(
-                    evaluator, params, self.setup, self.config.training.max_prompt_tokens, self.setup.keys.evaluation
+                    evaluator, params, self.setup, self.config.training.max_prompt_tokens, self.setup.keys.evaluation,
+                    self.log.status,
                 )
             self.stage(f"what follows evaluating {evaluator.name}")
         return metrics
@@ -172,7 +178,9 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
         check_resumed(config, config.resume, command)
     with contextlib.ExitStack() as stack:
         bench = stack.enter_context(opened(setup))
-        task, model = bench.task, bench.model
+        task, model, inputs = bench.task, bench.model, inputs_of(config)
+        if config.resume is not None:
+            check_inputs(config.resume, inputs, exporting=command is None)
         with naming("evaluation"):
             evaluators = make_evaluators(bench)
         others = dict(reference=reference and config.training.reference == "device",
@@ -191,11 +199,11 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
         if jax.process_count() > 1:
             stack.enter_context(leaving_on_abort(lambda: f"{LOST_PROCESS}; {watchdog.saved}"))
         console = Console(quiet=jax.process_index() != 0)
-        run = Run(setup, task, model, evaluators, folder, signals, watchdog, stack, console)
+        run = Run(setup, task, model, evaluators, folder, signals, watchdog, stack, console, inputs)
         run.checkpoints = stack.enter_context(run.open_checkpoints("checkpoints"))
         stack.enter_context(ending_in_order(run))
         if command is not None and jax.process_index() == 0:
-            write_record(setup, folder, command, judge.precision.policy if judge else None)
+            write_record(setup, folder, command, inputs, judge.precision.policy if judge else None)
         _introduce(run, needs, judge)
         yield run, params
 

@@ -1,9 +1,9 @@
 """The configuration of a run: the modules' own dataclasses, assembled."""
 
 import dataclasses
-from typing import Annotated, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from jaxrl_fp16.config import Doc
+from jaxrl_fp16.config import Doc, load_config
 from jaxrl_fp16.logs import LoggingConfig
 from jaxrl_fp16.models.attention import PACKABLE
 from jaxrl_fp16.models.numerics import NumericsConfig
@@ -29,10 +29,15 @@ MAY_CHANGE = ("run.steps", "sft.steps", "dpo.steps", "run.dir", "run.compile_cac
               "mismatch", "task.workers", "task.deadline_seconds", "task.batch_seconds", "task.memory_mb",
               "training.stage_seconds", "training.stop_above", "run.heartbeat_seconds")
 
+# Keys that are no longer there, with the defaults that they had: a run that was started with those is resumed.
+GONE: dict[str, Any] = {}
+
 
 @dataclasses.dataclass(frozen=True)
 class Config:
-    """Everything that a command reads."""
+    """Everything that a command reads; checked for one that trains."""
+
+    trains: ClassVar[bool] = True
 
     precision: Annotated[
         str,
@@ -76,6 +81,9 @@ class Config:
             overlong_zone(algorithm.overlong_penalty, self.sampling.max_new_tokens)
         self._check_reward()
         self._check_rows()
+        self._check_microbatches()
+        self._check_supervised()
+        self._check_numerics()
         self._check_best()
         if self.training.probe and self.resume is not None:
             raise ValueError(
@@ -114,11 +122,16 @@ class Config:
                 f"training.minibatch_size is {t.minibatch_size}; allowed: a divisor of prompts_per_step x "
                 f"group_size = {t.prompts_per_step} x {self.sampling.group_size} = {rows}"
             )
+
+    def _check_microbatches(self):
+        t = self.training
         if t.minibatch_size % t.microbatch_size:
             raise ValueError(
                 f"training.microbatch_size is {t.microbatch_size}; allowed: a divisor of minibatch_size, "
                 f"{t.minibatch_size}"
             )
+
+    def _check_supervised(self):
         for name, section in (("sft", self.sft), ("dpo", self.dpo)):
             if section.batch_size % section.microbatch_size:
                 raise ValueError(
@@ -130,16 +143,59 @@ class Config:
                 f"sft.until_accuracy is {self.sft.until_accuracy} and evaluation.sets is empty; allowed: null, or one "
                 "set or more"
             )
+        if self.sft.packing and self.model.attention not in PACKABLE:
+            raise ValueError(
+                f"sft.packing is true with model.attention {self.model.attention}; allowed: {', '.join(PACKABLE)}"
+            )
+
+    def _check_numerics(self):
         n = self.numerics
         if self.model.attention not in PACKABLE and (n.float32_weights or n.float32_cache):
             raise ValueError(
                 f"numerics.{'float32_weights' if n.float32_weights else 'float32_cache'} is true with model.attention "
                 f"{self.model.attention}; allowed: {', '.join(PACKABLE)}"
             )
-        if self.sft.packing and self.model.attention not in PACKABLE:
-            raise ValueError(
-                f"sft.packing is true with model.attention {self.model.attention}; allowed: {', '.join(PACKABLE)}"
-            )
+
+
+@dataclasses.dataclass(frozen=True)
+class UntrainedConfig(Config):
+    """The same for a command that trains nothing: what only a training needs is not asked of it."""
+
+    trains: ClassVar[bool] = False
+
+    def __post_init__(self):
+        self._check_numerics()
+
+
+@dataclasses.dataclass(frozen=True)
+class MeasuredConfig(Config):
+    """The same for `mismatch`, which runs the programs of training, on any number of rows and without advantages."""
+
+    def __post_init__(self):
+        resolve_algorithm(self)
+        self._check_microbatches()
+        self._check_numerics()
+
+
+# What the commands that train nothing read, beside the keys at the top: others may be at fault there.
+SAMPLING = ("run", "model", "numerics", "task", "sampling", "training", "mesh")
+USED = {
+    "eval": (*SAMPLING, "evaluation"),
+    "filter": (*SAMPLING, "evaluation", "filter"),
+    "generate": (*SAMPLING, "generate"),
+    "info": (*SAMPLING, "loss_scale", "algorithm", "info"),
+    "mismatch": (*SAMPLING, "loss_scale", "algorithm", "optimizer", "mismatch"),
+}
+
+
+def load_for(command: str, path, overrides=()) -> Config:
+    """`load_config` of what `command` reads. A section that it does not read is held to the types of its keys, and
+    where its values do not go together it stays at its defaults."""
+    if command not in USED:
+        return load_config(Config, path, overrides)
+    sections = [field.name for field in dataclasses.fields(Config) if dataclasses.is_dataclass(field.default)]
+    cls = MeasuredConfig if command == "mismatch" else UntrainedConfig
+    return load_config(cls, path, overrides, unused=[name for name in sections if name not in USED[command]])
 
 
 def resolve_algorithm(config) -> AlgorithmConfig:

@@ -91,7 +91,9 @@ class TrainingConfig:
         int, Ge(1), Doc("prompts of an iteration; each gets sampling.group_size responses")
     ] = 64
     minibatch_size: Annotated[int, Ge(1), Doc("rows (responses) of an RL optimizer step")] = 128
-    microbatch_size: Annotated[int, Ge(1), Doc("rows scored or learnt from at once; divides minibatch_size")] = 8
+    microbatch_size: Annotated[
+        int, Ge(1), Doc("rows scored or learnt from at once; divides training.minibatch_size")
+    ] = 8
     epochs: Annotated[int, Ge(1), Doc("passes over the rows of an iteration")] = 1
     max_prompt_tokens: Annotated[int, Ge(1), Doc("longest prompt, in tokens; longer ones are set aside")] = 1024
     old_logprobs: Annotated[
@@ -102,9 +104,11 @@ class TrainingConfig:
         Literal["keep", "zero", "mask"],
         Doc("a response cut by the length limit: keep its grade, give it reward zero, or mask it out of the loss"),
     ] = "zero"
-    reference: Annotated[Literal["device", "host"], Doc("whose memory keeps the KL term's reference model")] = "device"
+    reference: Annotated[
+        Literal["device", "host"], Doc("memory that keeps the KL term's reference: device, or host between its uses")
+    ] = "device"
     max_sampling_rounds: Annotated[
-        int, Ge(1), Doc("dynamic_sampling: most batches sampled to fill a step with groups of unequal reward")
+        int, Ge(1), Doc("algorithm.dynamic_sampling: most batches sampled to fill a step with groups of unequal reward")
     ] = 4
     max_skipped_steps: Annotated[int, Ge(1), Doc("optimizer steps skipped in a row before the run stops")] = 20
     stop_above: Annotated[
@@ -137,10 +141,12 @@ class SFTConfig:
         int, Ge(1), Doc("warm-start steps between measurements of the accuracy that sft.until_accuracy asks for")
     ] = 10
     batch_size: Annotated[int, Ge(1), Doc("rows of a supervised step")] = 64
-    microbatch_size: Annotated[int, Ge(1), Doc("rows of a supervised step in memory at once; divides batch_size")] = 64
+    microbatch_size: Annotated[
+        int, Ge(1), Doc("rows of a supervised step in memory at once; divides sft.batch_size")
+    ] = 64
     max_length: Annotated[int, Ge(2), Doc("longest prompt with solution, in tokens; longer ones are set aside")] = 512
     packing: Annotated[
-        bool, Doc("put several prompts with solutions into one row of max_length columns; the loss is the same")
+        bool, Doc("put several prompts with solutions into one row of sft.max_length columns; the loss is the same")
     ] = False
     optimizer: Annotated[OptimizerConfig, Doc("optimizer of supervised training")] = OptimizerConfig(learning_rate=1e-5)
 
@@ -151,7 +157,9 @@ class DPOConfig(PreferenceConfig):
 
     steps: Annotated[int, Ge(1), Doc("preference optimizer steps, of `dpo`")] = 100
     batch_size: Annotated[int, Ge(1), Doc("pairs of responses of a preference step")] = 64
-    microbatch_size: Annotated[int, Ge(1), Doc("pairs of a preference step in memory at once; divides batch_size")] = 8
+    microbatch_size: Annotated[
+        int, Ge(1), Doc("pairs of a preference step in memory at once; divides dpo.batch_size")
+    ] = 8
     max_length: Annotated[
         int, Ge(2), Doc("longest prompt with one response, in tokens; pairs with a longer one are set aside")
     ] = 1024
@@ -265,12 +273,12 @@ class MismatchConfig:
     precisions: Annotated[
         tuple[str, ...], MinLen(1), Doc("precisions that `mismatch` compares: each samples, and scores all samples")
     ] = ("fp16", "bf16")
-    reference: Annotated[str, Doc("the precision that stands in for the exact answer")] = "fp32"
+    reference: Annotated[str, Doc("precision whose log-probs `mismatch` takes for the exact ones")] = "fp32"
     rollouts: Annotated[str | None, Doc("folder of stored rollouts for `mismatch` to read; null: it samples")] = None
     prompts: Annotated[
         int | None, Ge(1), Doc("prompts of the task that `mismatch` samples from; null: training.prompts_per_step")
     ] = None
-    bins: Annotated[int, Ge(1), Doc("most bins on the axis of a figure")] = 12
+    bins: Annotated[int, Ge(1), Doc("most bins on the axis of a figure of `mismatch`")] = 12
     attribution: Annotated[
-        bool, Doc("measure the mismatch by module too, on some responses; takes the memory of every activation")
+        bool, Doc("let `mismatch` measure by module too, on some responses; takes the memory of every activation")
     ] = False

@@ -100,11 +100,14 @@ def set_up(config):
         precision = get_precision_on(found, config.precision, config.loss_scale)
     with naming("rollout_precision"):
         rollout = get_precision_on(found, config.rollout_precision or precision.name, config.loss_scale)
-    with naming("critic.precision"):
-        critic = get_precision_on(found, config.critic.precision or precision.name, config.critic.loss_scale)
+    critic = precision
+    if config.trains:
+        with naming("critic.precision"):
+            critic = get_precision_on(found, config.critic.precision or precision.name, config.critic.loss_scale)
     with naming("mesh"):
         mesh = make_mesh(config.mesh)
-        check_mesh_rows(config, mesh)
+        if config.trains:
+            check_mesh_rows(config, mesh)
     with naming("model.tokenizer" if config.model.tokenizer else "model.path"):
         tokenizer = _tokenizer(config)
         eos_ids = end_ids(tokenizer, _generation_config(config.model))

@@ -5,9 +5,11 @@ from types import SimpleNamespace
 
 import pytest
 
-from jaxrl_fp16.config import ConfigError, describe, load_config, parse_config, to_dict
+from jaxrl_fp16.config import ConfigError, describe, load_config, parse_config, to_dict, to_yaml
 from jaxrl_fp16.objectives import PRESETS, get_algorithm
-from jaxrl_fp16.training.runs.run_config import MAY_CHANGE, Config, check_mesh_rows, resolve_algorithm
+from jaxrl_fp16.training.runs.run_config import (
+    MAY_CHANGE, USED, Config, check_mesh_rows, load_for, resolve_algorithm,
+)
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.yaml"))
 
@@ -40,6 +42,69 @@ def test_what_is_refused(mapping, message):
         parse_config(Config, mapping)
 
 
+# What only a training needs is at fault; each is refused there.
+UNREAD = {
+    "groups of one": {"sampling": {"group_size": 1}, "training": {"minibatch_size": 64}},
+    "a minibatch that does not divide": {"training": {"minibatch_size": 100}},
+    "a microbatch that does not divide": {"training": {"microbatch_size": 3}},
+    "rows of sft": {"sft": {"microbatch_size": 5}},
+    "pairs of dpo": {"dpo": {"microbatch_size": 5}},
+    "a best of no set": {"checkpoint": {"best": "eval/none/accuracy"}},
+    "an export of no best": {"checkpoint": {"export": "best"}},
+    "no accuracy to end by": {"sft": {"until_accuracy": 0.5}},
+    "a reward model of truncated": {"task": {"reward_model": {"path": "judge"}}},
+    "the critic's loss scale": {"critic": {"loss_scale": {"minimum": 2.0, "initial": 1.0}}},
+    "precisions of a comparison": {"compare": {"precisions": ["fp16", "fp17"]}},
+    "a package for the log": {"logging": {"wandb": True}},
+    "a schedule": {"optimizer": {"schedule": "cosine", "decay_steps": 0}},
+}
+
+
+@pytest.fixture
+def written(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxrl_fp16.logs.importlib.util.find_spec", lambda name: None)
+
+    def write(mapping):
+        path = tmp_path / "config.yaml"
+        path.write_text(to_yaml(mapping))
+        return path
+
+    return write
+
+
+@pytest.mark.parametrize("name", UNREAD)
+def test_a_command_is_refused_for_what_it_reads_alone(name, written):
+    path = written(UNREAD[name])
+    with pytest.raises(ConfigError):
+        load_for("train", path)
+    for command in ("eval", "generate", "info", "filter"):
+        config = load_for(command, path)
+        assert not config.trains and set(to_dict(config)) == set(to_dict(Config()))
+        for section, values in UNREAD[name].items():    # what is read is as it was given
+            if section in USED[command]:
+                assert all(to_dict(getattr(config, section))[key] == to_dict(value) or isinstance(value, dict)
+                           for key, value in values.items())
+
+
+@pytest.mark.parametrize("command, mapping, message", [
+    ("eval", {"evaluation": {"sets": [{"name": "a"}, {"name": "a"}]}}, "sets are named a, a; allowed: different"),
+    ("filter", {"filter": {"low": 0.9}}, "low is 0.9; allowed: at most high"),
+    ("generate", {"compare": {"precision": ["fp16"]}}, "unknown key compare.precision; did you mean"),
+    ("generate", {"dpo": {"steps": 0}}, "dpo.steps: 0 is not allowed; allowed: integer >= 1"),
+    ("info", {"model": {"attention": "cudnn"}, "numerics": {"float32_cache": True}}, "float32_cache is true with"),
+    ("mismatch", {"training": {"microbatch_size": 3}}, "microbatch_size is 3; allowed: a divisor of minibatch_size"),
+    ("mismatch", {"algorithm": {"importance": "tis"}}, "cap is None; importance 'tis' needs a number"),
+])
+def test_what_a_command_reads_is_held_to_its_rules(command, mapping, message, written):
+    with pytest.raises(ConfigError, match=message):
+        load_for(command, written(mapping))
+
+
+def test_mismatch_takes_groups_of_one_and_any_number_of_rows(written):
+    config = load_for("mismatch", written({"sampling": {"group_size": 1}, "training": {"prompts_per_step": 3}}))
+    assert config.trains and config.sampling.group_size == 1
+
+
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_preset_is_what_get_algorithm_gives(preset):
     config = parse_config(Config, {"algorithm": {"preset": preset, "clip_high": 0.3}})
@@ -63,6 +128,10 @@ def test_rows_that_a_mesh_does_not_divide():
 def test_every_field_says_what_it_is():
     rows = describe(Config)
     assert len(rows) > 120 and not [row.key for row in rows if not row.doc]
+    texts = [row.doc for row in rows]
+    assert not {text for text in texts if texts.count(text) > 1}    # each stands alone, also those of one of three
+    (rate,) = (row for row in rows if row.key == "sft.optimizer.learning_rate")
+    assert rate.doc == "highest learning rate, after the warm-up (optimizer of supervised training)"
 
 
 def test_what_may_change_is_a_key():

@@ -17,12 +17,12 @@ def open_math_grader(limits: Mapping[str, Any], max_response_chars: int) -> Iter
     An answer whose grading hangs, crashes or needs too much memory scores 0 and is counted in `timeouts`; so
     every entry is valid. A response of more than `max_response_chars` scores 0. `limits` are fields of `PoolConfig`.
     """
-    config = PoolConfig("jaxrl_fp16.tasks.grading.answers:open_verifier", **limits)
+    config = PoolConfig("jaxrl_fp16.tasks.grading.algebra:open_verifier", **limits)
     with open_pool(config) as run:
 
         def grade(template, prompts, responses, examples) -> Rewards:
-            answers = [[_answer(template, response, max_response_chars) for response in group]
-                       for group in responses]
+            answers = [[_answer(template, response, prompt, max_response_chars) for response in group]
+                       for prompt, group in zip(prompts, responses, strict=True)]
             golds = [gold_answers(example.answer) for example in examples]
             doubtful = sorted({pair for gold, group in zip(golds, answers, strict=True)
                                for answer in group for pair in _doubtful(gold, answer)})
@@ -36,8 +36,8 @@ def open_math_grader(limits: Mapping[str, Any], max_response_chars: int) -> Iter
         yield grade
 
 
-def _answer(template: Template, response: str, max_response_chars: int) -> str:
-    return read_answer(template, response) if len(response) <= max_response_chars else ""
+def _answer(template: Template, response: str, prompt: str, max_response_chars: int) -> str:
+    return read_answer(template, response, prompt) if len(response) <= max_response_chars else ""
 
 
 def _doubtful(golds: Sequence[str], answer: str) -> list[tuple[str, str]]:

@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 import random
+import re
 import time
 
 import numpy as np
@@ -46,6 +47,25 @@ def test_gold_answers_score_1(task, name, count):
         rewards = grade(task, *((example.answer, gold_answers(example.answer)[pick]) for example in examples))
         wrong = [examples[index].answer for index in np.flatnonzero(rewards.values[:, 0] != 1)]
         assert not wrong and rewards.valid.all() and rewards.timeouts == 0
+
+
+WRITINGS = {
+    "dollars": lambda gold: f"${gold}$", "boxed": lambda gold: f"\\boxed{{{gold}}}", "dot": lambda gold: f"{gold}.",
+    "text": lambda gold: f"\\text{{{gold}}}", "spaces": lambda gold: f"  {gold} ", "x": lambda gold: f"x={gold}",
+    "dfrac": lambda gold: gold.replace("\\frac", "\\dfrac"), "tfrac": lambda gold: gold.replace("\\frac", "\\tfrac"),
+    "thousands": lambda gold: re.sub(r"(?<![\d.,])[1-9]\d{3,}(?!\d)", lambda run: f"{int(run[0]):,}", gold),
+    "display": lambda gold: f"\\[{gold}\\]", "sentence": lambda gold: f"The answer is **{gold}**.",
+}
+
+
+@needs_data
+@pytest.mark.parametrize("writing", WRITINGS)
+def test_gold_answers_score_1_however_they_are_written(task, writing):
+    golds = sorted({example.answer for name in ("math_sanity_1460", "math500", "minerva", "amc23")
+                    for example in load_examples(DATA / f"{name}.jsonl")})
+    pairs = [(gold, WRITINGS[writing](gold_answers(gold)[0])) for gold in random.Random(0).sample(golds, 300)]
+    values = grade(task, *pairs).values[:, 0]
+    assert not [pair for pair, value in zip(pairs, values) if value != 1]
 
 
 @needs_data

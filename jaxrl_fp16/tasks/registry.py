@@ -121,7 +121,7 @@ class TaskConfig:
     memory_mb: Annotated[int, Ge(256), Doc("address space of each grading process, MiB")] = 2048
     max_response_chars: Annotated[
         int, Ge(1), Doc("math, preference: longest response that is graded, in characters; longer ones score 0")
-    ] = 200_000
+    ] = math.MAX_RESPONSE_CHARS
 
 
 @dataclasses.dataclass(frozen=True)

@@ -118,8 +118,10 @@ def _unwrap(text: str) -> str:
         text = text.rstrip(_TRAILING)
     if wrapped := _WRAPPED.fullmatch(text):
         text = wrapped[2]
-    if led := LEAD.match(bare := text.lstrip("*_ ")):
-        text = bare[led.end():].strip("*_ ")
+    for bare in (text.lstrip("*_ "), plain_fonts(text)):
+        if led := LEAD.match(bare):
+            text = bare[led.end():].strip("*_ ")
+            break
     return re.sub(r"^\s*(?:=|\\approx(?![A-Za-z])|\\implies|\\Rightarrow)\s*", "", text)
 
 

@@ -83,10 +83,11 @@ _NOT_UNITS = {"or", "and", "if", "when", "where", "not", "is", "are", "mod", "pm
               "but", "than", "only", "more", "less", "divided", "by", "alpha", "beta", "gamma", "theta",
               "lambda", "phi", "omega", "sigma", "mu"}
 _TRIGONOMETRY = re.compile(r"\\(?:sin|cos|tan|cot|sec|csc)")
+_ASIDE = re.compile(r"(?<=\d)\s+\(([A-Za-z][A-Za-z ]{2,})\)\s*$")  # `12 (cookies)`
 _IN_ALL = re.compile(r"\s+in\s+(?:all|total)\s*$")
 _LETTERS = {"m", "s", "g", "h", "L"}  # a unit without a font, in an answer: `5 m`
 _VARIABLE = re.compile(r"(?<![A-Za-z\\])[A-Za-z](?![A-Za-z])")
-_VALUE_END = r"(?<=[\d})!])"
+_VALUE_END = r"(?:(?<=[\d})!])|(?<=\\pi)(?=\s))"
 _WORDS = r"[A-Za-z][A-Za-z.]*"
 _EXPONENT = r"(?:\^\{?-?\d\}?)?"
 _UNIT = re.compile(
@@ -117,9 +118,9 @@ def split_unit(text: str, letters: bool = False) -> tuple[str, Unit]:
         name = {"C": "celsius", "F": "fahrenheit"}.get(degrees[1], "degree")
         return plain_fonts(text)[:degrees.start()], ((name, 1),)
     spaced = _SPACES.sub(" ", plain_fonts(text, " "))
-    spaced = _IN_ALL.sub("", re.sub(r"\s+(?=\^)", "", spaced).rstrip(" ."))
+    spaced = _ASIDE.sub(r" \1", _IN_ALL.sub("", re.sub(r"\s+(?=\^)", "", spaced).rstrip(" .")))
     found = _UNIT.search(spaced)
-    if not found or not any(character.isdigit() for character in spaced[:found.start()]):
+    if not found or not re.search(r"\d|\\pi", spaced[:found.start()]):
         return text, ()
     variables = _VARIABLE.search(spaced[:found.start()])
     alone = re.search(FONTS, text) or letters and not variables and found["unit"] in _LETTERS

@@ -35,7 +35,8 @@ _DECIMAL = re.compile(rf"([+-]?)({_INTEGER}?(?:\.\d*)?)(?:[eE]([+-]?\d+))?")
 _SCIENTIFIC = re.compile(r"(.*?)(?:\\times|\\cdot|\*)?10\^(?:\{([+-]?\d+)\}|(\d))")
 _FRACTION = re.compile(rf"([+-]?)(?:(\d+)?\\frac\{{([+-]?{_INTEGER})\}}\{{({_INTEGER})\}}"
                        rf"|({_INTEGER})/({_INTEGER}))")
-_BASED = re.compile(r"([+-]?)\(?([0-9][0-9A-F]*|[A-F][0-9A-F]+)\)?(?:_(?:\{([a-z]+|\d+)\}|(\d))|\(?base-?([a-z]+|\d+)\)?)")
+_BASED = re.compile(r"([+-]?)\(?([0-9][0-9A-F]*|[A-F][0-9A-F]+)\)?"
+                    r"(?:_(?:\{([a-z]+|\d+)\}|(\d))|\(?base-?([a-z]+|\d+)\)?)")
 _BASE_NAMES = {"two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9, "ten": 10,
                "eleven": 11, "twelve": 12, "sixteen": 16}
 

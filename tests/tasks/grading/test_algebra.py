@@ -174,6 +174,107 @@ x<3 ; (-\infty,3)
 13 ; \text{13}
 \sqrt{17} ; 4.123105625617661
 73 ; **73**
+\frac{1}{3} ; 0.\overline{333}
+\frac{5}{11} ; .\overline{45}
+12.5\% ; 12.5 percent
+\frac{1}{8} ; 12.5\%
+1,000,000 ; 1 000 000
+3 ; 3.000
+3\sqrt{2} ; 3√2
+\frac{3\sqrt{2}}{2} ; (3√2)/2
+x^3 ; x³
+x^{-1} ; x⁻¹
+x_1 ; x₁
+\frac{1}{2} ; ½
+5\frac{1}{4} ; 5 1/4
+5\frac{1}{4} ; 21/4
+5\frac{1}{4} ; 5.25
+-1\frac{1}{2} ; -1.5
+\text{Yes} ; yes
+\text{Yes} ; Yes.
+(A) ; A
+\text{A} ; (A) 5
+\mathrm{(C)} ; C
+D ; \boxed{D}
+D ; \textbf{(D)}\ 30\%
+30\% ; \textbf{(D)}\ 30\%
+E ; E. None of the above
+45^\circ ; 45 degrees
+45 ; 45^{\circ}
+60 ; 60°
+\frac{\pi}{3} ; π/3
+8 \text{ cm}^3 ; 8 cm^3
+8 \text{ cm}^3 ; 8 cubic centimeters
+8 ; 8 cm^3
+8 ; 8 \text{ cm}^3
+8 ; 8\ \text{cm}^{3}
+50 ; 50 mph
+50 ; 50 miles per hour
+36 ; 36 \text{ square units}
+36\pi ; 36\pi \text{ square units}
+36\pi ; 36\pi\text{ cm}^2
+36\pi ; 36π cm²
+10 ; 10 minutes.
+\$12.50 ; 12.50
+12.5 ; \$12.50
+1200 ; \$1,200
+1200 ; \$1,200.00
+1200 ; 1,200 dollars
+6 ; 6 hours
+6\text{ hours} ; 6 hr
+0.5 ; \frac{1}{2}
+2 ; \sqrt{4}
+1+\sqrt{2} ; \sqrt{2}+1
+\frac{-1+\sqrt{5}}{2} ; \frac{\sqrt{5}-1}{2}
+x \in (1,2) ; (1,2)
+(1,2) ; x \in (1,2)
+(1,2) ; 1<x<2
+[1,\infty) ; x \ge 1
+1, 2, 3 ; 3, 2, 1
+1,2 ; 1 \text{ and } 2
+\{1,2\} ; 1,2
+2 ; x = 2.
+2 ; $x=2$
+2 ; n = 2
+y=x+1 ; y = 1+x
+\frac{x+1}{2} ; \frac{1}{2}(x+1)
+101_2 ; 5
+101_2 ; 101_{2}
+101_2 ; 101 (base 2)
+FF_{16} ; 255
+4210_{5} ; 4210_5
+2^{10} ; 1024
+10! ; 3628800
+\frac{100!}{98!} ; 9900
+\log 100 ; 2
+\binom{10}{3} ; 120
+\infty ; infinity
+i ; i
+2+3i ; 3i+2
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} ; \begin{bmatrix} 1 & 2 \\ 3 & 4 \end{bmatrix}
+6.022\times 10^{23} ; 6.022e23
+1.6e-19 ; 1.6 \times 10^{-19}
+3:5 ; 3:5
+11:30 ; 11:30
+7 ; Answer: 7
+7 ; The answer is: $7$.
+7 ; Final Answer: \boxed{7}
+7 ; **7**
+7 ; *7*
+7 ; \text{The answer is } 7
+7 ; = 7
+7 ; 7!/6!
+1.5 ; 1.50
+-7 ; - 7
+-7 ; -7.0
+\emptyset ; ∅
+\frac{1}{2}, \frac{1}{3} ; 1/3, 1/2
+0.0001 ; 10^{-4}
+\frac{9}{4} ; 2.25
+14 ; 14 inches
+$18$ ; 18
+\pi ; π
+12 ; 12 (cookies)
 """
 DIFFERENT = r"""
 \frac{x}{2^{99}} ; \frac{x}{2^{98}}
@@ -315,6 +416,82 @@ D = (0, 1) ; D = (0, 1.5)
 \pm 2021 ; 2021
 4 ; 4\sqrt(2)
 3x-y+13=0 ; 3x+4y+14=0
+12.5\% ; 1.25\%
+\frac{5}{11} ; 0.\overline{54}
+1,000,000 ; 1,000,001
+5\frac{1}{4} ; \frac{5}{4}
+5\frac{1}{4} ; 51/4
+A ; B
+(A) ; (B) 5
+30\% ; \textbf{(D)}\ 35\%
+E ; D. None of the above
+8 \text{ cm}^3 ; 8 \text{ cm}^2
+8\text{ m} ; 8\text{ cm}
+50\text{ mph} ; 50\text{ km/h}
+10 minutes ; 10 seconds
+6\text{ hours} ; 6\text{ days}
+\$12 ; 12\text{ cents}
+€5 ; \$5
+[1,\infty) ; x > 1
+(1,2) ; 1\leq x\leq 2
+(-\infty,-1)\cup(1,\infty) ; x<-1
+101_2 ; 101_3
+101_2 ; 6
+FF_{16} ; 254
+\frac{2^{2005}}{3^{2006}} ; \frac{2^{2006}}{3^{2006}}
+\frac{1}{10^{50}} ; -\frac{1}{10^{50}}
+3\cdot 10^{-20} ; 4\cdot 10^{-20}
+10^{20}+1 ; 10^{20}
+10^{100}+1 ; 10^{100}
+\sqrt{10^{40}+1} ; 10^{20}
+\pi^{-50} ; \pi^{-51}
+\frac{\sqrt{2}}{10^{30}} ; \frac{\sqrt{3}}{10^{30}}
+\sin 10^{-20} ; 0
+2^{-100}x ; 2^{-101}x
+x^{2}+2^{-100} ; x^{2}
+\{2^{-100}\} ; \{2^{-101}\}
+(2^{-100},1) ; (2^{-101},1)
+[0,2^{-100}] ; [0,2^{-101}]
+x=2^{-100} ; x=2^{-101}
+5 ; x=2^{-100}+5
+1000000 ; 999999.5
+100 ; 99.99999
+3 ; 3.0000001
+7 ; 7\text{ or }8
+7 ; 7, 8
+7 ; 7 and 8
+7 ; 77
+7 ; -7
+7 ; 7^2
+7 ; 7x
+7y ; 7
+7 ; 0.7
+1234567 ; 1\,234\,568
+x ; y
+\text{east} ; west
+\text{Friday} ; Monday
+\text{yes} ; \text{no}
+(3,4) ; 3,5
+1/3 ; 33\%
+0.3 ; 0.\overline{3}
+2 ; 2\frac{1}{2}
+\frac{1}{2} ; 2\frac{1}{2}
+\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix} ; \begin{pmatrix} 1 & 2 \\ 3 & 5 \end{pmatrix}
+i ; 1
+2+3i ; 2-3i
+0 ; 10^{-30}
+0 ; \frac{1}{2^{99}}
+1 ; 1+2^{-99}
+1 ; 0.\overline{98}
+2 ; \sqrt{4+10^{-30}}
+e^{-100} ; e^{-101}
+\log(1+10^{-30}) ; 0
+5 ; 5 mod 7
+10\text{ apples} ; 10\text{ pears}
+25\text{ m}^2 ; 25\text{ m}
+3 \text{ dozen} ; 3
+1 \text{ hour} ; 1 \text{ min}
+2\text{ L} ; 2\text{ mL}
 """
 
 

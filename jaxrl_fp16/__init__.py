@@ -19,6 +19,7 @@ _HOMES = {
         "AlgorithmConfig", "get_algorithm", "group_advantages", "gae", "policy_loss", "value_loss",
         "mismatch_metrics", "PreferenceConfig", "dpo_loss", "pairwise_reward_loss",
     ),
+    "tasks": ("math_reward", "open_grader"),
     "training.updates": (
         "TrainState", "init_train_state", "make_update", "make_value_update", "PreferencePairs", "make_pair_scorer",
         "make_dpo_update", "RewardPairs", "make_reward_update",

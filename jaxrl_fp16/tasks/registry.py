@@ -121,7 +121,7 @@ class TaskConfig:
     memory_mb: Annotated[int, Ge(256), Doc("address space of each grading process, MiB")] = 2048
     max_response_chars: Annotated[
         int, Ge(1), Doc("math, preference: longest response that is graded, in characters; longer ones score 0")
-    ] = 200_000
+    ] = math.MAX_RESPONSE_CHARS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -133,6 +133,7 @@ class Task:
     heldout: Sequence[Example]
     template: Template
     grade: Grade
+    note: str = ""                  # a line to say of the grader; "" for none
 
     def rewards(self, prompts: Sequence[str], responses: Sequence[Sequence[str]],
                 examples: Sequence[Example]) -> Rewards:
@@ -155,11 +156,17 @@ def open_task(config: TaskConfig) -> Iterator[Task]:
     train, heldout = kind.problems(config)
     if not needs_tokenizer(template, train[0]):
         render(template, train[0])  # an unknown field name is refused here
-    with _open_grader(config, kind) as grade:
-        yield Task(config.name, train, heldout, template, grade)
+    with _open_grader(config, kind, train[0]) as (grade, note):
+        yield Task(config.name, train, heldout, template, grade, note)
 
 
-def _open_grader(config: TaskConfig, kind: TaskKind) -> ContextManager[Grade]:
+@contextlib.contextmanager
+def _open_grader(config: TaskConfig, kind: TaskKind, example: Example) -> Iterator[tuple[Grade, str]]:
     if config.reward_file is None:
-        return kind.grader(config)
-    return open_custom_grader(config.reward_file, config.reward_function, _limits(config))
+        with kind.grader(config) as grade:
+            yield grade, ""
+    else:
+        columns = {name: name for name in example.for_reward()} | {config.answer_field: "answer"}
+        columns |= {config.solution_field: "solution"} if config.solution_field else {}
+        with open_custom_grader(config.reward_file, config.reward_function, columns, _limits(config)) as opened:
+            yield opened

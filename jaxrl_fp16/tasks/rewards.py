@@ -2,7 +2,7 @@
 
 A reward function is `reward(prompts, responses, examples) -> list of floats`. It is called for one group, the
 responses to one prompt; the three lists have one entry a response, and an example is a plain dict of its
-row's fields with `problem`, `answer` and `solution`.
+row's fields with `problem`, `answer` and `solution`. Its parameters are filled by name: `reward_arguments.py`.
 
 n: prompts.  G: responses of each prompt's group.
 """
@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxrl_fp16.tasks.examples import Example
 from jaxrl_fp16.tasks.grading.pool import Outcome, PoolConfig, WorkerStartError, open_pool
+from jaxrl_fp16.tasks.reward_arguments import fill_by_name
 from jaxrl_fp16.tasks.templates import Template, read_answer
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)
@@ -70,29 +71,33 @@ def group_arguments(prompt: str, responses: Sequence[str], example: Example) -> 
 
 
 @contextlib.contextmanager
-def open_custom_grader(file: str, function: str, limits: Mapping[str, Any]) -> Iterator[Grade]:
-    """A grader that calls `function` of a local Python file, in worker processes; a job is one group.
+def open_custom_grader(file: str, function: str, columns: Mapping[str, str],
+                       limits: Mapping[str, Any]) -> Iterator[tuple[Grade, str]]:
+    """A grader that calls `function` of a local Python file, in worker processes; a job is one group. With it comes
+    a line to say of how the function is called, or "".
 
-    limits: fields of `PoolConfig`.
+    columns: what else its parameters may name, as in `fill_by_name`.  limits: fields of `PoolConfig`.
 
     What raises, hangs, eats memory or crashes costs its own group alone. A `ValueError` says why a file
     cannot be loaded; `grade` raises `RewardShapeError` on a wrong number of rewards.
     """
     if not os.path.isfile(file):
         raise ValueError(f"task.reward_file: {file} is no file")
-    config = PoolConfig("jaxrl_fp16.tasks.rewards:load_reward", (os.path.abspath(file), function), **limits)
+    arguments = (os.path.abspath(file), function, dict(columns))
+    config = PoolConfig("jaxrl_fp16.tasks.rewards:load_reward", arguments, **limits)
     with contextlib.ExitStack() as stack:
         try:
             run = stack.enter_context(open_pool(config))
         except WorkerStartError as error:
             raise ValueError(f"task.reward_file: {file} cannot be loaded: {error}") from None
+        (described,) = run([([], [], [])])
 
         def grade(template, prompts, responses, examples) -> Rewards:
             groups = list(zip(prompts, responses, examples, strict=True))
             outcomes = run([group_arguments(*group) for group in groups])
             return _custom_rewards(outcomes, [len(group[1]) for group in groups], function)
 
-        yield grade
+        yield grade, described.value[2] if described.status == "done" else ""
 
 
 def _custom_rewards(outcomes: Sequence[Outcome], sizes: Sequence[int], function: str) -> Rewards:
@@ -114,8 +119,11 @@ def _custom_rewards(outcomes: Sequence[Outcome], sizes: Sequence[int], function:
 # ---- in the worker
 
 
-def load_reward(file: str, name: str) -> Callable[..., tuple]:
-    """The worker's job function for `name` out of `file`: `(count, rewards or None each, first error)`."""
+def load_reward(file: str, name: str, columns: Mapping[str, str]) -> Callable[..., tuple]:
+    """The worker's job function for `name` out of `file`: `(count, rewards or None each, first error)`.
+
+    Of no response it says how the function is called, in the error's place.
+    """
     sys.path.append(os.path.dirname(file))  # it may import its neighbours; last, so that none hides a library
     spec = importlib.util.spec_from_file_location("reward_file", file)
     if spec is None:
@@ -125,9 +133,13 @@ def load_reward(file: str, name: str) -> Callable[..., tuple]:
     reward = getattr(module, name, None)
     if not callable(reward):
         raise ImportError(f"it defines no function {name!r}")
+    fill, line = fill_by_name(name, reward, columns)
 
     def job(prompts, responses, examples) -> tuple:
-        rewards = reward(prompts, responses, examples)
+        if not responses:
+            return 0, [], line
+        in_order, by_name = fill(prompts, responses, examples)
+        rewards = reward(*in_order, **by_name)
         if not hasattr(rewards, "__len__") or isinstance(rewards, (str, bytes, dict)):
             return type(rewards).__name__, [], ""
         if len(rewards) != len(responses):

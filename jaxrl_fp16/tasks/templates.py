@@ -8,10 +8,10 @@ another.
 
 import dataclasses
 import re
-from typing import Callable
 
 from jaxrl_fp16.config import ConfigError
 from jaxrl_fp16.tasks.examples import Example
+from jaxrl_fp16.tasks.grading.readers import END_OF_THINK, READERS, THINK
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,48 +116,11 @@ def apply_chat_template(tokenizer, messages, **options) -> str:
                           "your own") from error
 
 
-def read_answer(template: Template, response: str) -> str:
-    """The answer in a response; "" where there is none."""
+def read_answer(template: Template, response: str, prompt: str = "") -> str:
+    """The answer in a response; "" where there is none.
+
+    For reader `boxed`, a prompt that ends within `<think>` begins the response's thoughts.
+    """
+    if template.reads == "boxed" and THINK in prompt and END_OF_THINK not in prompt.rpartition(THINK)[2]:
+        response = THINK + response
     return READERS[template.reads](response).strip()
-
-
-def last_boxed(text: str) -> str:
-    """The content of the last `\\boxed{}` whose braces close; escaped braces do not count."""
-    boxed, best, stack = "", -1, []
-    for token in re.finditer(r"\\boxed\s*\{|\\.|[{}]", text, re.DOTALL):
-        if token.group().endswith("{") and not token.group() == "\\{":
-            stack.append(token)
-        elif token.group() == "}" and stack:
-            opened = stack.pop()
-            if len(opened.group()) > 1 and opened.start() > best:
-                best, boxed = opened.start(), text[opened.end():token.start()]
-    return boxed
-
-
-def boxed_after_think(text: str) -> str:
-    """The last box after the end of the thoughts; thoughts without an end hold no answer."""
-    return last_boxed(text.partition("</think>")[2])
-
-
-def answer_tag(text: str) -> str:
-    """What the last closed `<answer>` holds, or its last box where it has one."""
-    body, closed, _ = text.rpartition("</answer>")
-    _, opened, inside = body.rpartition("<answer>")
-    if not (closed and opened):
-        return ""
-    return last_boxed(inside) if "\\boxed" in inside else inside
-
-
-def last_number(text: str) -> str:
-    """The last number of a text, without thousands separators."""
-    numbers = re.findall(r"-?\d[\d,]*(?:\.\d+)?", text)
-    return numbers[-1].replace(",", "") if numbers else ""
-
-
-READERS: dict[str, Callable[[str], str]] = {
-    "boxed": last_boxed,
-    "boxed_after_think": boxed_after_think,
-    "answer_tag": answer_tag,
-    "last_number": last_number,
-    "text": lambda text: text,
-}

@@ -106,6 +106,80 @@ def test_a_wrong_number_of_rewards_stops_the_run(task, kind, message):
         grade(task, "length", kind)
 
 
+SIGNATURES = '''
+def by_name(completions, gold, **kwargs):
+    return [float(text == answer and sorted(kwargs) == [
+        "answer", "examples", "level", "problem", "prompts", "responses", "solution", "unit"])
+        for text, answer in zip(completions, gold)]
+
+def turned(examples, responses, level=0, *, prompts, weight=2.0):
+    return [weight * (prompts[0] == "1?" and level == [3, 3] and example["answer"] == text)
+            for text, example in zip(responses, examples)]
+
+def three_others(questions, answers, rows):
+    return [float(text == row["answer"] and questions == ["1?"] * 2) for text, row in zip(answers, rows)]
+
+def two(responses, unit):
+    return [float(text + word == "1cm") for text, word in zip(responses, unit)]
+
+def anything(*args):
+    return [float(text == row["answer"]) for _, text, row in zip(*args)]
+
+class Callable:
+    def __call__(self, completions, answer):
+        return [float(text == gold) for text, gold in zip(completions, answer)]
+
+an_object = Callable()
+
+def unknown(responses, wishes):
+    return [0.0 for _ in responses]
+
+def swapped(responses, prompts, rows):
+    return [0.0 for _ in responses]
+'''
+
+
+@pytest.fixture(scope="module")
+def signatures(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("signatures")
+    (folder / "rewards.py").write_text(SIGNATURES)
+    (folder / "rows.jsonl").write_text('{"problem": "1?", "gold": "1", "level": 3, "unit": "cm"}\n')
+
+    def opened(function):
+        return open_task(TaskConfig(name="math", path=str(folder / "rows.jsonl"), answer_field="gold", workers=1,
+                                    reward_file=str(folder / "rewards.py"), reward_function=function))
+
+    return opened
+
+
+@pytest.mark.parametrize("function, earned", [
+    ("by_name", [1, 0]), ("turned", [2, 0]), ("three_others", [1, 0]), ("two", [1, 0]), ("anything", [1, 0]),
+    ("an_object", [1, 0]),
+])
+def test_arguments_are_filled_by_name(signatures, function, earned):
+    with signatures(function) as task:
+        rewards = task.rewards(["1?"], [["1", "2"]], task.train)
+        assert rewards.values.tolist() == [earned] and rewards.valid.all(), rewards.first_error
+        said = ("task.reward_file: the parameters of three_others, questions, answers, rows, are filled in this order: "
+                "prompts, responses, examples")
+        assert task.note == (said if function == "three_others" else "")
+
+
+@pytest.mark.parametrize("function, name", [("unknown", "wishes"), ("swapped", "rows")])
+def test_a_parameter_that_nothing_fills_is_refused(signatures, function, name):
+    with pytest.raises(ValueError, match=f"TypeError: {function} has the parameter '{name}'; allowed: prompts, respons"
+                                         r".*answer, gold, level, problem, solution, unit\), \*\*kwargs"):
+        with signatures(function):
+            pass
+
+
+def test_a_column_that_a_row_lacks_costs_its_group(signatures):
+    with signatures("two") as task:
+        rewards = task.rewards(["1?", "2?"], [["1", "2"]] * 2, [*task.train, Example("2?", "2")])
+        assert rewards.valid.tolist() == [[True, True], [False, False]]
+        assert rewards.first_error == "ValueError: two asks for the column 'unit', which a row lacks"
+
+
 def test_a_file_that_cannot_be_loaded_is_refused(folder):
     def refused(file, function, message):
         with pytest.raises(ValueError, match=message):

@@ -3,11 +3,13 @@
 import os
 from pathlib import Path
 import random
+import re
 import time
 
 import numpy as np
 import pytest
 
+import jaxrl_fp16 as rl
 from jaxrl_fp16.tasks import Example, TaskConfig, load_examples, open_task
 from jaxrl_fp16.tasks.grading.answers import gold_answers
 
@@ -46,6 +48,25 @@ def test_gold_answers_score_1(task, name, count):
         rewards = grade(task, *((example.answer, gold_answers(example.answer)[pick]) for example in examples))
         wrong = [examples[index].answer for index in np.flatnonzero(rewards.values[:, 0] != 1)]
         assert not wrong and rewards.valid.all() and rewards.timeouts == 0
+
+
+WRITINGS = {
+    "dollars": lambda gold: f"${gold}$", "boxed": lambda gold: f"\\boxed{{{gold}}}", "dot": lambda gold: f"{gold}.",
+    "text": lambda gold: f"\\text{{{gold}}}", "spaces": lambda gold: f"  {gold} ", "x": lambda gold: f"x={gold}",
+    "dfrac": lambda gold: gold.replace("\\frac", "\\dfrac"), "tfrac": lambda gold: gold.replace("\\frac", "\\tfrac"),
+    "thousands": lambda gold: re.sub(r"(?<![\d.,])[1-9]\d{3,}(?!\d)", lambda run: f"{int(run[0]):,}", gold),
+    "display": lambda gold: f"\\[{gold}\\]", "sentence": lambda gold: f"The answer is **{gold}**.",
+}
+
+
+@needs_data
+@pytest.mark.parametrize("writing", WRITINGS)
+def test_gold_answers_score_1_however_they_are_written(task, writing):
+    golds = sorted({example.answer for name in ("math_sanity_1460", "math500", "minerva", "amc23")
+                    for example in load_examples(DATA / f"{name}.jsonl")})
+    pairs = [(gold, WRITINGS[writing](gold_answers(gold)[0])) for gold in random.Random(0).sample(golds, 300)]
+    values = grade(task, *pairs).values[:, 0]
+    assert not [pair for pair, value in zip(pairs, values) if value != 1]
 
 
 @needs_data
@@ -89,6 +110,32 @@ def test_one_hostile_answer_is_cut_off_at_the_deadline(task):
     start = time.perf_counter()
     assert grade(task, ("5", "9^{387420489}")).timeouts == 1
     assert time.perf_counter() - start < DEADLINE + 1
+
+
+def test_a_plain_call():
+    responses = ["so \\boxed{\\frac{1}{2}}", "\\boxed{0.6}", "\\boxed{(x-1)(x+1)}", "none"]
+    answers = ["0.5", "1/2", "x^2-1", "3"]
+    assert rl.math_reward(responses, answers) == [1.0, 0.0, 1.0, 0.0]
+    assert rl.math_reward(["it is 3-7", "1/2 or 3/4."], ["7", "0.75"], reader="last_number") == [1.0, 1.0]
+    assert rl.math_reward([], []) == []
+
+
+def test_a_plain_call_with_workers_that_stay():
+    with rl.open_grader(workers=1, deadline_seconds=DEADLINE) as grader:
+        for answer in ("2", "4"):
+            given = [f"\\boxed{{{answer}}}", "\\boxed{9^{387420489}}"]
+            assert rl.math_reward(given, ["\\sqrt{4}", "5"], grader=grader) == [float(answer == "2"), 0.0]
+
+
+@pytest.mark.parametrize("arguments, message", [
+    ((["a"], ["b"], "box"), "reader is 'box'; allowed: boxed, boxed_after_think, answer_tag, last_number, text"),
+    ((["a", "b"], ["c"]), "2 responses and 1 answers; allowed: an answer for each response"),
+    (("a", ["c"]), "responses holds 'a', a str; allowed: a list of texts"),
+    ((["a"], [5]), "answers holds 5, a int; allowed: a list of texts"),
+])
+def test_a_plain_call_that_cannot_be_graded_is_refused(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        rl.math_reward(*arguments)
 
 
 def test_long_responses_score_0(task):

@@ -1,11 +1,12 @@
 """Templates against the published strings, and where answers are read."""
 
 import hashlib
+import time
 
 import pytest
 
 from jaxrl_fp16.tasks import TEMPLATES, Example, get_template, read_answer, render
-from jaxrl_fp16.tasks.templates import last_boxed
+from jaxrl_fp16.tasks.grading.readers import last_boxed
 
 EXAMPLE = Example("What is 1+1? {q} \\frac{1}{2}", "2", {"question": "Q?", "level": 3})
 
@@ -54,7 +55,8 @@ def test_chat_without_a_chat_template_is_refused():
     ("\\boxed{\\left\\{ x \\right.}", "\\left\\{ x \\right."),
     ("{ \\boxed {7}", "7"),
     ("\\boxed{6} and \\boxed{12", "6"),
-    ("\\boxed 5", ""),
+    ("\\boxed 5.", "5"), ("\\boxed5", "5"), ("$\\boxed \\frac{1}{2}$", "\\frac{1}{2}"), ("\\boxed 1 \\boxed{2}", "2"),
+    ("\\boxed{1} or \\boxed 2", "2"), ("\\fbox{6}", "6"), ("\\boxedin 5", ""), ("\\boxed", ""),
     ("nothing", ""),
     ("", ""),
 ])
@@ -86,3 +88,44 @@ def test_other_places_to_read_from():
     assert read_answer(get_template("none", reads="last_number"), "it costs 1,234.50 dollars") == "1234.50"
     assert read_answer(get_template("none", reads="last_number"), "none") == ""
     assert read_answer(get_template("none", reads="text"), " 85,66\n") == "85,66"
+
+
+@pytest.mark.parametrize("response, answer", [
+    ("The range is 3-7", "7"), ("10-5", "5"), ("a+5", "5"), ("COVID-19", "19"), ("x = -7", "-7"), ("(−7)", "-7"),
+    ("it is 3/4.", "3/4"), ("-\\dfrac{3}{4}", "-3/4"), ("\\frac{-3}{4}", "-3/4"), ("\\frac34", "3/4"),
+    ("\\frac{1,200}{7}", "1200/7"), ("24 / 7", "24/7"), ("2 1/3 cups", "2 1/3"), ("2\\frac{1}{3}", "2 1/3"),
+    ("step 2 7/3", "7/3"), ("on 12/25/2024", "2024"), ("1,2,3", "3"), ("[1, 2, -3]", "-3"), ("1,234, 5,678", "5678"),
+    ("1,234,5", "5"), ("1{,}234", "1234"), ("x = .5", ".5"), ("1.2.3", "3"), ("6.02e23", "6.02e23"),
+    ("1.5e-3.", "1.5e-3"), ("3 \\times 10^{8} m", "3e8"), ("3×10^-5", "3e-5"), ("<think> 5", ""),
+    ("<think>4</think> 5", "5"), ("it is 5 <think> or 6", "5"),
+])
+def test_last_number(response, answer):
+    assert read_answer(get_template("none", reads="last_number"), response) == answer
+
+
+@pytest.mark.parametrize("inside, answer", [
+    ("The answer is 5", "5"), ("So the final answer is: \\frac{1}{2}.", "\\frac{1}{2}"), ("x = 5", "x = 5"),
+    ("Janet makes 18 dollars every day.", "18"), ("Saturday morning", "Saturday morning"), ("5 apples", "5 apples"),
+    ("$(3, 4)$", "$(3, 4)$"),
+])
+def test_an_answer_tag_around_a_sentence(inside, answer):
+    assert read_answer(TEMPLATES["r1"], f"<think>x</think> <answer>{inside}</answer>") == answer
+
+
+def test_thoughts_without_an_end_hold_no_answer():
+    chat = get_template("chat")
+    assert read_answer(chat, "<think>maybe \\boxed{5}, no") == ""
+    assert read_answer(chat, "\\boxed{4} <think>or \\boxed{5}") == "4"
+    assert read_answer(chat, "<think>\\boxed{3}</think> so \\boxed{5}") == "5"
+    assert read_answer(chat, "maybe \\boxed{5}", prompt="<|user|>1+4?<|assistant|><think>\n") == ""
+    assert read_answer(chat, "no</think> \\boxed{5}", prompt="<|user|>1+4?<|assistant|><think>\n") == "5"
+    assert read_answer(chat, "\\boxed{5}", prompt="<|user|>1+4?<|assistant|><think>\n</think>") == "5"
+    assert read_answer(TEMPLATES["r1"], "<think> <answer>5</answer>") == ""
+
+
+def test_readers_take_linear_time_on_hostile_text():
+    start = time.perf_counter()
+    for text in ("1", "1,", "1/", "1 ", "1 1/", "\\frac{1", "\\boxed ", "\\boxed{", ".1", "1 x 10 ", "<think>"):
+        for reads in ("boxed", "answer_tag", "last_number"):
+            read_answer(get_template("none", reads=reads), f"<answer>{text * (100_000 // len(text))}</answer>")
+    assert time.perf_counter() - start < 5

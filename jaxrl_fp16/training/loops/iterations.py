@@ -13,7 +13,7 @@ from jaxrl_fp16.training.loops.learn import learn, make_programs
 from jaxrl_fp16.training.loops.mismatch_terms import tokenisation_terms
 from jaxrl_fp16.training.loops.nonfinite import Watch
 from jaxrl_fp16.training.loops.supervised import check_solutions
-from jaxrl_fp16.training.rollouts.collect import next_prompts, sample_and_grade, truncation_rule
+from jaxrl_fp16.training.rollouts.collect import cut_reward, next_prompts, sample_and_grade, truncation_rule
 from jaxrl_fp16.training.rollouts.dynamic import sample_unequal
 from jaxrl_fp16.training.rollouts.engine import make_engine
 from jaxrl_fp16.training.runs.learner import check_critic, critic_model
@@ -30,6 +30,7 @@ def iterations(run, algorithm, start):
     programs = make_programs(setup, algorithm, run.model, critic, learner)
     engine = make_engine(setup, run.model)
     watch, rounds = Watch(run, algorithm), config.training.max_sampling_rounds if algorithm.dynamic_sampling else 1
+    said = False
     for step in range(start.step + 1, config.run.steps + 1):
         began, first = time.perf_counter(), step == start.step + 1
         key, sample_key, order_key = jax.random.split(learner.actor.key, 3)
@@ -41,6 +42,7 @@ def iterations(run, algorithm, start):
         with announced(run.log, first, "compiling the sampler"):
             prompts, graded, draws = sample_unequal(draw, position, rounds, config.training.truncated, setup.mesh)
         position, sampled = prompts.position, time.perf_counter()
+        said = said or say_cut_reward(run, step, graded)
 
         # Log-probs, advantages, optimizer steps.
         run.stage(f"step {step}: learning")
@@ -102,6 +104,15 @@ def check_rewards(rewards, allowed):
         )
 
 
+def say_cut_reward(run, step, graded):
+    """Says once that a cut response earns less than 0: else a response would gain by being cut."""
+    if run.config.training.truncated != "zero" or graded.finished.all() or cut_reward(graded) == 0:
+        return False
+    run.log.say(f"step {step}: training.truncated is zero and rewards are negative: a cut response earns the least "
+                f"reward of its batch, here {cut_reward(graded):g}")
+    return True
+
+
 def rollout_metrics(config, graded, prompts, draws):
     """Rewards, lengths, what was set aside, and what it took to sample them."""
     rewards, valid = graded.rewards, graded.rewards.valid
@@ -119,6 +130,7 @@ def rollout_metrics(config, graded, prompts, draws):
         "response_length_max": int(graded.lengths.max()),
         "truncated": float(1 - graded.finished.mean()),
         "prompts_set_aside": prompts.set_aside,
+        "unknown_tokens": graded.unknown_tokens,
     }
 
 

@@ -85,6 +85,7 @@ class Graded:
     rewards: Rewards             # as graded, [n,G]
     finished: np.ndarray         # bool [B]
     lengths: np.ndarray          # int [B]: response tokens
+    unknown_tokens: int = 0      # of them, ids that the tokenizer has no token for: rows that pad the embedding
 
 
 def sample_and_grade(engine, params, prompts, task, setup, key):
@@ -95,7 +96,13 @@ def sample_and_grade(engine, params, prompts, task, setup, key):
     group = len(texts) // len(prompts.texts)
     responses = in_groups(texts, group)
     rewards = task.rewards(prompts.texts, responses, prompts.examples)
-    return Graded(rollout, responses, rewards, finished, mask.sum(axis=1))
+    unknown = int((~np.isin(tokens, _ids(setup.tokenizer)) & mask.astype(bool)).sum())
+    return Graded(rollout, responses, rewards, finished, mask.sum(axis=1), unknown)
+
+
+@lru_cache(maxsize=2)
+def _ids(tokenizer):
+    return np.fromiter(tokenizer.get_vocab().values(), np.int32)
 
 
 def in_groups(rows: Sequence, group: int) -> list[list]:
@@ -106,11 +113,17 @@ def in_groups(rows: Sequence, group: int) -> list[list]:
 def truncation_rule(rule, graded):
     """What `training.truncated` makes of responses cut by the limit: `(rewards float32 [B], counts bool [B])`.
 
-    `zero` gives them reward 0; `mask` takes them out of the loss and leaves their
+    `zero` gives them `cut_reward`; `mask` takes them out of the loss and leaves their
     reward in the baseline; `keep` does nothing.
     """
     rewards = graded.rewards.values.reshape(-1)
     cut = ~graded.finished
     if rule == "zero":
-        rewards = np.where(cut, 0.0, rewards).astype(np.float32)
+        rewards = np.where(cut, cut_reward(graded), rewards).astype(np.float32)
     return rewards, ~cut if rule == "mask" else np.ones_like(cut)
+
+
+def cut_reward(graded):
+    """What a cut response earns under `zero`: 0, or the least known reward of the batch where that is below 0."""
+    known = graded.rewards.values[graded.rewards.valid]
+    return min(0.0, float(known.min())) if known.size else 0.0

@@ -100,6 +100,7 @@ def _merge_graded(merge, old, new, order):
         rewards=rewards,
         finished=np.concatenate([old.finished, new.finished])[rows],
         lengths=np.concatenate([old.lengths, new.lengths])[rows],
+        unknown_tokens=old.unknown_tokens + new.unknown_tokens,
     )
 
 

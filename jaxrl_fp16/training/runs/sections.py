@@ -102,7 +102,8 @@ class TrainingConfig:
     ] = "recompute"
     truncated: Annotated[
         Literal["keep", "zero", "mask"],
-        Doc("a response cut by the length limit: keep its grade, give it reward zero, or mask it out of the loss"),
+        Doc("a response cut by the length limit: keep its grade, give it reward zero (the least reward of its batch "
+            "where that is below zero), or mask it out of the loss"),
     ] = "zero"
     reference: Annotated[
         Literal["device", "host"], Doc("memory that keeps the KL term's reference: device, or host between its uses")

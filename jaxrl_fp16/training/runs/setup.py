@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxrl_fp16.config import ConfigError, naming, naming_at_entry
+from jaxrl_fp16.console import Console
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, load_pretrained, read_config
 from jaxrl_fp16.models.families.config_json import read_json
 from jaxrl_fp16.parallel import check_same_config, initialize_distributed, make_mesh
@@ -71,6 +72,8 @@ class Opened:
 def opened(setup):
     """Gives `Opened`; the task's grading processes end with the context. Raises ConfigError."""
     with naming_at_entry("task", open_task(setup.config.task)) as task:
+        if task.note:
+            Console(quiet=jax.process_index() != 0).say(task.note)
         yield Opened(setup, task, make_model(setup))
 
 

@@ -121,6 +121,22 @@ def test_responses_are_decoded_and_graded_in_their_groups():
     assert seen == [(prompts.texts, [["12", ""], ["345", "6"]], prompts.texts)]
     assert graded.rewards.values.tolist() == [[2, 0], [3, 1]]
     assert graded.lengths.tolist() == [3, 1, 3, 2] and graded.finished.tolist() == [True, True, False, True]
+    assert graded.unknown_tokens == 0
+
+
+def test_sampled_ids_that_no_token_has_are_counted():
+    beyond = max(TOKENIZER.get_vocab().values()) + 5
+    task = task_of("1=", grade=lambda *_: Rewards(np.zeros((1, 2), np.float32), np.ones((1, 2), bool)))
+    prompts = next_prompts(task, TOKENIZER, 0, 1, 4, 0)
+    setup = SimpleNamespace(mesh=make_mesh(), tokenizer=TOKENIZER, eos_ids=(TOKENIZER.eos_token_id,))
+
+    def sample(params, tokens, mask, key):
+        rollout = rollout_of(np.asarray(tokens), "12", "345")
+        ids = rollout.tokens.copy()
+        ids[0, -3], ids[1, -3:], ids[:, 0] = beyond, (beyond, beyond + 1, beyond), beyond
+        return rollout.replace(tokens=ids)
+
+    assert sample_and_grade(sample, None, prompts, task, setup, None).unknown_tokens == 4
 
 
 def test_rows_in_groups():
@@ -138,3 +154,15 @@ def test_responses_cut_by_the_limit(rule, rewards, counts):
     found, counted = truncation_rule(rule, Graded(None, [], given, finished, np.full(4, 3)))
     assert found.dtype == np.float32 and found.tolist() == rewards and counted.tolist() == counts
     assert given.values.tolist() == [[1, 1], [0.5, 0]]
+
+
+@pytest.mark.parametrize("values, valid, cut", [
+    ([[1, 0.5], [0.25, 2]], [[1, 1], [1, 1]], 0), ([[1, -1], [-0.5, 2]], [[1, 1], [1, 1]], -1),
+    ([[1, -1], [-3, 2]], [[1, 1], [1, 1]], -3), ([[1, 0], [0, 2]], [[1, 0], [0, 1]], 0),
+    ([[-1, 0], [0, -2]], [[1, 0], [0, 1]], -2), ([[0, 0], [0, 0]], [[0, 0], [0, 0]], 0),
+])
+def test_a_cut_response_earns_no_more_than_any_other(values, valid, cut):
+    given = Rewards(np.array(values, np.float32), np.array(valid, bool))
+    finished = np.array([True, True, False, True])
+    found, _ = truncation_rule("zero", Graded(None, [], given, finished, np.full(4, 3)))
+    assert found.tolist() == [values[0][0], values[0][1], cut, values[1][1]]

@@ -133,7 +133,8 @@ def _write_filtered(config, kept, folder):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for example, accuracy in kept:
-            row = {**example.fields, names.problem_field: example.problem, names.answer_field: example.answer}
+            asked = list(example.messages) or example.problem
+            row = {**example.fields, names.problem_field: asked, names.answer_field: example.answer}
             row |= {names.solution_field or "solution": example.solution} if example.solution else {}
             file.write(json.dumps({**row, "accuracy": accuracy}, ensure_ascii=False) + "\n")
 

@@ -44,7 +44,7 @@ def _generated(about: str, generator: Callable[[TaskConfig], Generator], reward,
 
 def _math_problems(config: TaskConfig):
     _check_source(config)
-    fields = (config.problem_field, config.answer_field, config.solution_field)
+    fields = (config.problem_field, config.answer_field, config.solution_field, config.reward_file is None)
     examples = (load_hub_examples(config.hub, config.split, *fields) if config.path is None
                 else load_examples(config.path, *fields))
     return math.split(examples, config.train_size, config.heldout_size or 0)
@@ -52,7 +52,7 @@ def _math_problems(config: TaskConfig):
 
 def _check_source(config: TaskConfig):
     if (config.path is None) == (config.hub is None):
-        raise ValueError(f"task {config.name!r} needs either task.path, a JSONL file, or task.hub, a Hub data set; "
+        raise ValueError(f"task {config.name!r} needs either task.path, a data file, or task.hub, a Hub data set; "
                          f"path is {config.path!r} and hub is {config.hub!r}")
 
 
@@ -89,11 +89,19 @@ class TaskConfig:
     """Section `task`: problems, prompts and rewards."""
 
     name: Annotated[Literal[*TASKS], Doc("which problems there are, and how they are graded")] = "arithmetic"
-    path: Annotated[str | None, Doc("math, preference: JSONL file of the data; null: task.hub is read")] = None
+    path: Annotated[
+        str | None,
+        Doc("math, preference: data file of JSONL, a JSON list (both also gzipped) or, with the extra `parquet`, "
+            "parquet; null: task.hub is read"),
+    ] = None
     hub: Annotated[str | None, Doc("math, preference: Hub data set (extra `hub`); null: task.path is read")] = None
     split: Annotated[str, Doc("split of the Hub data set that is read")] = "train"
-    problem_field: Annotated[str, Doc("math: the field of a row that holds the problem")] = "problem"
-    answer_field: Annotated[str, Doc("math, preference: the field of a row that holds the answer")] = "answer"
+    problem_field: Annotated[
+        str, Doc("math: the field of a row that holds the problem, text or chat messages; a.b is the field b within a")
+    ] = "problem"
+    answer_field: Annotated[
+        str, Doc("math, preference: the field of a row that holds the answer, or a list of right ones; may be dotted")
+    ] = "answer"
     solution_field: Annotated[
         str | None, Doc("math: the field of a row that holds a text to learn in supervised training; null: none")
     ] = None

@@ -35,7 +35,7 @@ def make_evaluators(bench):
 def _evaluator_of(bench, section):
     config, task = bench.setup.config, bench.task
     if section.path is not None:
-        fields = (config.task.problem_field, config.task.answer_field)
+        fields = (config.task.problem_field, config.task.answer_field, None, config.task.reward_file is None)
         task = dataclasses.replace(task, heldout=load_examples(section.path, *fields))
     if section.template is not None:
         task = dataclasses.replace(task, template=get_template(section.template, config.task.system))

@@ -161,7 +161,7 @@ class DPOConfig(PreferenceConfig):
 @dataclasses.dataclass(frozen=True)
 class EvaluationSet:
     name: Annotated[str, Doc("name of the evaluation set, as in its metric eval/NAME/accuracy")]
-    path: Annotated[str | None, Doc("JSONL file of the evaluation set; null: the task's held-out problems")] = None
+    path: Annotated[str | None, Doc("data file of the evaluation set; null: the task's held-out problems")] = None
     template: Annotated[str | None, Doc("prompt template of the evaluation set; null: the task's")] = None
     samples: Annotated[int, Ge(1), Doc("responses sampled for each problem of the evaluation set")] = 1
     temperature: Annotated[float, Ge(0), Doc("sampling temperature of the evaluation set; 0: greedy")] = 0.0

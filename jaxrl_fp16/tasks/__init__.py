@@ -7,11 +7,11 @@ from jaxrl_fp16.tasks.preference import PreferenceFields, load_hub_preferences, 
 from jaxrl_fp16.tasks.registry import TASKS, Task, TaskConfig, TaskKind, open_task
 from jaxrl_fp16.tasks.reward_text import RewardModelConfig
 from jaxrl_fp16.tasks.rewards import Rewards, RewardShapeError
-from jaxrl_fp16.tasks.templates import TEMPLATES, Template, get_template, read_answer, render
+from jaxrl_fp16.tasks.templates import TEMPLATES, Template, flaw_of, get_template, read_answer, render
 
 __all__ = [
     "ALPHABET", "ArithmeticConfig", "BatchDeadline", "Example", "Outcome", "PoolConfig", "PreferenceFields",
     "RewardModelConfig", "RewardShapeError", "Rewards", "TASKS", "TEMPLATES", "Task", "TaskConfig", "TaskKind",
-    "Template", "WorkerStartError", "get_template", "load_examples", "load_hub_examples", "load_hub_preferences",
-    "load_preferences", "open_pool", "open_task", "read_answer", "render",
+    "Template", "WorkerStartError", "flaw_of", "get_template", "load_examples", "load_hub_examples",
+    "load_hub_preferences", "load_preferences", "open_pool", "open_task", "read_answer", "render",
 ]

@@ -52,7 +52,7 @@ def _math_problems(config: TaskConfig):
 
 def _check_source(config: TaskConfig):
     if (config.path is None) == (config.hub is None):
-        raise ValueError(f"task {config.name!r} needs either task.path, a data file, or task.hub, a Hub data set; "
+        raise ValueError(f"task {config.name!r} needs either task.path, a JSONL file, or task.hub, a Hub data set; "
                          f"path is {config.path!r} and hub is {config.hub!r}")
 
 

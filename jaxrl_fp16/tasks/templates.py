@@ -84,6 +84,17 @@ def render(template: Template, example: Example, tokenizer=None) -> str:
     return FIELD.sub(fill, template.text)  # one pass: braces inside a problem stay what they are
 
 
+def flaw_of(text: str, example: Example) -> str | None:
+    """Why a rendered prompt asks nothing; None where it asks what the example does, white space aside."""
+    if not text:
+        return "without a token"
+    asked = [example.problem]
+    if example.messages:
+        asked = [message["content"] for message in example.messages if message["role"] in ("system", "user")]
+    parts, shown = [" ".join(part.split()) for part in asked], " ".join(text.split())
+    return None if any(parts) and all(part in shown for part in parts) else "without the problem's text"
+
+
 def needs_tokenizer(template: Template, example: Example) -> bool:
     """Whether the tokenizer's chat template makes the prompt."""
     return template.text is None or bool(example.messages)

@@ -4,9 +4,10 @@ import hashlib
 
 import pytest
 
-from jaxrl_fp16.tasks import TEMPLATES, Example, get_template, read_answer, render
+from jaxrl_fp16.tasks import TEMPLATES, Example, flaw_of, get_template, read_answer, render
 from jaxrl_fp16.tasks.templates import last_boxed
 
+SYSTEM, USER = {"role": "system", "content": "S"}, {"role": "user", "content": "1+1?"}
 EXAMPLE = Example("What is 1+1? {q} \\frac{1}{2}", "2", {"question": "Q?", "level": 3})
 
 
@@ -38,6 +39,17 @@ def test_unknown_names_are_refused():
         get_template("none", system="Be brief.")
     with pytest.raises(ValueError, match="'box'"):
         get_template("none", reads="box")
+
+
+@pytest.mark.parametrize("text, example, flaw", [
+    ("", Example("", ""), "without a token"), ("Q:", Example(" ", ""), "without the problem's text"),
+    ("<a>1 + 1?<b>", Example(" 1  +\n1?\n", ""), None), ("<a>1+1?<b>", EXAMPLE, "without the problem's text"),
+    ("S <u>1+1?", Example("1+1?", "", messages=(SYSTEM, USER)), None),
+    ("<u>1+1?", Example("1+1?", "", messages=(SYSTEM, USER)), "without the problem's text"),
+    ("<t>S", Example("", "", messages=(SYSTEM, {"role": "tool", "content": "x"})), None),
+])
+def test_a_prompt_must_hold_what_is_asked(text, example, flaw):
+    assert flaw_of(text, example) == flaw
 
 
 def test_chat_without_a_chat_template_is_refused():

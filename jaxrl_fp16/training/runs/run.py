@@ -164,7 +164,7 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
     evaluation sets keep the task's own reward: where the two differ, the policy exploits the model.
 
     Raises ConfigError for whatever can be refused before the start; `check(setup, task)`
-    may raise more of them, before the run folder is made.
+    may raise more of them, before the run folder is made, and gives lines to say at the start.
     """
     setup = set_up(config)
     config = setup.config
@@ -178,8 +178,7 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
         others = dict(reference=reference and config.training.reference == "device",
                       critic=critic_model(config, model) if critic else None)
         needs = _check_memory(setup, model, **others)   # before `check` makes rows: as many as the config asks for
-        if check is not None:
-            check(setup, task)
+        remarks = check(setup, task) if check is not None else []
         judge = open_reward_model(setup, task) if rewarded else None
         if judge is not None:
             task = dataclasses.replace(task, grade=make_grader(judge, config.task.reward_model, setup.mesh))
@@ -197,6 +196,8 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
         if command is not None and jax.process_index() == 0:
             write_record(setup, folder, command, judge.precision.policy if judge else None)
         _introduce(run, needs, judge)
+        for remark in remarks:
+            console.say(remark)
         yield run, params
 
 

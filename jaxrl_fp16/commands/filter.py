@@ -19,6 +19,7 @@ from jaxrl_fp16.lab.report import draw_accuracies, histogram
 from jaxrl_fp16.training.rollouts.collect import truncation_rule
 from jaxrl_fp16.training.rollouts.evaluate import grade_chunks, make_evaluator
 from jaxrl_fp16.training.runs.run import open_folder
+from jaxrl_fp16.training.runs.positions import check_positions
 from jaxrl_fp16.training.runs.run_folder import check_resumed, write_record
 from jaxrl_fp16.training.runs.setup import opened, set_up
 from jaxrl_fp16.training.safety.deadlines import caught_signals
@@ -60,6 +61,7 @@ def filter_problems(config):
     with contextlib.ExitStack() as stack:
         bench = stack.enter_context(opened(setup))
         task = bench.task
+        check_positions(config, "filter", bench.model.config.max_positions)
         sampling = dataclasses.replace(config.sampling, group_size=config.filter.samples, max_rows=0)
         with naming("filter"):
             evaluator = make_evaluator(bench, "filter", dataclasses.replace(task, heldout=task.train), sampling)

@@ -7,6 +7,7 @@ from jaxrl_fp16.tasks import Example
 from jaxrl_fp16.tokenizer import encode_prompts
 from jaxrl_fp16.training.rollouts.collect import PromptBatch, rendered, sample_and_grade
 from jaxrl_fp16.training.rollouts.engine import make_engine
+from jaxrl_fp16.training.runs.positions import check_positions
 from jaxrl_fp16.training.runs.setup import opened, set_up_alone
 
 
@@ -16,6 +17,7 @@ def run_generate(config):
     config, log = setup.config, Console()
     with opened(setup) as bench:
         task = bench.task
+        check_positions(config, "generate", bench.model.config.max_positions)
         known = (task.heldout or task.train)[: config.generate.count]
         examples = [Example(text, "") for text in config.generate.prompts] or list(known)
         prompts = _prompts(config, setup, task, examples)

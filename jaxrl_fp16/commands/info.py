@@ -24,6 +24,7 @@ from jaxrl_fp16.telemetry.ranges import LARGEST, dtype_of, make_ranges, module_n
 from jaxrl_fp16.tokenizer import encode_completions, encode_prompts
 from jaxrl_fp16.training.rollouts.collect import rendered
 from jaxrl_fp16.training.rollouts.engine import make_engine
+from jaxrl_fp16.training.runs.positions import check_positions
 from jaxrl_fp16.training.runs.run_config import resolve_algorithm
 from jaxrl_fp16.training.runs.setup import opened, set_up_alone
 from jaxrl_fp16.training.updates.policy_update import loss_of_rows
@@ -45,6 +46,7 @@ def run_info(config):
     setup, log = set_up_alone("info", config), Console()
     with opened(setup) as bench:
         model = bench.model
+        check_positions(setup.config, "info", model.config.max_positions)
         with log.announce("loading the model"):
             params = bench.load_params(any_weights=True)
         weights = by_tensor(model, jax.tree.map(to_host, weight_ranges(params)))

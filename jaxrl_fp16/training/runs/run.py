@@ -23,6 +23,7 @@ from jaxrl_fp16.training.checkpoints.checkpoint import CheckpointError, Checkpoi
 from jaxrl_fp16.training.rollouts.evaluate import evaluate, make_evaluators
 from jaxrl_fp16.training.rollouts.reward_model import make_grader, open_reward_model
 from jaxrl_fp16.training.runs.learner import critic_model
+from jaxrl_fp16.training.runs.positions import check_positions
 from jaxrl_fp16.training.runs.run_folder import check_resumed, new_folder, write_record
 from jaxrl_fp16.training.runs.setup import Setup, opened, set_up
 from jaxrl_fp16.training.safety.deadlines import Signals, Watchdog, caught_signals, leaving_on_abort
@@ -178,11 +179,16 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
         others = dict(reference=reference and config.training.reference == "device",
                       critic=critic_model(config, model) if critic else None)
         needs = _check_memory(setup, model, **others)   # before `check` makes rows: as many as the config asks for
+        if command is not None:
+            check_positions(config, command, model.config.max_positions)
+            if others["critic"] is not None:
+                check_positions(config, command, others["critic"].body.config.max_positions, "critic")
         remarks = check(setup, task) if check is not None else []
         judge = open_reward_model(setup, task) if rewarded else None
         if judge is not None:
             task = dataclasses.replace(task, grade=make_grader(judge, config.task.reward_model, setup.mesh))
             needs = _check_memory(setup, model, **others, reward_model=judge.model)
+            check_positions(config, "reward model", judge.model.body.config.max_positions, "reward model")
         params = bench.load_params()
         folder = stack.enter_context(open_folder(config, alone=command is not None))
         signals = stack.enter_context(caught_signals())

@@ -65,6 +65,9 @@ ModelConfig = dataclasses.make_dataclass(
         ], None),
         ("attention", Annotated[AttentionKind, Doc("attention of sampler, scorer and update alike")], "blockwise"),
         ("remat", Annotated[bool, Doc("keep only layer inputs for the backward pass; compute the rest again")], True),
+        ("allow_longer", Annotated[
+            bool, Doc("allow prompts with responses beyond the positions that the model's weights were made for")
+        ], False),
         *_optional_fields(DecoderConfig, _null_shape),
     ],
     frozen=True,

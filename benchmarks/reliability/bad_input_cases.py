@@ -289,7 +289,8 @@ def data():
         Case(13, "all prompts too long", "none of the 64 prompts fits into training.max_prompt_tokens = 3",
              ("--training.max_prompt_tokens", "3")),
         Case(13, "no prompt with its problem", "training: none of the 8 problems makes a prompt: 8 without the "
-             "problem's text; allowed: problems with a text, and a template that shows it", (*DATA[:-1], "{answer_to}="),
+             "problem's text; allowed: problems with a text, and a template that shows it",
+             (*DATA[:-1], "{answer_to}="),
              write("data.jsonl", b'{"problem": "1", "answer": "1", "answer_to": "2"}\n' * 14)),
         Case(13, "all prompts of a file too long", "none of the 2 prompts fits into training.max_prompt_tokens = 3",
              (*DATA, "--training.max_prompt_tokens", "3")),

@@ -1,9 +1,14 @@
-"""Chat messages of a data row, checked: `{"role": ROLE, "content": TEXT, ...}`.
+"""Chat messages of a data row, `{"role": ROLE, "content": TEXT, ...}`: checked, and as a chat template writes them.
 
-What a message holds beside the two goes to the chat template with it; see `templates.render`.
+What a message holds beside the two reaches the chat template with it, or is refused.
 """
 
+import datetime
+import inspect
+import re
 from typing import Any, Mapping
+
+from jaxrl_fp16.config import ConfigError
 
 ROLES = ("system", "user", "assistant", "tool")
 Messages = list[Mapping[str, Any]]
@@ -69,3 +74,82 @@ def one_kind(examples):
             kinds = ("text", "messages") if example.messages else ("messages", "text")
             raise ValueError(f"{where}: the prompts before are {kinds[0]}, this one is {kinds[1]}; allowed: one kind")
         yield example
+
+
+# -- as text ---------------------------------------------------------------------------------------
+
+
+def chat_text(tokenizer, messages: Messages, options: Mapping[str, Any], date: str | None) -> str:
+    """The prompt that a conversation makes. options: what the chat template gets beside it.
+    date: YYYY-MM-DD, for a template that asks for the date; None: the day's.
+
+    Raises `ValueError` where a message holds something that the template does not read.
+    """
+    given = dict(options)
+    if date is not None and asks_for_date(tokenizer):
+        given["chat_template"] = _clock(date) + tokenizer.get_chat_template()
+
+    def write(conversation):
+        return apply_chat_template(tokenizer, conversation, add_generation_prompt=True, **given)
+
+    text = write(messages)
+    for place, message in enumerate(messages):
+        for name in more_of(message):
+            less = [*messages[:place], {key: message[key] for key in message if key != name}, *messages[place + 1:]]
+            if not _reads(tokenizer, name) and write(less) == text:
+                raise ValueError(f"a message by {message['role']} has {name!r}, which the tokenizer's chat template "
+                                 "does not read; allowed: role and content, or a template that reads it")
+    return text
+
+
+def _clock(date: str) -> str:
+    """A macro that takes the place of `strftime_now`, and answers for this day at 0:00. Transformers 5 gives a
+    template no function that comes from outside."""
+    day = datetime.datetime.fromisoformat(date)
+    codes = [mark + letter for mark in ("%", "%-") for letter in "aAbBcdDeFGHIjmMpSTuUVwWxXyY"]
+    answers = "".join(f"|replace({code!r}, {day.strftime(code)!r})" for code in codes)
+    # The newline goes with the tag before it: what follows begins a line, as it did.
+    return ("{% macro strftime_now(format) %}{{ format|replace('%%', '\\0')" + answers
+            + "|replace('\\0', '%') }}{% endmacro %}\n")
+
+
+def apply_chat_template(tokenizer, messages, **options) -> str:
+    """A conversation as the tokenizer's chat template writes it, in Jinja's sandbox.
+
+    Raises `ConfigError`, in one line, where it fails: the template is its folder's, and may be anything.
+    """
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except Exception as error:  # a template is a program, and may raise anything
+        folder = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
+        raise ConfigError(f"{folder}: its chat template fails ({reason}); allowed: another tokenizer, or a template of "
+                          "your own") from error
+
+
+def check_options(tokenizer, options: Mapping[str, Any]) -> None:
+    """Refuses, by `ValueError`, options that are not the chat template's to read."""
+    ours = inspect.signature(tokenizer.apply_chat_template).parameters.keys() - {"self", "tools", "documents", "kwargs"}
+    for name in options:
+        if name in ours or not re.search(rf"\b{re.escape(name)}\b", _source(tokenizer)):
+            raise ValueError(f"template_options.{name} is no name that the tokenizer's chat template reads; allowed: "
+                             "one that stands in it, such as enable_thinking")
+
+
+def asks_for_date(tokenizer) -> bool:
+    """Whether the chat template writes the date into prompts."""
+    return "strftime_now" in _source(tokenizer)
+
+
+def _reads(tokenizer, name: str) -> bool:
+    """Whether the chat template looks for a field of a message, if only in some of them."""
+    source = _source(tokenizer)
+    messages = {"message", *re.findall(r"\bfor\s+(\w+)\s+in\s+\w*messages", source)}
+    access = rf"\b(?:{'|'.join(messages)})\s*(?:\.\s*|\[\s*['\"]|\.get\(\s*['\"]){re.escape(name)}\b"
+    return re.search(access, source) is not None
+
+
+def _source(tokenizer) -> str:
+    """The chat template; several are one text."""
+    found = getattr(tokenizer, "chat_template", None) or ""
+    return found if isinstance(found, str) else "\n".join(map(str, dict(found).values()))

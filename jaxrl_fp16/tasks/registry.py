@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 from typing import Annotated, Any, Callable, ContextManager, Iterator, Literal, Sequence
 
 from annotated_types import Ge, Gt
@@ -110,6 +111,14 @@ class TaskConfig:
     rejected_field: Annotated[str, Doc("preference: the field of a row that holds the other response")] = "rejected"
     template: Annotated[str | None, Doc("prompt template: a name, or a text with field names; null: the task's")] = None
     system: Annotated[str | None, Doc("system text of the prompt, with template chat; null: none")] = None
+    template_options: Annotated[
+        dict[str, Any],
+        Doc("what the tokenizer's chat template gets beside messages, such as {enable_thinking: false}; {}: nothing"),
+    ] = dataclasses.field(default_factory=dict)
+    date: Annotated[
+        str | None,
+        Doc("date, as YYYY-MM-DD, for a chat template that writes it into prompts; null: that of the run's start"),
+    ] = None
     answer_from: Annotated[
         Literal["boxed", "boxed_after_think", "answer_tag", "last_number", "text"] | None,
         Doc("where the answer is in a response; null: as the template says; for generated problems, text"),
@@ -130,6 +139,12 @@ class TaskConfig:
     max_response_chars: Annotated[
         int, Ge(1), Doc("math, preference: longest response that is graded, in characters; longer ones score 0")
     ] = 200_000
+
+    def __post_init__(self):
+        with contextlib.suppress(ValueError):
+            if self.date is None or datetime.date.fromisoformat(self.date).isoformat() == self.date:
+                return
+        raise ValueError(f"date is {self.date!r}; allowed: a day as YYYY-MM-DD, or null")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,7 +174,7 @@ def open_task(config: TaskConfig) -> Iterator[Task]:
         raise ValueError(f"task.name is {config.name!r}; allowed: {', '.join(sorted(TASKS))}")
     kind = TASKS[config.name]
     template = get_template(config.template or kind.template, config.system,
-                            config.answer_from or kind.answer_from)
+                            config.answer_from or kind.answer_from, config.template_options, config.date)
     train, heldout = kind.problems(config)
     if not needs_tokenizer(template, train[0]):
         render(template, train[0])  # an unknown field name is refused here

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxrl_fp16.parallel import row_shards
-from jaxrl_fp16.tasks import flaw_of, get_template, load_examples, render
+from jaxrl_fp16.tasks import check_template, flaw_of, get_template, load_examples, render
 from jaxrl_fp16.tokenizer import encode_prompts
 from jaxrl_fp16.training.rollouts.collect import PromptBatch, rendered, sample_and_grade
 from jaxrl_fp16.training.rollouts.engine import make_engine
@@ -38,11 +38,14 @@ def _evaluator_of(bench, section):
         fields = (config.task.problem_field, config.task.answer_field, None, config.task.reward_file is None)
         task = dataclasses.replace(task, heldout=load_examples(section.path, *fields))
     if section.template is not None:
-        task = dataclasses.replace(task, template=get_template(section.template, config.task.system))
+        options = task.template.options if section.template == "chat" else {}
+        template = get_template(section.template, config.task.system, None, options, task.template.date)
+        task = dataclasses.replace(task, template=template)
     if not len(task.heldout):
         raise ValueError(
             f"evaluation set {section.name!r} has no problems; allowed: a path, or task.heldout_size above 0"
         )
+    check_template(task.template, task.heldout[0], bench.setup.tokenizer)
     task = dataclasses.replace(task, heldout=task.heldout[: section.limit])
     if config.task.reward_file is None and not all(example.answer for example in task.heldout):
         raise ValueError(

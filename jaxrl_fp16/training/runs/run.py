@@ -172,10 +172,10 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
     if config.resume is not None:
         check_resumed(config, config.resume, command)
     with contextlib.ExitStack() as stack:
-        bench = stack.enter_context(opened(setup))
+        bench = stack.enter_context(opened(setup, prompts=command is not None))
         task, model = bench.task, bench.model
         with naming("evaluation"):
-            evaluators = make_evaluators(bench)
+            evaluators = make_evaluators(bench) if command is not None else []
         others = dict(reference=reference and config.training.reference == "device",
                       critic=critic_model(config, model) if critic else None)
         needs = _check_memory(setup, model, **others)   # before `check` makes rows: as many as the config asks for

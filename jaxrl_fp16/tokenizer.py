@@ -9,6 +9,7 @@ n: texts.  T: columns.
 
 from __future__ import annotations
 
+from functools import lru_cache
 import json
 import os
 from typing import TYPE_CHECKING, Any, Iterable, Mapping, NamedTuple, Sequence
@@ -134,11 +135,24 @@ def vocabulary_size(tokenizer) -> int:
 
 
 def encode(tokenizer, texts: Sequence[str]) -> list[list[int]]:
-    """The ids of each text, without additions."""
+    """The ids of each text, without additions. Raises `ValueError` for one that is not Unicode."""
     if not len(texts):
         return []
+    for text in texts:
+        if not text.isascii() and any("\ud800" <= character <= "\udfff" for character in text):
+            raise ValueError(f"text {text[:40]!a} holds half of a surrogate pair; allowed: whole characters")
     return tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False,
                      return_token_type_ids=False, verbose=False)["input_ids"]
+
+
+@lru_cache(maxsize=4)
+def begin_text(tokenizer) -> str:
+    """The text of what the tokenizer itself puts before every text, such as `<s>`; "" where it puts nothing."""
+    (bare,), whole = encode(tokenizer, ["a"]), tokenizer("a", verbose=False)["input_ids"]
+    starts = [start for start in range(len(whole)) if whole[start:start + len(bare)] == bare]
+    ids = whole[:starts[0]] if starts else []
+    text = tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False) if ids else ""
+    return text if encode(tokenizer, [text]) == [ids] else ""
 
 
 def encode_prompts(tokenizer, texts: Sequence[str], length: int) -> Prompts:
@@ -173,10 +187,10 @@ def encode_completions(tokenizer, prompts: Sequence[str], completions: Sequence[
 def decode_responses(tokenizer, tokens, response_mask, ends: Iterable[int] | None = None) -> list[str]:
     """The text of each row's response: tokens [n,T] where `response_mask` [n,T] is set.
 
-    Ids of `ends` (by default the tokenizer's end-of-text) and the pad id are dropped. Other special tokens
-    stay in the text: an answer may follow one such as `</think>`.
+    Ids of `ends` (by default the tokenizer's end-of-text) are dropped. Other special tokens stay in the text: an
+    answer may follow one such as `</think>`, and a pad token inside the mask was sampled.
     """
-    dropped = [*(end_ids(tokenizer) if ends is None else ends), pad_id(tokenizer)]
+    dropped = [*(end_ids(tokenizer) if ends is None else ends)]
     tokens = np.asarray(tokens)
     keep = np.asarray(response_mask).astype(bool) & ~np.isin(tokens, dropped)
     exact = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}

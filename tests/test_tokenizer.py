@@ -201,6 +201,19 @@ def test_decode_responses(byte_level):
         byte_level.decode([index for index in row if index != row[-1]]))
 
 
+def test_a_pad_token_that_was_sampled_stays_in_the_text():
+    tokenizer = tk.character_tokenizer("12")
+    tokens, mask = np.array([[3, 0, 4, 1, 0], [3, 0, 0, 0, 0]]), np.array([[1, 1, 1, 1, 0], [1, 0, 0, 0, 0]], bool)
+    assert tk.decode_responses(tokenizer, tokens, mask) == ["1<pad>2", "1"]
+    tokenizer.pad_token = None  # end-of-text then fills up, and ends
+    assert tk.decode_responses(tokenizer, np.array([[3, 4, 1, 1]]), mask[:1, 1:]) == ["12"]
+
+
+def test_text_that_is_not_unicode_is_refused():
+    with pytest.raises(ValueError, match=r"text '1\\ud800' holds half of a surrogate pair; allowed: whole characters"):
+        tk.encode(tk.character_tokenizer("12"), ["1", "1\ud800"])
+
+
 def test_sentencepiece_bytes():
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast

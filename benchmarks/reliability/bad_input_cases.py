@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 import dataclasses
+import gzip
 from pathlib import Path
 
 from jaxrl_fp16.cli import COMMANDS
@@ -239,6 +240,10 @@ def models():
         model_folder(10, "beyond FP16",
                      f"tensor {TENSOR} holds 65505; allowed: finite values up to 65504, the range of "
                      "float16", fill(-65505.0)),
+        model_folder(6, "rows beyond the positions",
+                     "training.max_prompt_tokens + sampling.max_new_tokens is 6 + 4 = 10 tokens, and the model's "
+                     "weights were made for 9 positions (max_position_embeddings); allowed: at most these, or",
+                     edit_json("model/config.json", max_position_embeddings=9)),
         model_folder(11, "no tokenizer",
                      "model.path: model: no tokenizer.json; a folder with a fast tokenizer is needed",
                      lose("model/tokenizer.json")),
@@ -269,10 +274,27 @@ def data():
         data_file("a list", "task: data.jsonl, line 1: a JSON list; a JSON object is needed", b'["1", "2"]\n'),
         data_file("not UTF-8", "task: data.jsonl, line 1: not UTF-8", b'{"problem": "\xff", "answer": "1"}\n'),
         data_file("nested too deeply", "task: data.jsonl, line 1: not JSON", b"[" * 100_000),
+        data_file("key twice", "task: data.jsonl, line 2: key 'answer' is there twice; allowed: once",
+                  good + b'{"problem": "2", "answer": "2", "answer": "3"}\n'),
+        data_file("half of a surrogate pair", "task: data.jsonl, line 2: text '2\\ud800' holds half of a surrogate",
+                  good + b'{"problem": "2\\ud800", "answer": "2"}\n'),
+        data_file("NaN for an answer", "task: data.jsonl, line 2: field 'answer' is nan; text or a finite number",
+                  good + b'{"problem": "2", "answer": NaN}\n'),
+        data_file("empty answer", "task: data.jsonl, line 2: field 'answer' is ' ', no answer to grade by; allowed",
+                  good + b'{"problem": "2", "answer": " "}\n'),
+        data_file("zip archive", "task: data.jsonl: a zip archive, by its first bytes; allowed: JSONL or a JSON list",
+                  b"PK\x03\x04"),
+        data_file("gzip cut short", "task: data.jsonl: a damaged gzip file", gzip.compress(good)[:-9]),
+        data_file("CSV", "task: data.jsonl, line 1: not JSON (Expecting value: line 1 column 1 (char 0)): it begins "
+                  "with 'problem,answer'; allowed: JSONL", b"problem,answer\n1,1\n"),
         Case(12, "evaluation set", "evaluation: absent.jsonl: no such data file",
              ("--evaluation.sets", "[{name: a, path: absent.jsonl}]"), config="folder.yaml"),
         Case(13, "all prompts too long", "none of the 64 prompts fits into training.max_prompt_tokens = 3",
              ("--training.max_prompt_tokens", "3")),
+        Case(13, "no prompt with its problem", "training: none of the 8 problems makes a prompt: 8 without the "
+             "problem's text; allowed: problems with a text, and a template that shows it",
+             (*DATA[:-1], "{answer_to}="),
+             write("data.jsonl", b'{"problem": "1", "answer": "1", "answer_to": "2"}\n' * 14)),
         Case(13, "all prompts of a file too long", "none of the 2 prompts fits into training.max_prompt_tokens = 3",
              (*DATA, "--training.max_prompt_tokens", "3")),
     ]

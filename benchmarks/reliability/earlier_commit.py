@@ -77,7 +77,7 @@ def check(kind, tree, work):
     train(tree, kind, cut, work, MIDDLE)
     exported = (whole / "model" / "model.safetensors").read_bytes()
     train(ROOT, kind, cut, work, STEPS, "--resume", cut)
-    problems = differences(cut, whole)
+    problems = differences(cut, whole, shared=True)
     if (cut / "model" / "model.safetensors").read_bytes() != exported:
         problems.append("what the resumed run exports differs")
     if evaluate(tree, kind, whole / "model", work) != evaluate(ROOT, kind, whole / "model", work):

@@ -210,10 +210,14 @@ def _digest_of_code():
 # -- comparing ---------------------------------------------------------------------------------------------
 
 
-def differences(folder, expected):
-    """In what two finished runs differ, as lines: metrics (times excepted), samples, every checkpoint of `folder`."""
+def differences(folder, expected, shared=False):
+    """In what two finished runs differ, as lines: metrics (times excepted), samples, every checkpoint of `folder`.
+    shared: of the metrics only those that both have, as where code of two commits wrote them."""
     found = []
     mine, theirs = _without_times(folder), _without_times(expected)
+    if shared:
+        mine, theirs = ([{key: a[key] for key in a if key in b} for a, b in zip(these, those)] + these[len(those):]
+                        for these, those in ((mine, theirs), (theirs, mine)))
     if mine != theirs:
         step = next((a["step"] for a, b in zip(mine, theirs) if a != b), min(len(mine), len(theirs)))
         found.append(f"{METRICS} differs at step {step}, {len(mine)} records against {len(theirs)}")

@@ -5,6 +5,7 @@ import json
 from jaxrl_fp16.config import ConfigError, naming
 from jaxrl_fp16.console import Console
 from jaxrl_fp16.training.rollouts.evaluate import evaluate, make_evaluators
+from jaxrl_fp16.training.runs.positions import check_positions
 from jaxrl_fp16.training.runs.setup import opened, set_up_alone
 
 
@@ -15,6 +16,7 @@ def run_eval(config):
     if not config.evaluation.sets:
         raise ConfigError("evaluation.sets is empty; allowed: one set or more")
     with opened(setup) as bench, Console() as log:
+        check_positions(config, "eval", bench.model.config.max_positions)
         with naming("evaluation"):
             evaluators = make_evaluators(bench)
         params, key, metrics = bench.load_params(), setup.keys.evaluation, {}

@@ -20,6 +20,7 @@ from jaxrl_fp16.training.rollouts.collect import truncation_rule
 from jaxrl_fp16.training.rollouts.evaluate import grade_chunks, make_evaluator
 from jaxrl_fp16.training.runs.inputs import check_inputs, inputs_of
 from jaxrl_fp16.training.runs.run import open_folder
+from jaxrl_fp16.training.runs.positions import check_positions
 from jaxrl_fp16.training.runs.run_folder import check_resumed, write_record
 from jaxrl_fp16.training.runs.setup import opened, set_up
 from jaxrl_fp16.training.safety.deadlines import caught_signals
@@ -63,6 +64,7 @@ def filter_problems(config):
         if config.resume is not None:
             check_inputs(config.resume, inputs)
         task = bench.task
+        check_positions(config, "filter", bench.model.config.max_positions)
         sampling = dataclasses.replace(config.sampling, group_size=config.filter.samples, max_rows=0)
         with naming("filter"):
             evaluator = make_evaluator(bench, "filter", dataclasses.replace(task, heldout=task.train), sampling)
@@ -136,7 +138,8 @@ def _write_filtered(config, kept, folder):
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path, "w", encoding="utf-8") as file:
         for example, accuracy in kept:
-            row = {**example.fields, names.problem_field: example.problem, names.answer_field: example.answer}
+            asked = list(example.messages) or example.problem
+            row = {**example.fields, names.problem_field: asked, names.answer_field: example.answer}
             row |= {names.solution_field or "solution": example.solution} if example.solution else {}
             file.write(json.dumps({**row, "accuracy": accuracy}, ensure_ascii=False) + "\n")
 

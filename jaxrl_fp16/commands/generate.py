@@ -3,10 +3,11 @@
 from jaxrl_fp16.config import ConfigError
 from jaxrl_fp16.console import Console
 from jaxrl_fp16.parallel import row_shards
-from jaxrl_fp16.tasks import Example, render
+from jaxrl_fp16.tasks import Example
 from jaxrl_fp16.tokenizer import encode_prompts
-from jaxrl_fp16.training.rollouts.collect import PromptBatch, sample_and_grade
+from jaxrl_fp16.training.rollouts.collect import PromptBatch, rendered, sample_and_grade
 from jaxrl_fp16.training.rollouts.engine import make_engine
+from jaxrl_fp16.training.runs.positions import check_positions
 from jaxrl_fp16.training.runs.setup import opened, set_up_alone
 
 
@@ -16,6 +17,7 @@ def run_generate(config):
     config, log = setup.config, Console()
     with opened(setup) as bench:
         task = bench.task
+        check_positions(config, "generate", bench.model.config.max_positions)
         known = (task.heldout or task.train)[: config.generate.count]
         examples = [Example(text, "") for text in config.generate.prompts] or list(known)
         prompts = _prompts(config, setup, task, examples)
@@ -32,10 +34,10 @@ def run_generate(config):
 def _prompts(config, setup, task, examples):
     length = config.training.max_prompt_tokens
     examples = [*examples, *examples[:1] * (-len(examples) % row_shards(setup.mesh))]  # the caller drops the surplus
-    texts = [render(task.template, example, setup.tokenizer) for example in examples]
+    texts, flaws = rendered(task, examples, setup.tokenizer)
     tokens, mask, kept = encode_prompts(setup.tokenizer, texts, length)
-    if not kept.all():
-        raise ConfigError(
-            f"generate: prompt {texts[int(kept.argmin())][:60]!r} is longer than training.max_prompt_tokens = {length}"
-        )
+    for text, flaw, fits in zip(texts, flaws, kept):
+        if flaw or not fits:
+            what = "has no token" if not text else f"is {flaw or f'longer than training.max_prompt_tokens = {length}'}"
+            raise ConfigError(f"generate: prompt {text[:60]!r} {what}")
     return PromptBatch(examples, texts, tokens, mask, 0, 0)

@@ -19,11 +19,12 @@ from jaxrl_fp16.logs import plain, write_json
 from jaxrl_fp16.objectives import needs_reference, normalizer_of
 from jaxrl_fp16.parallel import row_shards, shard_batch, to_host
 from jaxrl_fp16.precision import get_policy
-from jaxrl_fp16.tasks import render
 from jaxrl_fp16.telemetry import by_tensor, first_overflow, largest, margin, underflow_share, weight_shares
 from jaxrl_fp16.telemetry.ranges import LARGEST, dtype_of, make_ranges, module_names, weight_ranges
 from jaxrl_fp16.tokenizer import encode_completions, encode_prompts
+from jaxrl_fp16.training.rollouts.collect import rendered
 from jaxrl_fp16.training.rollouts.engine import make_engine
+from jaxrl_fp16.training.runs.positions import check_positions
 from jaxrl_fp16.training.runs.run_config import resolve_algorithm
 from jaxrl_fp16.training.runs.setup import opened, set_up_alone
 from jaxrl_fp16.training.updates.policy_update import loss_of_rows
@@ -47,6 +48,7 @@ def run_info(config):
     setup, log = set_up_alone("info", config), Console()
     with opened(setup) as bench:
         model = bench.model
+        check_positions(setup.config, "info", model.config.max_positions)
         with log.announce("loading the model"):
             params = bench.load_params(any_weights=True)
         weights = by_tensor(model, jax.tree.map(to_host, weight_ranges(params)))
@@ -79,7 +81,7 @@ def _rows(bench, params):
     setup, task, config = bench.setup, bench.task, bench.setup.config
     examples = list((task.heldout or task.train)[: config.info.rows])
     examples += examples[:1] * (-len(examples) % row_shards(setup.mesh))
-    prompts = [render(task.template, example, setup.tokenizer) for example in examples]
+    prompts, flaws = rendered(task, examples, setup.tokenizer)
     length = config.training.max_prompt_tokens
     if all(example.solution for example in examples):
         tokens, mask, response, kept = encode_completions(
@@ -96,6 +98,9 @@ def _rows(bench, params):
             f"info: none of {len(prompts)} prompts fits into training.max_prompt_tokens = {length}; "
             "allowed: a larger limit"
         )
+    if all(flaws):
+        raise ConfigError(f"info: none of {len(prompts)} problems makes a prompt: the first is {flaws[0]}; allowed: "
+                          "problems with a text, and a template that shows it")
     response = response & kept[:, None]
     zeros, signs = np.zeros(tokens.shape, np.float32), np.where(np.arange(len(tokens)) % 2, -1.0, 1.0)
     return Batch(tokens, mask, response, zeros, zeros, signs.astype(np.float32)), origin

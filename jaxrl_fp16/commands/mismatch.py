@@ -23,6 +23,7 @@ from jaxrl_fp16.lab.mismatch.scoring import (
 )
 from jaxrl_fp16.logs import write_json
 from jaxrl_fp16.precision import get_precision_on
+from jaxrl_fp16.training.runs.positions import check_positions
 from jaxrl_fp16.training.runs.run_folder import new_folder, write_record
 from jaxrl_fp16.training.runs.setup import set_up
 from jaxrl_fp16.training.safety.deadlines import caught_signals
@@ -99,6 +100,8 @@ def _open_programs(setup, console, signals, rollouts):
     """(Laboratory, TrainState, prompts or None): what sampling and scoring need, refused where at fault."""
     prompts = read_prompts(setup) if rollouts is None else None
     model, state = open_model(setup)
+    if rollouts is None:
+        check_positions(setup.config, "mismatch", model.config.max_positions)
     laboratory = Laboratory(setup, model, console, signals)
     if rollouts is not None:
         check_stored(laboratory, rollouts)

@@ -1,21 +1,25 @@
-"""Problems, and how they are read from JSONL files and Hub data sets."""
+"""Problems, and how they are read from data files and Hub data sets."""
 
 import dataclasses
-import json
-import os
-from typing import Any, Iterable, Iterator, Mapping
+from typing import Any, Iterable, Mapping
+
+from jaxrl_fp16.tasks.grading.answers import gold_answers
+from jaxrl_fp16.tasks.messages import last_asked, one_kind, prompt_of, text_or_messages
+from jaxrl_fp16.tasks.rows import field_of, read_hub_rows, read_rows, text_of, without_fields
+
+GSM8K = "####"  # what the published rows of GSM8K put between the solution and its answer
 
 
 @dataclasses.dataclass(frozen=True)
 class Example:
     """One problem with what is needed to grade an answer to it."""
 
-    problem: str        # what the prompt asks
-    answer: str         # the gold answer, as the data writes it
+    problem: str        # what the prompt asks; of chat messages, the user's last one
+    answer: str         # the gold answer, as the data writes it, or the text of a list of them
     fields: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # the row, less answer and solution
     solution: str = ""  # a target text for supervised training; may be empty. Of a preference, the chosen response
     rejected: str | None = None  # the response that `solution` is preferred to; None: no preference
-    messages: tuple[Mapping[str, str], ...] = ()  # a prompt of chat messages, which takes the template's place
+    messages: tuple[Mapping[str, Any], ...] = ()  # a prompt of chat messages, which takes the template's place
 
     def for_reward(self) -> dict[str, Any]:
         """The plain dict that reward functions get."""
@@ -23,51 +27,23 @@ class Example:
 
 
 def load_examples(path, problem_field: str = "problem", answer_field: str = "answer",
-                  solution_field: str | None = None) -> list[Example]:
-    """Examples of a UTF-8 JSONL file; blank lines are passed over.
+                  solution_field: str | None = None, answered: bool = True) -> list[Example]:
+    """Examples of a file that `read_rows` reads. A field's name may be dotted: `reward_model.ground_truth`.
 
-    A `ValueError` names the file, and the line where one is at fault: no file, no row, not UTF-8, not a JSON
-    object, a field that is absent or neither text nor a number.
+    A problem is text, a number, or a list of chat messages. An answer is text, a number, or a list of them, any of
+    which is right; of one with `#### ` in it, as GSM8K writes them, it is what follows. `answered`: whether one that
+    is empty is refused.
+
+    A `ValueError` names the file, and the line where one is at fault: what `read_rows` refuses, a field that is absent
+    or nothing of the above, an answer that is empty, NaN or infinite, problems of text beside problems of messages.
     """
-    names = _FieldNames(problem_field, answer_field, solution_field)
-    return [_example(row, names, where) for where, row in read_rows(path)]
+    return _examples(read_rows(path), _FieldNames(problem_field, answer_field, solution_field, answered))
 
 
 def load_hub_examples(hub: str, split: str, problem_field: str = "problem", answer_field: str = "answer",
-                      solution_field: str | None = None) -> list[Example]:
+                      solution_field: str | None = None, answered: bool = True) -> list[Example]:
     """The same for a Hugging Face Hub data set; needs the extra `hub`."""
-    names = _FieldNames(problem_field, answer_field, solution_field)
-    return [_example(row, names, where) for where, row in read_hub_rows(hub, split)]
-
-
-def read_rows(path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """`("FILE, line N", row)` of each JSON object of a UTF-8 JSONL file; its faults as in `load_examples`."""
-    if not os.path.isfile(path):
-        raise ValueError(f"{path}: no such data file")
-    empty = True
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                empty, where = False, f"{path}, line {number}"
-                yield where, _parse_row(line, where)
-    if empty:
-        raise ValueError(f"{path}: no rows; at least one JSON object is needed")
-
-
-def read_hub_rows(hub: str, split: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """The same for a Hugging Face Hub data set; needs the extra `hub`."""
-    try:
-        import datasets
-    except ImportError:
-        raise ValueError(f"task.hub is {hub!r}, and reading it needs the package `datasets`: "
-                         "pip install 'jaxrl_fp16[hub]', or give task.path a JSONL file") from None
-    rows: Iterable[Mapping[str, Any]] = datasets.load_dataset(hub, split=split)
-    empty = True
-    for number, row in enumerate(rows):
-        empty = False
-        yield f"{hub} ({split}), row {number}", row
-    if empty:
-        raise ValueError(f"{hub} ({split}): no rows")
+    return _examples(read_hub_rows(hub, split), _FieldNames(problem_field, answer_field, solution_field, answered))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,42 +51,41 @@ class _FieldNames:
     problem: str
     answer: str
     solution: str | None
+    answered: bool
 
 
-def _parse_row(line: bytes, where: str) -> dict[str, Any]:
-    try:
-        row = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{where}: not UTF-8 ({error.reason} at byte {error.start})") from None
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error})") from None
-    if not isinstance(row, dict):
-        raise ValueError(f"{where}: a JSON {type(row).__name__}; a JSON object is needed")
-    return row
+def _examples(rows: Iterable[tuple[str, Mapping[str, Any]]], names: _FieldNames) -> list[Example]:
+    return list(one_kind((where, _example(row, names, where)) for where, row in rows))
 
 
 def _example(row: Mapping[str, Any], names: _FieldNames, where: str) -> Example:
+    asked = field_of(row, names.problem, where)
+    messages = prompt_of(text_or_messages(asked, names.problem, where), where) if isinstance(asked, list) else ()
     # The gold answer stays out of `fields`, so that no template can show it to the model.
-    hidden = {names.answer, names.solution} - {names.problem}
+    hidden = {names.answer, names.solution} - {names.problem, None}
     return Example(
-        problem=_text(row, names.problem, where),
-        answer=_text(row, names.answer, where),
-        fields={name: value for name, value in row.items() if name not in hidden},
-        solution=_text(row, names.solution, where) if names.solution else "",
+        problem=last_asked(messages) if messages else text_of(asked, names.problem, where),
+        answer=gold_text(field_of(row, names.answer, where), names.answer, where, names.answered),
+        fields=without_fields(row, hidden),
+        solution=text_of(field_of(row, names.solution, where), names.solution, where) if names.solution else "",
+        messages=messages,
     )
 
 
-def field_of(row: Mapping[str, Any], name: str, where: str) -> Any:
-    """The value of a field that must be there."""
-    if name not in row:
-        raise ValueError(f"{where}: no field {name!r}; the row has {', '.join(sorted(map(repr, row)))}")
-    return row[name]
+def gold_text(value: Any, name: str, where: str, needed: bool = True) -> str:
+    """A gold answer as text: of a list, the text of a list of texts. Refuses an empty one where it is `needed`."""
+    if isinstance(value, (list, tuple)):
+        found = [_gold(each, name, where) for each in value]
+        text = found[0] if len(found) == 1 else repr(found)
+    else:
+        found = [_gold(value, name, where)]
+        text = found[0]
+    if needed and not (found and all(each.strip() for each in (*found, *gold_answers(text)))):
+        raise ValueError(f"{where}: field {name!r} is {str(value)[:80]!r}, no answer to grade by; allowed: text, a "
+                         "number or a list of them, none empty")
+    return text
 
 
-def _text(row: Mapping[str, Any], name: str, where: str) -> str:
-    value = field_of(row, name, where)
-    if isinstance(value, (int, float)) and not isinstance(value, bool):
-        return str(value)
-    if not isinstance(value, str):
-        raise ValueError(f"{where}: field {name!r} is a {type(value).__name__}; text or a number is needed")
-    return value
+def _gold(value: Any, name: str, where: str) -> str:
+    text = text_of(value, name, where)
+    return text.rpartition(GSM8K)[2].strip() if GSM8K in text else text

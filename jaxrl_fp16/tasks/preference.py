@@ -1,4 +1,4 @@
-"""Preferences: a prompt with a chosen and a rejected response, from JSONL files and Hub data sets.
+"""Preferences: a prompt with a chosen and a rejected response, from data files and Hub data sets.
 
 A row is one of
 
@@ -9,16 +9,16 @@ A row is one of
 with MESSAGE `{"role": ROLE, "content": TEXT}`; beside a prompt a response may be text or a message. Whole conversations
 start with the prompt, which the two share; a field `prompt` then says the same once more, as messages or as the text
 of one of them. A prompt of text goes through the task's template, one of messages through the tokenizer's chat
-template. A response is one message of the assistant. An example holds the chosen response as its `solution`.
+template. A response is one message of the assistant with its content alone. An example holds the chosen response as
+its `solution`.
 """
 
 import dataclasses
 from typing import Any, Iterable, Mapping
 
-from jaxrl_fp16.tasks.examples import Example, field_of, read_hub_rows, read_rows
-
-ROLES = ("system", "user", "assistant", "tool")
-Messages = list[Mapping[str, str]]
+from jaxrl_fp16.tasks.examples import Example, gold_text
+from jaxrl_fp16.tasks.messages import Messages, last_asked, one_kind, only_content, prompt_of, text_or_messages
+from jaxrl_fp16.tasks.rows import field_of, has_field, read_hub_rows, read_rows, without_fields
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,7 @@ class PreferenceFields:
 
 
 def load_preferences(path, fields: PreferenceFields = PreferenceFields()) -> list[Example]:
-    """Examples with `solution` and `rejected` of a UTF-8 JSONL file; blank lines are passed over.
+    """Examples with `solution` and `rejected` of a file that `read_rows` reads; names of fields may be dotted.
 
     A `ValueError` names file and line: what `load_examples` refuses, and a prompt or response that is none of
     the forms above, prompts of text beside prompts of messages, a conversation without a shared prompt.
@@ -46,20 +46,14 @@ def load_hub_preferences(hub: str, split: str, fields: PreferenceFields = Prefer
 
 
 def _examples(rows: Iterable[tuple[str, Mapping[str, Any]]], fields: PreferenceFields) -> list[Example]:
-    examples: list[Example] = []
-    for where, row in rows:
-        example = _example(row, fields, where)
-        # One template makes all prompts of a run, and a first batch then shows whether it can.
-        if examples and bool(example.messages) != bool(examples[0].messages):
-            kinds = ("text", "messages") if example.messages else ("messages", "text")
-            raise ValueError(f"{where}: the prompts before are {kinds[0]}, this one is {kinds[1]}; allowed: one kind")
-        examples.append(example)
-    return examples
+    return list(one_kind((where, _example(row, fields, where)) for where, row in rows))
 
 
 def _example(row: Mapping[str, Any], fields: PreferenceFields, where: str) -> Example:
-    prompt = _text_or_messages(row, fields.prompt, where) if row.get(fields.prompt) is not None else None
-    sides = [_text_or_messages(row, name, where) for name in (fields.chosen, fields.rejected)]
+    prompt, answer = (field_of(row, name, where) if has_field(row, name) else None
+                      for name in (fields.prompt, fields.answer))
+    prompt = None if prompt is None else text_or_messages(prompt, fields.prompt, where)
+    sides = [text_or_messages(field_of(row, name, where), name, where) for name in (fields.chosen, fields.rejected)]
     if prompt is None and any(isinstance(side, str) for side in sides):
         field_of(row, fields.prompt, where)
         raise ValueError(f"{where}: field {fields.prompt!r} is null; allowed: text or messages")
@@ -70,15 +64,12 @@ def _example(row: Mapping[str, Any], fields: PreferenceFields, where: str) -> Ex
     elif prompt is None:
         raise ValueError(f"{where}: no field {fields.prompt!r}, and {fields.chosen!r} and {fields.rejected!r} do not "
                          "start with the same messages; allowed: a prompt, or two whole conversations that share it")
-    messages = () if isinstance(prompt, str) else tuple(prompt)
-    if messages and messages[-1]["role"] == "assistant":
-        raise ValueError(f"{where}: the prompt ends with a message of the assistant; allowed: user, tool, system")
-    answer = row.get(fields.answer)
+    messages = () if isinstance(prompt, str) else prompt_of(prompt, where)
     hidden = {fields.chosen, fields.rejected, fields.answer} - {fields.prompt}
     return Example(
-        problem=_last_asked(messages) if messages else prompt,
-        answer="" if answer is None else str(answer),
-        fields={name: value for name, value in row.items() if name not in hidden},
+        problem=last_asked(messages) if messages else prompt,
+        answer="" if answer is None else gold_text(answer, fields.answer, where, needed=False),
+        fields=without_fields(row, hidden),
         solution=_response(sides[0], fields.chosen, where),
         rejected=_response(sides[1], fields.rejected, where),
         messages=messages,
@@ -108,10 +99,6 @@ def _of_conversations(prompt: str | Messages | None, shared: Messages, where: st
     return shared
 
 
-def _last_asked(messages: tuple) -> str:
-    return next((message["content"] for message in reversed(messages) if message["role"] == "user"), "")
-
-
 def _response(side: str | Messages, name: str, where: str) -> str:
     if isinstance(side, str):
         return side
@@ -119,26 +106,4 @@ def _response(side: str | Messages, name: str, where: str) -> str:
     if roles != ["assistant"]:
         raise ValueError(f"{where}: field {name!r} has messages by {', '.join(roles)} after the prompt; "
                          "allowed: one, by assistant")
-    return side[0]["content"]
-
-
-def _text_or_messages(row: Mapping[str, Any], name: str, where: str) -> str | Messages:
-    value = field_of(row, name, where)
-    if isinstance(value, str):
-        return value
-    if not isinstance(value, list):
-        raise ValueError(f"{where}: field {name!r} is a {type(value).__name__}; allowed: text, or a list of messages")
-    if not value:
-        raise ValueError(f"{where}: field {name!r} is an empty list; allowed: one message or more")
-    return [_message(each, f"{where}: field {name!r}, message {number}") for number, each in enumerate(value, 1)]
-
-
-def _message(value: Any, where: str) -> Mapping[str, str]:
-    if not isinstance(value, dict):
-        raise ValueError(f"{where} is a {type(value).__name__}; allowed: an object with role and content")
-    role, content = value.get("role"), value.get("content")
-    if role not in ROLES:
-        raise ValueError(f"{where} has the role {role!r}; allowed: {', '.join(ROLES)}")
-    if not isinstance(content, str):
-        raise ValueError(f"{where} has a {type(content).__name__} for content; allowed: text")
-    return {"role": role, "content": content}
+    return only_content(side[0], f"{where}: the response in field {name!r}")

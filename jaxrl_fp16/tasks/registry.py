@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import datetime
 from typing import Annotated, Any, Callable, ContextManager, Iterator, Literal, Sequence
 
 from annotated_types import Ge, Gt
@@ -44,7 +45,7 @@ def _generated(about: str, generator: Callable[[TaskConfig], Generator], reward,
 
 def _math_problems(config: TaskConfig):
     _check_source(config)
-    fields = (config.problem_field, config.answer_field, config.solution_field)
+    fields = (config.problem_field, config.answer_field, config.solution_field, config.reward_file is None)
     examples = (load_hub_examples(config.hub, config.split, *fields) if config.path is None
                 else load_examples(config.path, *fields))
     return math.split(examples, config.train_size, config.heldout_size or 0)
@@ -89,11 +90,19 @@ class TaskConfig:
     """Section `task`: problems, prompts and rewards."""
 
     name: Annotated[Literal[*TASKS], Doc("which problems there are, and how they are graded")] = "arithmetic"
-    path: Annotated[str | None, Doc("math, preference: JSONL file of the data; null: task.hub is read")] = None
+    path: Annotated[
+        str | None,
+        Doc("math, preference: data file of JSONL, a JSON list (both also gzipped) or, with the extra `parquet`, "
+            "parquet; null: task.hub is read"),
+    ] = None
     hub: Annotated[str | None, Doc("math, preference: Hub data set (extra `hub`); null: task.path is read")] = None
     split: Annotated[str, Doc("split of the Hub data set that is read")] = "train"
-    problem_field: Annotated[str, Doc("math: the field of a row that holds the problem")] = "problem"
-    answer_field: Annotated[str, Doc("math, preference: the field of a row that holds the answer")] = "answer"
+    problem_field: Annotated[
+        str, Doc("math: the field of a row that holds the problem, text or chat messages; a.b is the field b within a")
+    ] = "problem"
+    answer_field: Annotated[
+        str, Doc("math, preference: the field of a row that holds the answer, or a list of right ones; may be dotted")
+    ] = "answer"
     solution_field: Annotated[
         str | None, Doc("math: the field of a row that holds a text to learn in supervised training; null: none")
     ] = None
@@ -102,6 +111,14 @@ class TaskConfig:
     rejected_field: Annotated[str, Doc("preference: the field of a row that holds the other response")] = "rejected"
     template: Annotated[str | None, Doc("prompt template: a name, or a text with field names; null: the task's")] = None
     system: Annotated[str | None, Doc("system text of the prompt, with template chat; null: none")] = None
+    template_options: Annotated[
+        dict[str, Any],
+        Doc("what the tokenizer's chat template gets beside messages, such as {enable_thinking: false}; {}: nothing"),
+    ] = dataclasses.field(default_factory=dict)
+    date: Annotated[
+        str | None,
+        Doc("date, as YYYY-MM-DD, for a chat template that writes it into prompts; null: that of the run's start"),
+    ] = None
     answer_from: Annotated[
         Literal["boxed", "boxed_after_think", "answer_tag", "last_number", "text"] | None,
         Doc("where the answer is in a response; null: as the template says; for generated problems, text"),
@@ -122,6 +139,12 @@ class TaskConfig:
     max_response_chars: Annotated[
         int, Ge(1), Doc("math, preference: longest response that is graded, in characters; longer ones score 0")
     ] = math.MAX_RESPONSE_CHARS
+
+    def __post_init__(self):
+        with contextlib.suppress(ValueError):
+            if self.date is None or datetime.date.fromisoformat(self.date).isoformat() == self.date:
+                return
+        raise ValueError(f"date is {self.date!r}; allowed: a day as YYYY-MM-DD, or null")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,7 +175,7 @@ def open_task(config: TaskConfig) -> Iterator[Task]:
         raise ValueError(f"task.name is {config.name!r}; allowed: {', '.join(sorted(TASKS))}")
     kind = TASKS[config.name]
     template = get_template(config.template or kind.template, config.system,
-                            config.answer_from or kind.answer_from)
+                            config.answer_from or kind.answer_from, config.template_options, config.date)
     train, heldout = kind.problems(config)
     if not needs_tokenizer(template, train[0]):
         render(template, train[0])  # an unknown field name is refused here

@@ -7,7 +7,8 @@ from annotated_types import Ge
 
 from jaxrl_fp16.config import Doc
 from jaxrl_fp16.tasks.examples import Example
-from jaxrl_fp16.tasks.templates import FIELD, Template, apply_chat_template, render
+from jaxrl_fp16.tasks.messages import apply_chat_template
+from jaxrl_fp16.tasks.templates import FIELD, Template, render
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,16 +2,18 @@
 
 A template is data. The five named ones are strings that published models and results depend on, character for
 character, from sail-sg/Precision-RL (MIT); `chat` is the tokenizer's own; any text with field names is a
-template too. Texts hold their begin-of-text token where one is due, so they are encoded without adding
-another.
+template too. The paper's four hold their begin-of-text token where one is due, and so do chat templates; a text of
+one's own and `none` get the tokenizer's. So prompts are encoded without adding another.
 """
 
 import dataclasses
 import re
+from typing import Any, Mapping
 
-from jaxrl_fp16.config import ConfigError
 from jaxrl_fp16.tasks.examples import Example
 from jaxrl_fp16.tasks.grading.readers import END_OF_THINK, READERS, THINK
+from jaxrl_fp16.tasks.messages import check_options, chat_text
+from jaxrl_fp16.tokenizer import begin_text, encode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -22,6 +24,8 @@ class Template:
     text: str | None            # with `{q}` or `{field}` where a value goes; None: the tokenizer's own
     reads: str = "boxed"        # a key of READERS
     system: str | None = None   # system text, for `chat` alone
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # of the tokenizer's chat template
+    date: str | None = None     # YYYY-MM-DD, for a chat template that asks for the date; None: the day's
 
 
 BOXED = "Please reason step by step, and put your final answer within \\boxed{}."
@@ -46,13 +50,18 @@ TEMPLATES = {template.name: template for template in (
     Template("chat", None),
 )}
 
+OWN = ("text", "none")  # templates without a begin-of-text token of their own
+MARKER = re.compile(r"<\|[^<|>]*\|>|<｜[^<｜>]*｜>")
+
 # A field name in braces, unless a LaTeX command comes before it: `\boxed{answer}` is text, not a field.
 FIELD = re.compile(r"(\\[A-Za-z]+)?\{([A-Za-z_]\w*)\}")
 
 
-def get_template(spec: str, system: str | None = None, reads: str | None = None) -> Template:
+def get_template(spec: str, system: str | None = None, reads: str | None = None,
+                 options: Mapping[str, Any] | None = None, date: str | None = None) -> Template:
     """The template of a name out of TEMPLATES, or one made of a text with field names such as
-    `"{question}\\nAnswer:"`. `reads` overrides where the answer is read."""
+    `"{question}\\nAnswer:"`. `reads` overrides where the answer is read; `options` and `date` are for the tokenizer's
+    chat template."""
     if spec in TEMPLATES:
         template = TEMPLATES[spec]
     elif any(not command for command, _ in FIELD.findall(spec)):
@@ -64,11 +73,12 @@ def get_template(spec: str, system: str | None = None, reads: str | None = None)
         raise ValueError(f"a system text goes with template 'chat' alone, not with {spec!r}")
     if reads is not None and reads not in READERS:
         raise ValueError(f"answers are read by one of {', '.join(READERS)}, not {reads!r}")
-    return dataclasses.replace(template, system=system, reads=reads or template.reads)
+    return dataclasses.replace(template, system=system, reads=reads or template.reads, options=options or {}, date=date)
 
 
 def render(template: Template, example: Example, tokenizer=None) -> str:
-    """The prompt of an example. A prompt of messages and `chat` need the tokenizer, the others do not look at it."""
+    """The prompt of an example. A prompt of messages and `chat` need the tokenizer; a text of one's own and `none`
+    begin with its begin-of-text token where there is a tokenizer, and it puts one."""
     if needs_tokenizer(template, example):
         return _render_chat(template, example, tokenizer)
     values = {**example.fields, "problem": example.problem, "q": example.problem}
@@ -81,7 +91,37 @@ def render(template: Template, example: Example, tokenizer=None) -> str:
             raise ValueError(f"template names the field {name!r}; known: {', '.join(sorted(values))}")
         return str(values[name])
 
-    return FIELD.sub(fill, template.text)  # one pass: braces inside a problem stay what they are
+    text = FIELD.sub(fill, template.text)  # one pass: braces inside a problem stay what they are
+    begin = "" if tokenizer is None or template.name not in OWN else begin_text(tokenizer)
+    return text if text.startswith(begin) else begin + text
+
+
+def check_template(template: Template, example: Example, tokenizer) -> None:
+    """Refuses, by `ValueError`, a template that means nothing to this tokenizer: a published one whose markers it has
+    not, and options that do not reach its chat template."""
+    if needs_tokenizer(template, example):
+        check_options(tokenizer, template.options)
+    elif template.options:
+        raise ValueError(f"template_options are {', '.join(template.options)} and the template is {template.name!r}; "
+                         "allowed: {}, or template chat, whose text they change")
+    elif template.name in TEMPLATES:
+        marks = dict.fromkeys(MARKER.findall(template.text))
+        absent = [mark for mark, ids in zip(marks, encode(tokenizer, list(marks)))
+                  if ids != [tokenizer.convert_tokens_to_ids(mark)] or ids == [tokenizer.unk_token_id]]
+        if absent:
+            raise ValueError(f"template {template.name!r} holds {', '.join(absent)}, which this tokenizer reads as "
+                             "pieces of text, not as one token; allowed: a model that has them, or another template")
+
+
+def flaw_of(text: str, example: Example) -> str | None:
+    """Why a rendered prompt asks nothing; None where it asks what the example does, white space aside."""
+    if not text:
+        return "without a token"
+    asked = [example.problem]
+    if example.messages:
+        asked = [message["content"] for message in example.messages if message["role"] in ("system", "user")]
+    parts, shown = [" ".join(part.split()) for part in asked], " ".join(text.split())
+    return None if any(parts) and all(part in shown for part in parts) else "without the problem's text"
 
 
 def needs_tokenizer(template: Template, example: Example) -> bool:
@@ -99,21 +139,7 @@ def _render_chat(template: Template, example: Example, tokenizer) -> str:
     messages = list(example.messages) or [{"role": "user", "content": example.problem}]
     if template.system is not None and messages[0]["role"] != "system":
         messages = [{"role": "system", "content": template.system}, *messages]
-    return apply_chat_template(tokenizer, messages, add_generation_prompt=True)
-
-
-def apply_chat_template(tokenizer, messages, **options) -> str:
-    """A conversation as the tokenizer's chat template writes it, in Jinja's sandbox.
-
-    Raises `ConfigError`, in one line, where it fails: the template is its folder's, and may be anything.
-    """
-    try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
-    except Exception as error:  # a template is a program, and may raise anything
-        folder = getattr(tokenizer, "name_or_path", "") or "the tokenizer"
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise ConfigError(f"{folder}: its chat template fails ({reason}); allowed: another tokenizer, or a template of "
-                          "your own") from error
+    return chat_text(tokenizer, messages, template.options, template.date)
 
 
 def read_answer(template: Template, response: str, prompt: str = "") -> str:

@@ -53,6 +53,8 @@ def test_a_run_leaves_its_folder(whole):
     assert all(wanted <= set(record) for record in steps) and steps[0]["loss_scale"] == 2**15
     assert [record["step"] for record in steps if "heldout/loss" in record] == [2, 4]
     assert steps[0]["loss"] == pytest.approx(math.log(2)) and steps[-1]["loss"] < steps[0]["loss"] - 1e-3
+    assert all(record["prompts_set_aside"] == 0 for record in steps) and first["sft/prompts_set_aside"] == 0
+    assert first["heldout/pairs_set_aside"] == 0
     assert steps[-1]["reward_margin"] > 0 and steps[-1]["heldout/loss"] != first["heldout/loss"]
     assert sorted(path.name for path in (whole / "checkpoints").iterdir()) == ["0", "1", "2", "3", "4"]  # 0: warm
     assert (whole / "model" / "config.json").exists()

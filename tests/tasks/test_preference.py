@@ -56,6 +56,20 @@ def test_a_prompt_of_text_with_responses_as_messages(tmp_path):
     assert (example.problem, example.messages, example.solution, example.rejected) == ("1+1?", (), "2", "3")
 
 
+def test_dotted_names_and_fields_that_say_nothing(tmp_path):
+    row = {"pair": {"good": [{**TWO[0], "tool_calls": None}], "bad": THREE, "gold": [2, "two"]}, "asked": ASKED}
+    fields = PreferenceFields("asked", "pair.good", "pair.bad", "pair.gold")
+    (example,) = load_preferences(write(tmp_path / "data.jsonl", row), fields)
+    assert (example.solution, example.rejected, example.answer) == ("2", "3", "['2', 'two']")
+    assert example.fields == {"pair": {}, "asked": ASKED}
+
+
+def test_what_a_prompt_says_beside_its_text_is_kept(tmp_path):
+    asked = [{**ASKED[1], "name": "Ada"}]
+    (example,) = load_preferences(write(tmp_path / "d.jsonl", {"prompt": asked, "chosen": TWO, "rejected": THREE}))
+    assert list(example.messages) == asked
+
+
 def test_equal_responses_leave_the_prompt_whole(tmp_path):
     (example,) = load_preferences(write(tmp_path / "d.jsonl", {"chosen": ASKED + TWO, "rejected": ASKED + TWO}))
     assert list(example.messages) == ASKED and example.solution == example.rejected == "2"
@@ -85,6 +99,11 @@ TEXT = {"prompt": "p", "chosen": "c", "rejected": "r"}
     ({"chosen": ASKED + [say("user", "2")], "rejected": ASKED + THREE}, "'chosen' has messages by user after the"),
     ({"prompt": ASKED + TWO, "chosen": "c", "rejected": "r"},
      "line 2: the prompt ends with a message of the assistant; allowed: user, tool, system"),
+    ({"prompt": ASKED, "chosen": [{**TWO[0], "reasoning_content": "1 and 1"}], "rejected": THREE},
+     "line 2: the response in field 'chosen' has reasoning_content beside its content, which a response cannot hold"),
+    ({"chosen": ASKED + TWO, "rejected": ASKED + [{**THREE[0], "tool_calls": [{"id": 1}], "name": "x"}]},
+     "line 2: the response in field 'rejected' has tool_calls, name beside its content"),
+    ({**TEXT, "answer": float("nan")}, "line 2: field 'answer' is nan; text or a finite number is needed"),
     ({"prompt": ASKED, "chosen": "c", "rejected": "r"},
      "line 2: the prompts before are text, this one is messages; allowed: one kind"),
 ])

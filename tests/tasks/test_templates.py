@@ -1,13 +1,19 @@
 """Templates against the published strings, and where answers are read."""
 
+import dataclasses
+import datetime
 import hashlib
+import re
 import time
 
 import pytest
 
-from jaxrl_fp16.tasks import TEMPLATES, Example, get_template, read_answer, render
+from jaxrl_fp16.tasks import TEMPLATES, Example, TaskConfig, check_template, flaw_of, get_template, read_answer, render
 from jaxrl_fp16.tasks.grading.readers import last_boxed
+from jaxrl_fp16.tasks.messages import asks_for_date
+from jaxrl_fp16.tokenizer import character_tokenizer, encode
 
+SYSTEM, USER = {"role": "system", "content": "S"}, {"role": "user", "content": "1+1?"}
 EXAMPLE = Example("What is 1+1? {q} \\frac{1}{2}", "2", {"question": "Q?", "level": 3})
 
 
@@ -39,6 +45,17 @@ def test_unknown_names_are_refused():
         get_template("none", system="Be brief.")
     with pytest.raises(ValueError, match="'box'"):
         get_template("none", reads="box")
+
+
+@pytest.mark.parametrize("text, example, flaw", [
+    ("", Example("", ""), "without a token"), ("Q:", Example(" ", ""), "without the problem's text"),
+    ("<a>1 + 1?<b>", Example(" 1  +\n1?\n", ""), None), ("<a>1+1?<b>", EXAMPLE, "without the problem's text"),
+    ("S <u>1+1?", Example("1+1?", "", messages=(SYSTEM, USER)), None),
+    ("<u>1+1?", Example("1+1?", "", messages=(SYSTEM, USER)), "without the problem's text"),
+    ("<t>S", Example("", "", messages=(SYSTEM, {"role": "tool", "content": "x"})), None),
+])
+def test_a_prompt_must_hold_what_is_asked(text, example, flaw):
+    assert flaw_of(text, example) == flaw
 
 
 def test_chat_without_a_chat_template_is_refused():
@@ -129,3 +146,132 @@ def test_readers_take_linear_time_on_hostile_text():
         for reads in ("boxed", "answer_tag", "last_number"):
             read_answer(get_template("none", reads=reads), f"<answer>{text * (100_000 // len(text))}</answer>")
     assert time.perf_counter() - start < 5
+# -- with a tokenizer -------------------------------------------------------------------------------
+
+
+def chat(text):
+    """A tokenizer with this chat template."""
+    pytest.importorskip("jinja2")
+    tokenizer = character_tokenizer("0123456789+?")
+    tokenizer.chat_template = text
+    return tokenizer
+
+
+def beginning(single="<s> $A"):
+    """A tokenizer that puts `<s>` before a text, and by another `single` more."""
+    from tokenizers import processors
+
+    tokenizer = character_tokenizer("0123456789+?= Q:")
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    known = [("<s>", tokenizer.bos_token_id), ("<eos>", tokenizer.eos_token_id)]
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing(single=single, special_tokens=known)
+    return tokenizer
+
+
+ASKED = Example("1+1?", "2")
+
+
+@pytest.mark.parametrize("template, text", [
+    ("none", "<s>1+1?"), ("Q: {problem}=", "<s>Q: 1+1?="), ("<s>{q}", "<s>1+1?"),
+])
+def test_a_text_of_ones_own_begins_as_the_tokenizer_begins(template, text):
+    tokenizer = beginning()
+    assert render(get_template(template), ASKED, tokenizer) == text
+    assert encode(tokenizer, [text])[0] == tokenizer(text.removeprefix("<s>"))["input_ids"]
+    assert render(get_template(template), ASKED, character_tokenizer("1+?")) == template.replace(
+        "{q}", "1+1?").replace("{problem}", "1+1?").replace("none", "1+1?")
+
+
+@pytest.mark.parametrize("single, begin", [
+    ("<s> $A <eos>", "<s>"), ("$A <eos>", ""), ("$A", ""), ("<s> <s> $A", "<s><s>"),
+])
+def test_what_ends_a_text_is_not_put_before_it(single, begin):
+    assert render(get_template("none"), ASKED, beginning(single)) == begin + "1+1?"
+
+
+@pytest.mark.parametrize("name", ["r1_distill_qwen", "qwen_math", "qwen3", "r1"])
+def test_the_papers_templates_begin_as_they_are_written(name):
+    assert render(get_template(name), ASKED, beginning()) == TEMPLATES[name].text.replace("{q}", "1+1?")
+
+
+def test_a_chat_template_has_its_own_beginning():
+    tokenizer = beginning()
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    assert render(get_template("chat"), ASKED, tokenizer) == "1+1?"
+
+
+MARKS = {"r1_distill_qwen": ["<｜begin▁of▁sentence｜>", "<｜User｜>", "<｜Assistant｜>"],
+         "qwen_math": ["<|im_start|>", "<|im_end|>"], "qwen3": ["<|im_start|>", "<|im_end|>"]}
+
+
+@pytest.mark.parametrize("name", MARKS)
+def test_a_published_template_needs_its_markers_as_tokens(name):
+    tokenizer = character_tokenizer("1+?<|>_abcdefghijklmnopqrstuvwxyz｜▁")
+    for mark in MARKS[name]:
+        with pytest.raises(ValueError, match=f"template '{name}' holds .*{re.escape(mark)}.* which this tokenizer"):
+            check_template(get_template(name), ASKED, tokenizer)
+        tokenizer.add_tokens([mark])
+    check_template(get_template(name), ASKED, tokenizer)
+    for free in ("none", "r1", "<|user|>{q}"):
+        check_template(get_template(free), ASKED, character_tokenizer("1+?"))
+
+
+def test_options_reach_the_chat_template():
+    tokenizer = chat("{{ messages[0].content }}{% if enable_thinking is defined and not enable_thinking %}?{% endif %}")
+    for options, text in (({}, "1+1?"), ({"enable_thinking": False}, "1+1??"), ({"enable_thinking": True}, "1+1?")):
+        template = get_template("chat", options=options)
+        check_template(template, ASKED, tokenizer)
+        assert render(template, ASKED, tokenizer) == text
+
+
+@pytest.mark.parametrize("template, options, message", [
+    ("chat", {"enable_thinkng": False}, "template_options.enable_thinkng is no name that the tokenizer's chat temp"),
+    ("chat", {"add_generation_prompt": False}, "template_options.add_generation_prompt is no name"),
+    ("chat", {"tokenize": True}, "template_options.tokenize is no name"),
+    ("none", {"enable_thinking": False}, "template_options are enable_thinking and the template is 'none'; allowed"),
+])
+def test_options_that_reach_nothing_are_refused(template, options, message):
+    with pytest.raises(ValueError, match=message):
+        check_template(get_template(template, options=options), ASKED, chat("{{ enable_thinking }}{{ tokenize }}"
+                                                                           "{{ add_generation_prompt }}"))
+
+
+def test_a_date_is_the_runs():
+    tokenizer = chat("{{ strftime_now('%d %b %Y, %H') }}: {{ messages[0].content }}")
+    assert asks_for_date(tokenizer) and not asks_for_date(chat("{{ messages }}"))
+    assert render(get_template("chat", date="2026-02-01"), ASKED, tokenizer) == "01 Feb 2026, 00: 1+1?"
+    assert render(get_template("chat"), ASKED, tokenizer)[-6:] == ": 1+1?"
+    asked = ("  {% if strftime_now is defined %}\n{% set f = '%-d. %B, %A, 100%%d' %}{% for m in messages %}"
+             "{{ strftime_now(f) }}\n{{ strftime_now(format='%Y') }} {{ m.content }}{% endfor %}{% endif %}")
+    dated, plain = (render(get_template("chat", date=date), ASKED, chat(asked)) for date in ("2026-02-01", None))
+    assert dated == "1. February, Sunday, 100%d\n2026 1+1?"
+    assert plain == datetime.date.today().strftime("%-d. %B, %A, 100%%d\n%Y 1+1?")
+    assert TaskConfig(date="2026-02-01").date == "2026-02-01"
+    for date in ("1 Feb 2026", "2026-02-30", "20260201", ""):
+        with pytest.raises(ValueError, match="date is '.*'; allowed: a day as YYYY-MM-DD, or null"):
+            TaskConfig(date=date)
+
+
+@pytest.mark.parametrize("source, read", [
+    ("{% for m in messages %}{{ m.content }}{% endfor %}", False),
+    ("{% for m in messages %}{{ m.get('name', '') }}{{ m.content }}{% endfor %}", True),
+    ("{% for message in messages %}{{ message['name'] }}{{ message.content }}{% endfor %}", True),
+    ("{% for m in messages %}{{ m | tojson }}{% endfor %}", True),
+    ("{% for m in messages %}{% if m.role == 'tool' %}{{ m.name }}{% endif %}{{ m.content }}{% endfor %}", True),
+    ("{% for m in messages %}{{ m.content }}{% for t in m.tools %}{{ t.name }}{% endfor %}{% endfor %}", False),
+])
+def test_a_field_of_a_message_is_read_or_refused(source, read):
+    asked = dataclasses.replace(ASKED, messages=({"role": "user", "content": "1+1?", "name": "7"},))
+    if read:
+        assert "1+1?" in render(get_template("chat"), asked, chat(source))
+        return
+    with pytest.raises(ValueError, match="a message by user has 'name', which the tokenizer's chat template does not"):
+        render(get_template("chat"), asked, chat(source))
+
+
+def test_thoughts_and_calls_reach_a_template_that_reads_them():
+    source = ("{% for m in messages %}{{ m.reasoning_content }}{{ (m.tool_calls or [{}])[0].f }}{{ m.content }}"
+              "{% endfor %}")
+    said = {"role": "assistant", "content": "2", "reasoning_content": "think ", "tool_calls": [{"f": "call "}]}
+    asked = dataclasses.replace(ASKED, messages=(said, {"role": "user", "content": "1+1?"}))
+    assert render(get_template("chat"), asked, chat(source)) == "think call 21+1?"

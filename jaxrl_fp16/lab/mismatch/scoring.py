@@ -23,7 +23,7 @@ from jaxrl_fp16.lab.mismatch.stats import k3
 from jaxrl_fp16.models import param_shardings
 from jaxrl_fp16.objectives import needs_reference
 from jaxrl_fp16.parallel import replicated, row_shards, shard_batch, to_host
-from jaxrl_fp16.tasks import open_task
+from jaxrl_fp16.tasks import check_template, open_task
 from jaxrl_fp16.training.rollouts.collect import next_prompts
 from jaxrl_fp16.training.rollouts.engine import make_engine
 from jaxrl_fp16.training.runs.run_config import resolve_algorithm
@@ -104,6 +104,7 @@ def read_prompts(setup):
     config = setup.config
     count = config.mismatch.prompts or config.training.prompts_per_step
     with naming_at_entry("task", open_task(config.task)) as task, naming("training"):
+        check_template(task.template, task.train[0], setup.tokenizer)
         prompts = next_prompts(
             task, setup.tokenizer, 0, count, config.training.max_prompt_tokens, config.run.seed
         )

@@ -13,7 +13,9 @@ from jaxrl_fp16.training.loops.learn import learn, make_programs
 from jaxrl_fp16.training.loops.mismatch_terms import tokenisation_terms
 from jaxrl_fp16.training.loops.nonfinite import Watch
 from jaxrl_fp16.training.loops.supervised import check_solutions
-from jaxrl_fp16.training.rollouts.collect import cut_reward, next_prompts, sample_and_grade, truncation_rule
+from jaxrl_fp16.training.rollouts.collect import (
+    cut_reward, next_prompts, prompt_encoder, sample_and_grade, set_aside, truncation_rule,
+)
 from jaxrl_fp16.training.rollouts.dynamic import sample_unequal
 from jaxrl_fp16.training.rollouts.engine import make_engine
 from jaxrl_fp16.training.runs.learner import check_critic, critic_model
@@ -71,13 +73,14 @@ def open_training(config):
 
 
 def check_data(setup, task):
-    """Refuses data without a prompt, or for the warm start a solution, that fits; and a critic that does not."""
+    """Refuses data without a prompt, or for the warm start a solution, that fits; and a critic that does not. Gives the
+    lines that say what is set aside."""
     config, t = setup.config, setup.config.training
     check_critic(setup)
     with naming("training"):
         next_prompts(task, setup.tokenizer, 0, t.prompts_per_step, t.max_prompt_tokens, config.run.seed)
-    if config.sft.steps:
-        check_solutions(setup, task)
+        lines = set_aside(task, prompt_encoder(task, setup.tokenizer, t.max_prompt_tokens), "prompts")
+    return lines + (check_solutions(setup, task) if config.sft.steps else [])
 
 
 # -- within a step -------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxrl_fp16.masking import masked_mean, masked_sum
 from jaxrl_fp16.objectives import k3
-from jaxrl_fp16.tokenizer import encode, pad_id, token_bytes
+from jaxrl_fp16.tokenizer import encode, token_bytes
 
 
 def summed_kl(log_mu, log_pi, mask):
@@ -62,12 +62,12 @@ def tokenisation_terms(tokenizer, tokens, mask, response_mask, ends, rows):
 
     `terms/tokenisation` is the share of responses, `terms/tokenisation_tokens` of their
     tokens, that come back as other ids. Prompt and response are one text, as for a server
-    that is given a conversation: a merge across their border counts. Neither the end of
-    text, one of `ends`, nor padding does.
+    that is given a conversation: a merge across their border counts. The end of text, one
+    of `ends`, does not, nor does padding.
     """
     chosen = np.unique(np.linspace(0, len(tokens) - 1, min(rows, len(tokens))).round().astype(int))
     tokens, mask, response_mask = tokens[chosen], mask[chosen].astype(bool), response_mask[chosen].astype(bool)
-    kept = mask & ~(response_mask & np.isin(tokens, [*ends, pad_id(tokenizer)]))
+    kept = mask & ~(response_mask & np.isin(tokens, [*ends]))
     before = [row[keep] for row, keep in zip(tokens, kept)]
     exact = {"skip_special_tokens": False, "clean_up_tokenization_spaces": False}
     texts = [tokenizer.decode(row.tolist(), **exact) for row in before]

@@ -11,12 +11,11 @@ from jaxrl_fp16.models import param_shardings
 from jaxrl_fp16.objectives import host_floats
 from jaxrl_fp16.packing import pack
 from jaxrl_fp16.parallel import shard_batch
-from jaxrl_fp16.tasks import render
 from jaxrl_fp16.telemetry.ranges import make_peaks
 from jaxrl_fp16.tokenizer import encode_completions
 from jaxrl_fp16.training.loops.follow import Step
 from jaxrl_fp16.training.loops.nonfinite import name_in_parts
-from jaxrl_fp16.training.rollouts.collect import fitting_rows
+from jaxrl_fp16.training.rollouts.collect import fitting_rows, rendered, set_aside
 from jaxrl_fp16.training.runs.learner import Learner
 from jaxrl_fp16.training.runs.run import announced
 from jaxrl_fp16.training.updates.optimizer import make_optimizer
@@ -28,18 +27,14 @@ from jaxrl_fp16.training.updates.step import split_rows
 def next_solutions(task, tokenizer, position, rows, length, seed, packing=False):
     """`(SFTRows on the host, how many, position after them)`: problems with their solutions, in `data_order`'s order.
 
-    One a row, or with `packing` as many as fit into `rows` rows of `length` columns: what
-    does not fit any more is the first of the next step. Problems without a solution, and
-    pairs longer than `length` tokens, are passed over. Raises ValueError when a whole epoch
-    holds none that fits.
-    """
-    def encode(examples):
-        prompts = [render(task.template, example, tokenizer) for example in examples]
-        *arrays, kept = encode_completions(tokenizer, prompts, [example.solution for example in examples], length)
-        kept = [keep and bool(example.solution) for keep, example in zip(kept, examples)]
-        return [row if keep else None for row, keep in zip(zip(*arrays), kept)]
+    What is passed over on the way is the position's difference less the number.
 
-    pairs = fitting_rows(task, position, rows, seed, encode, (
+    One a row, or with `packing` as many as fit into `rows` rows of `length` columns: what
+    does not fit any more is the first of the next step. Problems without a solution or
+    without their text in the prompt, and pairs longer than `length` tokens, are passed over.
+    Raises ValueError when a whole epoch holds none that fits.
+    """
+    pairs = fitting_rows(task, position, rows, seed, solution_encoder(task, tokenizer, length), (
         f"none of the {len(task.train)} problems has a solution that fits into max_length = {length} tokens; "
         "allowed: data with task.solution_field, or a larger limit"
     ))
@@ -49,6 +44,23 @@ def next_solutions(task, tokenizer, position, rows, length, seed, packing=False)
         return SFTRows(*arrays), rows, places[-1] + 1
     packed, count = pack(*arrays, rows)
     return SFTRows(*packed), count, places[count - 1] + 1
+
+
+def solution_encoder(task, tokenizer, length):
+    """`examples -> (tokens [T], mask [T], loss_mask [T]) or why it is set aside`, of each; T is `length`."""
+    def encode(examples):
+        prompts, flaws = rendered(task, examples, tokenizer)
+        *arrays, kept = encode_completions(tokenizer, prompts, [example.solution for example in examples], length)
+        return [_without(flaw, example, keep, length) or row
+                for flaw, example, keep, row in zip(flaws, examples, kept, zip(*arrays))]
+
+    return encode
+
+
+def _without(flaw, example, fits, length):
+    if not example.solution:
+        return "without a solution"
+    return flaw or (None if fits else f"longer than sft.max_length = {length}")
 
 
 def _up_to(room, pairs):
@@ -61,10 +73,11 @@ def _up_to(room, pairs):
 
 
 def check_solutions(setup, task):
-    """Refuses data without a solution that fits."""
-    config = setup.config
+    """Refuses data without a solution that fits; gives the lines that say what is set aside."""
+    section, seed = setup.config.sft, setup.config.run.seed
     with naming("sft"):
-        next_solutions(task, setup.tokenizer, 0, config.sft.batch_size, config.sft.max_length, config.run.seed)
+        next_solutions(task, setup.tokenizer, 0, section.batch_size, section.max_length, seed)
+        return set_aside(task, solution_encoder(task, setup.tokenizer, section.max_length), "problems with solutions")
 
 
 def fresh_state(run, params):
@@ -78,8 +91,8 @@ def fresh_state(run, params):
 def supervise(run, state, position=0, start=0):
     """The steps of section `sft` after step `start`, from `state` and a position in the data.
 
-    Yields a Step after each. Its metrics are the update's own, `examples`, and `filled`, the share of columns that
-    hold a token.
+    Yields a Step after each. Its metrics are the update's own, `examples`, `filled`, the share of columns that hold a
+    token, and `prompts_set_aside`, the problems that it passed over.
     """
     section, setup = run.config.sft, run.setup
     update = make_sft_update(
@@ -88,6 +101,7 @@ def supervise(run, state, position=0, start=0):
     )
     peaks = make_peaks(run.model, setup.precision.policy, _loss_of)
     for step in range(start + 1, section.steps + 1):
+        began = position
         pairs, examples, position = next_solutions(
             run.task, setup.tokenizer, position, section.batch_size, section.max_length, run.config.run.seed,
             section.packing,
@@ -95,7 +109,8 @@ def supervise(run, state, position=0, start=0):
         with announced(run.log, step == start + 1, "compiling the supervised step"):
             state, metrics = update(state, shard_batch(pairs, setup.mesh))
         cause = partial(_cause, run, peaks, state.sampling_params, metrics["loss_scale"], pairs)
-        metrics = host_floats(metrics) | {"examples": float(examples), "filled": float(pairs.mask.mean())}
+        metrics = host_floats(metrics) | {"examples": float(examples), "filled": float(pairs.mask.mean()),
+                                          "prompts_set_aside": float(position - began - examples)}
         yield Step(step, Learner(state), metrics, position, [metrics], cause=cause)
 
 

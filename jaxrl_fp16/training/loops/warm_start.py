@@ -64,11 +64,13 @@ def warm_start(run, params):
     """
     section, guard = run.config.sft, SkipGuard(run)
     shown, learner, known, start = max(1, section.steps // 5), Learner(fresh_state(run, params)), {}, 0
+    aside = 0.0
     with run.open_checkpoints(FOLDER, best=None, export="latest") as checkpoints:
         if run.config.resume is not None and not checkpoints.is_empty():
             found, known, start = checkpoints.restore(learner.saved())
             learner = Learner.of_saved(found)
             run.log.say(f"warm start: resumed after step {start}")
+            aside = known["metrics"].get("sft/prompts_set_aside", 0.0)
             if known["done"] or start >= section.steps:
                 return learner.sampling_params, known["metrics"], 0
         run.stage("warm start")
@@ -78,7 +80,8 @@ def warm_start(run, params):
             guard.check(taken.metrics, taken.cause)
             accuracy = _accuracy_when_due(run, step, learner.sampling_params)
             done = step == section.steps or (accuracy is not None and accuracy >= section.until_accuracy)
-            metrics = {"sft/loss": taken.metrics["loss"], "sft/steps": step}
+            aside += taken.metrics["prompts_set_aside"]
+            metrics = {"sft/loss": taken.metrics["loss"], "sft/steps": step, "sft/prompts_set_aside": aside}
             if step % shown == 0 or done:
                 shown_accuracy = "" if accuracy is None else f"  {run.evaluators[0].name} {accuracy:.3f}"
                 run.log.say(

@@ -3,6 +3,7 @@
 n: prompts.  G: group size.  B = n * G rows.  P: prompt columns.  T: columns.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 import dataclasses
 from functools import lru_cache
@@ -11,7 +12,7 @@ from itertools import islice
 import numpy as np
 
 from jaxrl_fp16.parallel import to_host
-from jaxrl_fp16.tasks import Example, Rewards, render
+from jaxrl_fp16.tasks import Example, Rewards, flaw_of, render
 from jaxrl_fp16.tokenizer import decode_responses, encode_prompts
 from jaxrl_fp16.types import Rollout
 
@@ -25,7 +26,7 @@ class PromptBatch:
     tokens: np.ndarray     # int32 [n,P], left-padded
     mask: np.ndarray       # bool [n,P]
     position: int          # in the data, after these
-    set_aside: int         # prompts passed over: longer than P
+    set_aside: int         # prompts passed over: longer than P, or without what they should ask
 
 
 @lru_cache(maxsize=2)
@@ -41,33 +42,75 @@ def data_order(seed, size, places):
 def fitting_rows(task, position, chunk, seed, encode, nothing):
     """Endless `(place, row)` from `position` on: the examples of `task.train` that fit, in the order of `data_order`.
 
-    encode: `examples -> one row each, or None for one that is passed over`, called for
-    `chunk` of them at a time. Raises ValueError(nothing) when a whole epoch holds none.
+    encode: `examples -> one row each, or as text why one is set aside`, called for `chunk`
+    of them at a time. Raises ValueError when a whole epoch holds none: `nothing`, or where
+    length is not all that is wrong, what is.
     """
-    size, start, found = len(task.train), position, False
+    size, start, found, reasons = len(task.train), position, False, Counter()
     # From one multiple of the size up to another lies an epoch, and with it every example.
     while found or position // size <= -(-start // size):
         places = range(position, position + chunk)
         examples = [task.train[index] for index in data_order(seed, size, places)]
         for place, row in zip(places, encode(examples), strict=True):
-            if row is not None:
+            if isinstance(row, str):
+                reasons[row] += not found and place < start + size
+            else:
                 found = True
                 yield place, row
         position = places.stop
+    if reasons.keys() & ASK_NOTHING:
+        nothing = (f"none of the {size} problems makes a prompt: {_counted(reasons)}; allowed: problems with a text, "
+                   "and a template that shows it")
     raise ValueError(nothing)
+
+
+# What `flaw_of` finds.
+ASK_NOTHING = {"without a token", "without the problem's text"}
+LOOKED_AT = 1000  # of generated problems, which are alike
+
+
+def set_aside(task, encode, what):
+    """What is set aside of `task.train`, as lines to say at the start: one, or none where nothing is.
+
+    encode: as for `fitting_rows`. Of generated problems the first `LOOKED_AT` are looked at.
+    """
+    generated = not isinstance(task.train, (list, tuple))
+    size, reasons = min(len(task.train), LOOKED_AT) if generated else len(task.train), Counter()
+    for start in range(0, size, 64):
+        reasons.update(row for row in encode(task.train[start:min(start + 64, size)]) if isinstance(row, str))
+    of = f"the first {size:,}" if size < len(task.train) else f"{size:,}"
+    return [f"{reasons.total():,} of {of} {what} are set aside: {_counted(reasons)}"] if reasons else []
+
+
+def _counted(reasons):
+    return ", ".join(f"{count:,} {reason}" for reason, count in reasons.most_common())
+
+
+def rendered(task, examples, tokenizer):
+    """`(texts, flaws)`: each prompt, and why it asks nothing, or None."""
+    texts = [render(task.template, example, tokenizer) for example in examples]
+    return texts, [flaw_of(text, example) for text, example in zip(texts, examples)]
+
+
+def prompt_encoder(task, tokenizer, length):
+    """`examples -> (example, text, tokens [P], mask [P]) or why it is set aside`, of each; P is `length`."""
+    def encode(examples):
+        texts, flaws = rendered(task, examples, tokenizer)
+        tokens, mask, kept = encode_prompts(tokenizer, texts, length)
+        too_long = f"longer than training.max_prompt_tokens = {length}"
+        return [flaw or (row if keep else too_long)
+                for flaw, keep, row in zip(flaws, kept, zip(examples, texts, tokens, mask))]
+
+    return encode
 
 
 def next_prompts(task, tokenizer, position, count, length, seed):
     """`count` prompts of `task.train` from `position` on, in an order that depends on `seed` and the epoch alone.
 
-    A prompt longer than `length` tokens is set aside, never cut. Raises ValueError
-    when a whole epoch holds none that fits.
+    A prompt longer than `length` tokens is set aside, never cut, and so is one without its problem's text. Raises
+    ValueError when a whole epoch holds none that fits.
     """
-    def encode(examples):
-        texts = [render(task.template, example, tokenizer) for example in examples]
-        tokens, mask, kept = encode_prompts(tokenizer, texts, length)
-        return [row if keep else None for row, keep in zip(zip(examples, texts, tokens, mask), kept)]
-
+    encode = prompt_encoder(task, tokenizer, length)
     nothing = (f"none of the {len(task.train)} prompts fits into training.max_prompt_tokens = {length}; "
                "allowed: a larger limit")
     places, rows = zip(*islice(fitting_rows(task, position, count, seed, encode, nothing), count))

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 
 from jaxrl_fp16.parallel import row_shards
-from jaxrl_fp16.tasks import get_template, load_examples, render
+from jaxrl_fp16.tasks import check_template, flaw_of, get_template, load_examples, render
 from jaxrl_fp16.tokenizer import encode_prompts
-from jaxrl_fp16.training.rollouts.collect import PromptBatch, sample_and_grade
+from jaxrl_fp16.training.rollouts.collect import PromptBatch, rendered, sample_and_grade
 from jaxrl_fp16.training.rollouts.engine import make_engine
 
 
@@ -35,14 +35,17 @@ def make_evaluators(bench):
 def _evaluator_of(bench, section):
     config, task = bench.setup.config, bench.task
     if section.path is not None:
-        fields = (config.task.problem_field, config.task.answer_field)
+        fields = (config.task.problem_field, config.task.answer_field, None, config.task.reward_file is None)
         task = dataclasses.replace(task, heldout=load_examples(section.path, *fields))
     if section.template is not None:
-        task = dataclasses.replace(task, template=get_template(section.template, config.task.system))
+        options = task.template.options if section.template == "chat" else {}
+        template = get_template(section.template, config.task.system, None, options, task.template.date)
+        task = dataclasses.replace(task, template=template)
     if not len(task.heldout):
         raise ValueError(
             f"evaluation set {section.name!r} has no problems; allowed: a path, or task.heldout_size above 0"
         )
+    check_template(task.template, task.heldout[0], bench.setup.tokenizer)
     task = dataclasses.replace(task, heldout=task.heldout[: section.limit])
     if config.task.reward_file is None and not all(example.answer for example in task.heldout):
         raise ValueError(
@@ -59,6 +62,11 @@ def _evaluator_of(bench, section):
 def make_evaluator(bench, name, task, sampling):
     """An Evaluator of `task.heldout` under a SamplingConfig, `evaluation.rows` responses at once."""
     setup = bench.setup
+    flaws = (flaw_of(render(task.template, example, setup.tokenizer), example) for example in task.heldout)
+    flaw = next(flaws, None)    # the others are looked at where the first has one
+    if flaw is not None and None not in flaws:
+        raise ValueError(f"no problem of {name!r} makes a prompt: the first is {flaw}; allowed: problems with a text, "
+                         "and a template that shows it")
     parts, samples = row_shards(setup.mesh), sampling.group_size
     at_once = min(max(1, setup.config.evaluation.rows // samples), len(task.heldout))
     return Evaluator(name, task, make_engine(setup, bench.model, sampling), math.ceil(at_once / parts) * parts, samples)
@@ -68,12 +76,13 @@ def evaluate(evaluator, params, setup, length, key, tell=lambda text: None):
     """Metrics of one set: `eval/NAME/accuracy` (mean reward of all samples), `.../stderr` (over problems),
     `.../pass@k`, `.../response_length`, `.../finished`, `.../problems`.
 
-    Prompts longer than `length` tokens count as unsolved: a set's size does not depend on a limit.
+    Prompts longer than `length` tokens, or without their problem's text, count as unsolved, and where there are any
+    `.../prompts_set_aside` says how many: a set's size does not depend on a limit.
     tell: takes a line on how far it is, after each chunk but the last.
     """
-    rewards, lengths, finished, done, total = [], [], [], 0, len(evaluator.task.heldout)
+    rewards, lengths, finished, aside, done, total = [], [], [], 0, 0, len(evaluator.task.heldout)
     for kept, graded in grade_chunks(evaluator, params, setup, length, key):
-        count = len(kept)
+        count, aside = len(kept), aside + int((~kept).sum())
         counted = kept[:, None] & graded.rewards.valid[:count]
         values = np.where(counted, graded.rewards.values[:count], 0.0)
         rewards.append(values)
@@ -83,13 +92,14 @@ def evaluate(evaluator, params, setup, length, key, tell=lambda text: None):
         if done < total:
             right = sum(chunk.mean(axis=1).sum() for chunk in rewards)
             tell(f"evaluating {evaluator.name}: {done} of {total} problems, accuracy so far {right / done:.3f}")
-    return _metrics(evaluator.name, np.concatenate(rewards), np.concatenate(lengths), np.concatenate(finished))
+    found = _metrics(evaluator.name, np.concatenate(rewards), np.concatenate(lengths), np.concatenate(finished))
+    return found | ({f"eval/{evaluator.name}/prompts_set_aside": float(aside)} if aside else {})
 
 
 def grade_chunks(evaluator, params, setup, length, key, start=0):
     """Yields `(kept bool [c], Graded)` for each chunk of a set's problems, in order: the first c groups are theirs.
 
-    kept: False where a prompt has more than `length` tokens. `start`, a multiple of
+    kept: False where a prompt has more than `length` tokens, or lacks its problem's text. `start`, a multiple of
     `prompts_at_once`, is the first problem: what a chunk gives depends on its place alone.
     """
     for begin in range(start, len(evaluator.task.heldout), evaluator.prompts_at_once):
@@ -103,9 +113,10 @@ def _prompts(evaluator, chunk, tokenizer, length):
     """A full batch: a last one that is short is filled with its first problem again, so that nothing recompiles."""
     missing = evaluator.prompts_at_once - len(chunk)
     examples = [*chunk, *[chunk[0]] * missing]
-    texts = [render(evaluator.task.template, example, tokenizer) for example in examples]
+    texts, flaws = rendered(evaluator.task, examples, tokenizer)
     tokens, mask, kept = encode_prompts(tokenizer, texts, length)
     mask[~kept, -1] = True  # a prompt that does not fit is sampled from one pad token, and not counted
+    kept &= np.array([flaw is None for flaw in flaws], bool)
     return PromptBatch(examples, texts, tokens, mask, 0, 0), kept[: len(chunk)]
 
 

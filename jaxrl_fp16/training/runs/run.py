@@ -24,6 +24,7 @@ from jaxrl_fp16.training.rollouts.evaluate import evaluate, make_evaluators
 from jaxrl_fp16.training.rollouts.reward_model import make_grader, open_reward_model
 from jaxrl_fp16.training.runs.inputs import Inputs, check_inputs, inputs_of
 from jaxrl_fp16.training.runs.learner import critic_model
+from jaxrl_fp16.training.runs.positions import check_positions
 from jaxrl_fp16.training.runs.run_folder import check_resumed, new_folder, write_record
 from jaxrl_fp16.training.runs.setup import Setup, opened, set_up
 from jaxrl_fp16.training.safety.deadlines import Signals, Watchdog, caught_signals, leaving_on_abort
@@ -170,28 +171,32 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
     evaluation sets keep the task's own reward: where the two differ, the policy exploits the model.
 
     Raises ConfigError for whatever can be refused before the start; `check(setup, task)`
-    may raise more of them, before the run folder is made.
+    may raise more of them, before the run folder is made, and gives lines to say at the start.
     """
     setup = set_up(config)
     config = setup.config
     if config.resume is not None:
         check_resumed(config, config.resume, command)
     with contextlib.ExitStack() as stack:
-        bench = stack.enter_context(opened(setup))
+        bench = stack.enter_context(opened(setup, prompts=command is not None))
         task, model, inputs = bench.task, bench.model, inputs_of(config)
         if config.resume is not None:
             check_inputs(config.resume, inputs, exporting=command is None)
         with naming("evaluation"):
-            evaluators = make_evaluators(bench)
+            evaluators = make_evaluators(bench) if command is not None else []
         others = dict(reference=reference and config.training.reference == "device",
                       critic=critic_model(config, model) if critic else None)
         needs = _check_memory(setup, model, **others)   # before `check` makes rows: as many as the config asks for
-        if check is not None:
-            check(setup, task)
+        if command is not None:
+            check_positions(config, command, model.config.max_positions)
+            if others["critic"] is not None:
+                check_positions(config, command, others["critic"].body.config.max_positions, "critic")
+        remarks = check(setup, task) if check is not None else []
         judge = open_reward_model(setup, task) if rewarded else None
         if judge is not None:
             task = dataclasses.replace(task, grade=make_grader(judge, config.task.reward_model, setup.mesh))
             needs = _check_memory(setup, model, **others, reward_model=judge.model)
+            check_positions(config, "reward model", judge.model.body.config.max_positions, "reward model")
         params = bench.load_params()
         folder = stack.enter_context(open_folder(config, alone=command is not None))
         signals = stack.enter_context(caught_signals())
@@ -205,6 +210,8 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
         if command is not None and jax.process_index() == 0:
             write_record(setup, folder, command, inputs, judge.precision.policy if judge else None)
         _introduce(run, needs, judge)
+        for remark in remarks:
+            console.say(remark)
         yield run, params
 
 

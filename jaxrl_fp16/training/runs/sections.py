@@ -65,6 +65,9 @@ ModelConfig = dataclasses.make_dataclass(
         ], None),
         ("attention", Annotated[AttentionKind, Doc("attention of sampler, scorer and update alike")], "blockwise"),
         ("remat", Annotated[bool, Doc("keep only layer inputs for the backward pass; compute the rest again")], True),
+        ("allow_longer", Annotated[
+            bool, Doc("allow prompts with responses beyond the positions that the model's weights were made for")
+        ], False),
         *_optional_fields(DecoderConfig, _null_shape),
     ],
     frozen=True,
@@ -170,7 +173,7 @@ class DPOConfig(PreferenceConfig):
 @dataclasses.dataclass(frozen=True)
 class EvaluationSet:
     name: Annotated[str, Doc("name of the evaluation set, as in its metric eval/NAME/accuracy")]
-    path: Annotated[str | None, Doc("JSONL file of the evaluation set; null: the task's held-out problems")] = None
+    path: Annotated[str | None, Doc("data file of the evaluation set; null: the task's held-out problems")] = None
     template: Annotated[str | None, Doc("prompt template of the evaluation set; null: the task's")] = None
     samples: Annotated[int, Ge(1), Doc("responses sampled for each problem of the evaluation set")] = 1
     temperature: Annotated[float, Ge(0), Doc("sampling temperature of the evaluation set; 0: greedy")] = 0.0

@@ -6,6 +6,7 @@ folder is made.
 
 import contextlib
 import dataclasses
+import datetime
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,13 +14,13 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import Mesh
 
-from jaxrl_fp16.config import ConfigError, naming, naming_at_entry
+from jaxrl_fp16.config import ConfigError, load_unchecked, naming, naming_at_entry
 from jaxrl_fp16.console import Console
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, load_pretrained, read_config
 from jaxrl_fp16.models.families.config_json import read_json
-from jaxrl_fp16.parallel import check_same_config, initialize_distributed, make_mesh
+from jaxrl_fp16.parallel import check_same_config, from_first_process, initialize_distributed, make_mesh
 from jaxrl_fp16.precision import Precision, get_precision_on
-from jaxrl_fp16.tasks import TASKS, Task, open_task
+from jaxrl_fp16.tasks import TASKS, Task, asks_for_date, check_template, open_task
 from jaxrl_fp16.tokenizer import character_tokenizer, check_vocabulary, end_ids, load_tokenizer, pad_id, vocabulary_size
 from jaxrl_fp16.training.runs.run_config import Config, check_mesh_rows
 
@@ -69,9 +70,15 @@ class Opened:
 
 
 @contextlib.contextmanager
-def opened(setup):
-    """Gives `Opened`; the task's grading processes end with the context. Raises ConfigError."""
+def opened(setup, prompts=True):
+    """Gives `Opened`; the task's grading processes end with the context. Raises ConfigError.
+
+    prompts: whether the command makes any, by the task's template.
+    """
     with naming_at_entry("task", open_task(setup.config.task)) as task:
+        if prompts:
+            with naming("task"):
+                check_template(task.template, task.train[0], setup.tokenizer)
         if task.note:
             Console(quiet=jax.process_index() != 0).say(task.note)
         yield Opened(setup, task, make_model(setup))
@@ -116,7 +123,7 @@ def set_up(config):
         eos_ids = end_ids(tokenizer, _generation_config(config.model))
     config = dataclasses.replace(
         config, precision=precision.name, rollout_precision=rollout.name if config.rollout_precision else None,
-        platform=None, run=dataclasses.replace(config.run, platform=found),
+        platform=None, run=dataclasses.replace(config.run, platform=found), task=dated(config, tokenizer),
     )
     return Setup(config, precision, rollout, critic, mesh, tokenizer, eos_ids, pad_id(tokenizer))
 
@@ -136,6 +143,19 @@ def _platform(wanted):
 def _tokenizer(config):
     folder = config.model.tokenizer or config.model.path
     return character_tokenizer(TASKS[config.task.name].alphabet) if folder is None else load_tokenizer(folder)
+
+
+def dated(config, tokenizer):
+    """Section `task` with the date of the run's start, where its prompts may hold one."""
+    task = config.task
+    if task.date is not None or not asks_for_date(tokenizer):
+        return task
+    if config.resume is None:
+        return dataclasses.replace(task, date=from_first_process(lambda: datetime.date.today().isoformat()))
+    try:
+        return dataclasses.replace(task, date=load_unchecked(Config, Path(config.resume) / "config.yaml")["task"]["date"])
+    except ConfigError:  # no run's folder; what reads it says so
+        return task
 
 
 def _generation_config(model):

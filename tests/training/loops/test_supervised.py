@@ -8,8 +8,8 @@ import pytest
 from jaxrl_fp16.tasks import Example
 from jaxrl_fp16.tasks.templates import get_template
 from jaxrl_fp16.tokenizer import character_tokenizer
-from jaxrl_fp16.training.loops.supervised import next_solutions
-from jaxrl_fp16.training.rollouts.collect import data_order
+from jaxrl_fp16.training.loops.supervised import next_solutions, solution_encoder
+from jaxrl_fp16.training.rollouts.collect import data_order, set_aside
 
 ROWS, LENGTH, SEED = 3, 16, 5
 TOKENIZER = character_tokenizer("0123456789abcdefghijklmnopqrstuvwxyz=")
@@ -57,6 +57,11 @@ def test_steps_read_the_data_in_order_each_example_once(packing):
             np.testing.assert_array_equal(x, y)
         position, together = after, together + found
     assert sorted(together) == sorted(in_order(range(position)))
+
+
+def test_what_is_set_aside_is_said():
+    assert set_aside(TASK, solution_encoder(TASK, TOKENIZER, LENGTH), "problems with solutions") == [
+        "12 of 40 problems with solutions are set aside: 8 without a solution, 4 longer than sft.max_length = 16"]
 
 
 def test_packed_rows_hold_more():

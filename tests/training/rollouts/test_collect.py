@@ -1,5 +1,6 @@
 """Prompts in the order of the data, graded rollouts, and what becomes of cut responses."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ from jaxrl_fp16.parallel import make_mesh
 from jaxrl_fp16.tasks import ALPHABET, Example, Rewards, Task, get_template
 from jaxrl_fp16.tokenizer import character_tokenizer
 from jaxrl_fp16.training.rollouts.collect import (
-    Graded, data_order, in_groups, next_prompts, sample_and_grade, truncation_rule,
+    Graded, data_order, in_groups, next_prompts, prompt_encoder, sample_and_grade, set_aside, truncation_rule,
 )
 from jaxrl_fp16.types import Rollout
 
@@ -78,6 +79,32 @@ def test_data_without_a_prompt_that_fits_is_refused(position):
     task = task_of(*(f"{n}+{n}+1=" for n in range(20)))
     with pytest.raises(ValueError, match="none of the 20 prompts fits into training.max_prompt_tokens = 4; allowed"):
         next_prompts(task, TOKENIZER, position, 3, 4, 0)
+
+
+def test_a_prompt_without_its_problem_is_set_aside():
+    lost = Example("2=", "1", messages=({"role": "user", "content": "3="},))
+    TOKENIZER.chat_template = "{% for m in messages %}1={% endfor %}"
+    try:
+        task = dataclasses.replace(task_of("1=", "2=", " "), template=get_template("chat"))
+        assert next_prompts(task, TOKENIZER, 0, 1, 4, 0).texts == ["1="]
+        encode = prompt_encoder(task, TOKENIZER, 4)
+        assert set_aside(task, encode, "prompts") == [
+            "2 of 3 prompts are set aside: 2 without the problem's text"]
+        task = dataclasses.replace(task, train=[lost, Example("1+1+1=", "3")])
+        with pytest.raises(ValueError, match="none of the 2 problems makes a prompt: 2 without the problem.s text"):
+            next_prompts(task, TOKENIZER, 0, 1, 4, 0)
+    finally:
+        TOKENIZER.chat_template = None
+
+
+def test_what_is_set_aside_is_said_by_reason():
+    task = task_of("1=", "1+1+1=", "", "2+2+2=")
+    assert set_aside(task, prompt_encoder(task, TOKENIZER, 4), "prompts") == [
+        "3 of 4 prompts are set aside: 2 longer than training.max_prompt_tokens = 4, 1 without a token"]
+    assert set_aside(task, prompt_encoder(task_of("1="), TOKENIZER, 9), "prompts") == [
+        "1 of 4 prompts are set aside: 1 without a token"]
+    with pytest.raises(ValueError, match="none of the 2 problems makes a prompt: 2 without a token; allowed: problems"):
+        next_prompts(task_of("", ""), TOKENIZER, 0, 1, 4, 0)
 
 
 def test_a_single_prompt_that_fits_is_found_from_anywhere():

@@ -9,6 +9,7 @@ n: texts.  T: columns.
 
 from __future__ import annotations
 
+import difflib
 import json
 import os
 from typing import TYPE_CHECKING, Any, Iterable, Mapping, NamedTuple, Sequence
@@ -103,16 +104,32 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
                          clean_up_tokenization_spaces=False)
 
 
-def end_ids(tokenizer, generation_config: Mapping[str, Any] | None = None) -> tuple[int, ...]:
-    """The ids that end a response: the tokenizer's, then those of a folder's `generation_config.json`.
+def end_ids(tokenizer, generation_config: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None,
+            names: Sequence[str] = ()) -> tuple[int, ...]:
+    """The ids that end a response; the first one ends what is written for training.
 
-    Raises `ValueError` where the latter names anything but ids.
+    Those of the tokens `names`, where there are any; else the tokenizer's, then those of a folder's
+    `generation_config.json` and `config.json`. Raises `ValueError` for a name that is no token, and where a
+    file gives anything but ids.
     """
-    found = (generation_config or {}).get("eos_token_id")
-    more = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(type(each) is int and 0 <= each < 2**31 for each in more):
-        raise ValueError(f"generation_config.json: eos_token_id is {str(found)[:80]}; allowed: an id or a list of ids")
-    return tuple(dict.fromkeys([tokenizer.eos_token_id, *more]))
+    if names:
+        return tuple(dict.fromkeys(_token_id(tokenizer, name) for name in names))
+    found = [tokenizer.eos_token_id]
+    for file, settings in (("generation_config.json", generation_config), ("config.json", config)):
+        given = (settings or {}).get("eos_token_id")
+        more = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(type(each) is int and 0 <= each < 2**31 for each in more):
+            raise ValueError(f"{file}: eos_token_id is {str(given)[:80]}; allowed: an id or a list of ids")
+        found += more
+    return tuple(dict.fromkeys(found))
+
+
+def _token_id(tokenizer, name: str) -> int:
+    known = tokenizer.get_vocab()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1) or [tokenizer.eos_token]
+        raise ValueError(f"{name!r} is no token of the tokenizer; allowed: the name of one, such as {near[0]!r}")
+    return known[name]
 
 
 def pad_id(tokenizer) -> int:
@@ -153,13 +170,17 @@ def encode_prompts(tokenizer, texts: Sequence[str], length: int) -> Prompts:
     return Prompts(tokens, mask, kept)
 
 
-def encode_completions(tokenizer, prompts: Sequence[str], completions: Sequence[str], length: int) -> Completions:
-    """Pairs in `length` columns. One that does not fit with its end-of-text is set aside; none is cut.
+def encode_completions(tokenizer, prompts: Sequence[str], completions: Sequence[str], length: int,
+                       ends: Sequence[int] | None = None) -> Completions:
+    """Pairs in `length` columns. One that does not fit with its end is set aside; none is cut.
 
-    Prompt and completion are encoded apart, as the sampler meets them: no token spans the two.
+    Prompt and completion are encoded apart, as the sampler meets them: no token spans the two. A row ends once:
+    with the first of `ends` (by default the tokenizer's end-of-text), or where the completion's text already does.
     """
-    starts, ends = encode(tokenizer, prompts), encode(tokenizer, completions)
-    rows = [start + end + [tokenizer.eos_token_id] for start, end in zip(starts, ends, strict=True)]
+    ends = end_ids(tokenizer) if ends is None else ends
+    starts = encode(tokenizer, prompts)
+    rows = [start + _ended(tokenizer, row, ends)
+            for start, row in zip(starts, encode(tokenizer, completions), strict=True)]
     kept = np.array([len(start) > 0 and len(row) <= length for start, row in zip(starts, rows)], bool)
     tokens = np.full((len(rows), length), pad_id(tokenizer), np.int32)
     mask, loss_mask = np.zeros((2, len(rows), length), bool)
@@ -168,6 +189,15 @@ def encode_completions(tokenizer, prompts: Sequence[str], completions: Sequence[
         tokens[index, :size], mask[index, :size] = rows[index], True
         loss_mask[index, len(starts[index]):size] = True
     return Completions(tokens, mask, loss_mask, kept)
+
+
+def _ended(tokenizer, row: list[int], ends: Sequence[int]) -> list[int]:
+    """`row` with the first of `ends`; or, where nothing but blanks follows an end of its own, up to that one."""
+    size = len(row)
+    while size and (row[size - 1] in ends or not tokenizer.decode(row[size - 1]).strip()):
+        size -= 1
+    own = next((at for at in range(size, len(row)) if row[at] in ends), None)
+    return [*row, ends[0]] if own is None else row[:own + 1]
 
 
 def decode_responses(tokenizer, tokens, response_mask, ends: Iterable[int] | None = None) -> list[str]:

@@ -157,10 +157,24 @@ def test_ids_of_ends_and_padding(byte_level):
     assert tk.end_ids(byte_level) == tk.end_ids(byte_level, {}) == (end,)
     assert tk.end_ids(byte_level, {"eos_token_id": 7}) == (end, 7)
     assert tk.end_ids(byte_level, {"eos_token_id": [7, end, 8]}) == (end, 7, 8)
+    assert tk.end_ids(byte_level, None, {"eos_token_id": [8, 7]}) == (end, 8, 7)
+    assert tk.end_ids(byte_level, {"eos_token_id": 7}, {"eos_token_id": [8, end, 7]}) == (end, 7, 8)
+    for file, settings in (("generation_config.json", ({"eos_token_id": "7"},)), ("config.json", (None, {
+            "eos_token_id": [7, True]}))):
+        with pytest.raises(ValueError, match=f"^{file}: eos_token_id is .*; allowed: an id or a list of ids"):
+            tk.end_ids(byte_level, *settings)
     assert tk.pad_id(byte_level) == byte_level.pad_token_id != end
     without = tk.character_tokenizer("ab")
     without.pad_token = None
     assert tk.pad_id(without) == without.eos_token_id
+
+
+def test_ends_by_name(byte_level):
+    marks = tk.encode(byte_level, ["</think><|im_end|>"])[0]
+    given = {"eos_token_id": 7}
+    assert tk.end_ids(byte_level, given, given, names=["</think>", "<|im_end|>", "</think>"]) == tuple(marks)
+    with pytest.raises(ValueError, match=r"'<\|im_ends\|>' is no token of the tokenizer; .*such as '<\|im_end\|>'"):
+        tk.end_ids(byte_level, names=["</think>", "<|im_ends|>"])
 
 
 def test_the_vocabulary_must_fit_the_embedding(byte_level):
@@ -187,6 +201,26 @@ def test_encode_pairs():
     np.testing.assert_array_equal(pairs.mask, [[1] * 6, [0] * 6, [1, 1, 1, 0, 0, 0]])
     np.testing.assert_array_equal(pairs.loss_mask, [[0, 0, 0, 0, 1, 1], [0] * 6, [0, 0, 1, 0, 0, 0]])
     assert tk.encode_completions(tokenizer, ["1"], ["2"], 3).kept.all()
+
+
+@pytest.mark.parametrize("text, ends, written", [
+    ("4", None, "4<|im_end|>"),
+    ("4<|im_end|>", None, "4<|im_end|>"),
+    ("4<|im_end|>\n", None, "4<|im_end|>"),
+    ("4 \n<|im_end|>\n<|im_end|><|endoftext|>", ["<|im_end|>", "<|endoftext|>"], "4 \n<|im_end|>"),
+    ("4<|endoftext|>", ["<|im_end|>", "<|endoftext|>"], "4<|endoftext|>"),
+    ("4", ["<|endoftext|>", "<|im_end|>"], "4<|endoftext|>"),
+    ("4<|im_end|>", ["<|endoftext|>"], "4<|im_end|><|endoftext|>"),
+    ("4<|im_end|>\nno, 5<|im_end|>", None, "4<|im_end|>\nno, 5<|im_end|>"),
+    ("4<|im_end|>\nno, 5\n", None, "4<|im_end|>\nno, 5\n<|im_end|>"),
+    ("\n", None, "\n<|im_end|>"),
+    ("<|im_end|>", None, "<|im_end|>"),
+])
+def test_a_row_ends_once(byte_level, text, ends, written):
+    ids = None if ends is None else tk.end_ids(byte_level, names=ends)
+    row = tk.encode_completions(byte_level, ["2+2="], [text], 32, ids)
+    assert byte_level.decode(row.tokens[0][row.loss_mask[0]]) == written
+    assert (row.mask[0] == row.loss_mask[0])[len(tk.encode(byte_level, ["2+2="])[0]):].all()
 
 
 def test_decode_responses(byte_level):

@@ -248,6 +248,9 @@ def models():
                      large_vocabulary),
         Case(11, "embedding too small", "model: the tokenizer has ids up to 20 and the model's embedding 20 rows",
              ("--model.vocab_size", "20")),
+        Case(11, "end token that is no token",
+             "sampling.end_tokens: '<|im_end|>' is no token of the tokenizer; allowed: the name of one, such as '<",
+             ("--sampling.end_tokens", '["<|im_end|>"]')),
         model_folder(11, "damaged generation_config.json", "generation_config.json is not a JSON file",
                      write("model/generation_config.json", "{")),
     ]

@@ -114,6 +114,16 @@ def test_decoding_in_parts_gives_the_same_rollout(params, rollout):
     np.testing.assert_allclose(parts.logprobs, rollout.logprobs, atol=1e-5)
 
 
+def test_end_tokens_are_the_ends(params):
+    tokenizer = character_tokenizer("0123456789+-*/%()=,")
+    named, by_id = maker(tokenizer=tokenizer, end_tokens=("2", "5")), maker(eos_id=(5, 8))
+    assert_same_rollout(named(params, PROMPTS, MASK, KEY), by_id(params, PROMPTS, MASK, KEY))
+    with pytest.raises(ValueError, match=r"end_tokens \('2',\) need a tokenizer"):
+        maker(end_tokens=("2",))
+    with pytest.raises(ValueError, match="'<eot>' is no token of the tokenizer; allowed: .*'<eos>'"):
+        maker(tokenizer=tokenizer, end_tokens=("<eot>",))
+
+
 def test_any_of_several_ends_ends(params):
     ends = (EOS, 5, 9)
     rollout = maker(eos_id=ends)(params, PROMPTS, MASK, KEY)

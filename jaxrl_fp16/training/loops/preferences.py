@@ -26,25 +26,29 @@ from jaxrl_fp16.training.updates.optimizer import make_optimizer
 from jaxrl_fp16.training.updates.state import create_train_state, shardings_of
 
 
-def encode_preferences(task, tokenizer, examples, length):
-    """`(PreferencePairs on the host, kept bool [B])`; a pair of which one response does not fit has empty rows."""
+def encode_preferences(task, tokenizer, examples, length, ends=None):
+    """`(PreferencePairs on the host, kept bool [B])`; a pair of which one response does not fit has empty rows.
+
+    ends: as `encode_completions` takes them.
+    """
     prompts = [render(task.template, example, tokenizer) for example in examples]
-    chosen = encode_completions(tokenizer, prompts, [example.solution for example in examples], length)
-    rejected = encode_completions(tokenizer, prompts, [example.rejected for example in examples], length)
+    chosen = encode_completions(tokenizer, prompts, [example.solution for example in examples], length, ends)
+    rejected = encode_completions(tokenizer, prompts, [example.rejected for example in examples], length, ends)
     kept = chosen.kept & rejected.kept
     arrays = ((chosen.tokens, rejected.tokens), (chosen.mask, rejected.mask), (chosen.loss_mask, rejected.loss_mask))
     tokens, mask, response_mask = (np.stack(sides, axis=1) for sides in arrays)
     return PreferencePairs(tokens, mask & kept[:, None, None], response_mask & kept[:, None, None]), kept
 
 
-def next_preferences(task, tokenizer, position, count, length, seed):
+def next_preferences(task, tokenizer, position, count, length, seed, ends=None):
     """`(PreferencePairs on the host, position after them)`: problems with two responses, in the order of `data_order`.
 
     Problems without, and pairs of which a response makes more than `length` tokens,
     are passed over. Raises ValueError when a whole epoch holds none that fits.
+    ends: as `encode_completions` takes them.
     """
     def encode(examples):
-        pairs, kept = encode_preferences(task, tokenizer, _preferences(examples), length)
+        pairs, kept = encode_preferences(task, tokenizer, _preferences(examples), length, ends)
         rows = (jax.tree.map(lambda x, at=at: x[at], pairs) if keep else None for at, keep in enumerate(kept))
         return [None if example.rejected is None else next(rows) for example in examples]
 
@@ -63,7 +67,9 @@ def check_preferences(setup, task):
     """Refuses data without a pair, or for the warm start a solution, that fits."""
     config = setup.config
     with naming("dpo"):
-        next_preferences(task, setup.tokenizer, 0, config.dpo.batch_size, config.dpo.max_length, config.run.seed)
+        next_preferences(
+            task, setup.tokenizer, 0, config.dpo.batch_size, config.dpo.max_length, config.run.seed, setup.eos_ids
+        )
     if config.sft.steps:
         check_solutions(setup, task)
 
@@ -92,7 +98,8 @@ def optimize(run, learner, position=0, start=0):
     )
     for step in range(start + 1, section.steps + 1):
         pairs, position = next_preferences(
-            run.task, setup.tokenizer, position, section.batch_size, section.max_length, run.config.run.seed
+            run.task, setup.tokenizer, position, section.batch_size, section.max_length, run.config.run.seed,
+            setup.eos_ids,
         )
         pairs = shard_batch(pairs, setup.mesh)
         with announced(run.log, step == start + 1, "compiling scorer and update"):
@@ -106,7 +113,9 @@ def make_held_out(run, reference):
     """`evaluate(params) -> metrics` of the task's held-out pairs: `heldout/loss`, `heldout/pairs`, and those of
     `dpo_loss` under `heldout/`. Without a pair that fits it gives none."""
     section, setup = run.config.dpo, run.setup
-    pairs, kept = encode_preferences(run.task, setup.tokenizer, _preferences(run.task.heldout), section.max_length)
+    pairs, kept = encode_preferences(
+        run.task, setup.tokenizer, _preferences(run.task.heldout), section.max_length, setup.eos_ids
+    )
     count = int(kept.sum())
     if not count:
         return lambda params: {}

@@ -25,17 +25,18 @@ from jaxrl_fp16.training.updates.state import create_train_state, shardings_of
 from jaxrl_fp16.training.updates.step import split_rows
 
 
-def next_solutions(task, tokenizer, position, rows, length, seed, packing=False):
+def next_solutions(task, tokenizer, position, rows, length, seed, packing=False, ends=None):
     """`(SFTRows on the host, how many, position after them)`: problems with their solutions, in `data_order`'s order.
 
     One a row, or with `packing` as many as fit into `rows` rows of `length` columns: what
     does not fit any more is the first of the next step. Problems without a solution, and
     pairs longer than `length` tokens, are passed over. Raises ValueError when a whole epoch
-    holds none that fits.
+    holds none that fits. ends: as `encode_completions` takes them.
     """
     def encode(examples):
         prompts = [render(task.template, example, tokenizer) for example in examples]
-        *arrays, kept = encode_completions(tokenizer, prompts, [example.solution for example in examples], length)
+        solutions = [example.solution for example in examples]
+        *arrays, kept = encode_completions(tokenizer, prompts, solutions, length, ends)
         kept = [keep and bool(example.solution) for keep, example in zip(kept, examples)]
         return [row if keep else None for row, keep in zip(zip(*arrays), kept)]
 
@@ -64,7 +65,9 @@ def check_solutions(setup, task):
     """Refuses data without a solution that fits."""
     config = setup.config
     with naming("sft"):
-        next_solutions(task, setup.tokenizer, 0, config.sft.batch_size, config.sft.max_length, config.run.seed)
+        next_solutions(
+            task, setup.tokenizer, 0, config.sft.batch_size, config.sft.max_length, config.run.seed, ends=setup.eos_ids
+        )
 
 
 def fresh_state(run, params):
@@ -90,7 +93,7 @@ def supervise(run, state, position=0, start=0):
     for step in range(start + 1, section.steps + 1):
         pairs, examples, position = next_solutions(
             run.task, setup.tokenizer, position, section.batch_size, section.max_length, run.config.run.seed,
-            section.packing,
+            section.packing, setup.eos_ids,
         )
         with announced(run.log, step == start + 1, "compiling the supervised step"):
             state, metrics = update(state, shard_batch(pairs, setup.mesh))

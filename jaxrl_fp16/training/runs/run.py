@@ -144,6 +144,8 @@ class Run:
         generation = {"eos_token_id": list(self.setup.eos_ids), "pad_token_id": self.setup.pad_id}
         if s.temperature:
             generation |= {"do_sample": True, "temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
+        if s.stop:
+            generation["stop_strings"] = list(s.stop)
         try:
             save_pretrained(
                 folder, self.model, params, dtype=self.setup.precision.policy.compute_dtype.name,

@@ -107,7 +107,10 @@ def set_up(config):
         check_mesh_rows(config, mesh)
     with naming("model.tokenizer" if config.model.tokenizer else "model.path"):
         tokenizer = _tokenizer(config)
-        eos_ids = end_ids(tokenizer, _generation_config(config.model))
+        files = [_json_of_folder(config.model, name) for name in ("generation_config.json", "config.json")]
+        eos_ids = end_ids(tokenizer, *files)
+    with naming("sampling.end_tokens"):
+        eos_ids = end_ids(tokenizer, names=config.sampling.end_tokens) if config.sampling.end_tokens else eos_ids
     config = dataclasses.replace(
         config, precision=precision.name, rollout_precision=rollout.name if config.rollout_precision else None,
         platform=None, run=dataclasses.replace(config.run, platform=found),
@@ -132,10 +135,11 @@ def _tokenizer(config):
     return character_tokenizer(TASKS[config.task.name].alphabet) if folder is None else load_tokenizer(folder)
 
 
-def _generation_config(model):
+def _json_of_folder(model, name):
+    """What the model folder's file of that name holds; None where there is none."""
     if model.path is None:
         return None
-    path = Path(model.path) / "generation_config.json"
+    path = Path(model.path) / name
     return read_json(path) if path.is_file() else None
 
 

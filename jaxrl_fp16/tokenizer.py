@@ -13,6 +13,7 @@ import difflib
 import json
 import os
 from typing import TYPE_CHECKING, Any, Iterable, Mapping, NamedTuple, Sequence
+import warnings
 
 import numpy as np
 
@@ -20,6 +21,10 @@ if TYPE_CHECKING:  # importing it takes a second, and graders do without
     from transformers import PreTrainedTokenizerFast
 
 PAD, END, UNKNOWN = "<pad>", "<eos>", "<unk>"
+
+# What one tokenizer may cut otherwise than another: numbers, blanks, marks, letters beyond ASCII, LaTeX.
+TELLING = ("The sum of 12 and 345 is 3,570.", "  don't\n\n\tif x:  y ", "\\boxed{\\frac{1}{2}} = 0.5; user: 1+2=3",
+           "Zwölf Bären, 漢字 🙂")
 
 
 class Prompts(NamedTuple):
@@ -77,6 +82,8 @@ def save_tokenizer(tokenizer, folder) -> None:
     """Writes a folder that `load_tokenizer` reads, and Transformers 4 and 5 alike."""
     tokenizer.save_pretrained(folder)
     path = os.path.join(folder, "tokenizer_config.json")
+    if not os.path.isfile(path):  # not of Transformers' own tokenizers
+        return
     with open(path, encoding="utf-8") as file:
         config = json.load(file)
     # Transformers 5 writes a class and a list that 4, and with it vLLM, cannot read; 5 reads the older names.
@@ -86,6 +93,31 @@ def save_tokenizer(tokenizer, folder) -> None:
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     with open(path, "w", encoding="utf-8") as file:
         json.dump(config, file, indent=2, ensure_ascii=False)
+
+
+def auto_difference(tokenizer, folder) -> str | None:
+    """How Transformers' `AutoTokenizer` reads `folder`, a whole model's, otherwise than `tokenizer`, which was saved
+    there; None where it gives the same ids."""
+    texts = [*TELLING, "".join(tokenizer.all_special_tokens)]
+    level, where = None, f"AutoTokenizer, and what serves models by it, reads {folder} otherwise"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from transformers import AutoTokenizer, logging
+
+            level = logging.get_verbosity()
+            logging.set_verbosity(logging.CRITICAL)
+            theirs = encode(AutoTokenizer.from_pretrained(folder, local_files_only=True), texts)
+    except Exception as error:  # whatever a class of the library raises for files that are not its own
+        return f"{where}: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
+    finally:
+        if level is not None:
+            logging.set_verbosity(level)
+    for text, own, other in zip(texts, encode(tokenizer, texts), theirs):
+        if own != other:
+            return (f"{where}: {text!r} is {other[:12]} there, {own[:12]} in training; "
+                    "PreTrainedTokenizerFast.from_pretrained reads the trained ids")
+    return None
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:

@@ -14,12 +14,12 @@ PACKAGE = "jaxrl_fp16"
 # file, or a folder with all in it that has no line of its own.
 ORDER = """
 types masking config
-precision parallel console logs
+precision parallel console logs tokenizer
 models/numerics models/layers models/families
 models/attention models/decoder models/critic models/init models/taps
 models/hf
 models
-tokenizer packing forward
+packing forward
 sampling
 objectives
 tasks

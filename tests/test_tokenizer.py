@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from jaxrl_fp16 import tokenizer as tk
 from jaxrl_fp16.tasks import ALPHABET, Example, get_template, render
@@ -71,6 +72,32 @@ def test_nothing_is_said_where_there_is_no_pytorch():
         """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_what_auto_tokenizer_reads_otherwise_is_said(tmp_path):
+    """Under a config.json of Qwen2's, Transformers 5 puts Qwen2's way of cutting text in the file's own place."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(tk.TELLING * 4, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    tk.save_tokenizer(tokenizer, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert tk.auto_difference(tokenizer, tmp_path) is None
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    differ = any(tk.encode(tokenizer, [text]) != tk.encode(theirs, [text]) for text in tk.TELLING)
+    said = tk.auto_difference(tokenizer, tmp_path)
+    assert differ == (said is not None)
+    if said:
+        assert f"reads {tmp_path} otherwise: 'The sum of 12 and" in said and "\n" not in said
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert f"reads {tmp_path} otherwise: " in tk.auto_difference(tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("alphabet", ["", "aa"])

@@ -19,6 +19,7 @@ from jaxrl_fp16.logs import RunLog, truncate
 from jaxrl_fp16.models import save_pretrained
 from jaxrl_fp16.parallel import LOST_PROCESS, from_first_process
 from jaxrl_fp16.tasks import Task
+from jaxrl_fp16.tokenizer import auto_difference
 from jaxrl_fp16.training.checkpoints.checkpoint import CheckpointError, Checkpoints
 from jaxrl_fp16.training.rollouts.evaluate import evaluate, make_evaluators
 from jaxrl_fp16.training.rollouts.reward_model import make_grader, open_reward_model
@@ -154,6 +155,9 @@ class Run:
         except ValueError as error:
             raise Guard(str(error)) from error
         self.log.say(f"weights for Transformers and vLLM: {folder}")
+        difference = auto_difference(self.setup.tokenizer, folder) if jax.process_index() == 0 else None
+        if difference:
+            self.log.say(difference)
 
 
 @contextlib.contextmanager

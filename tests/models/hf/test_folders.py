@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from pathlib import Path
 import re
 import shutil
@@ -16,13 +17,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxrl_fp16.models import (
-    FAMILIES, Decoder, DecoderConfig, PretrainedError, RopeScaling, check_range, load_pretrained, param_shapes,
-    read_config, save_pretrained,
+    FAMILIES, Critic, Decoder, DecoderConfig, PretrainedError, RopeScaling, check_range, load_pretrained, param_shapes,
+    read_config, save_pretrained, save_reward_model,
 )
 from jaxrl_fp16.models.families.family import TRANSFORMS, Tensor
 from jaxrl_fp16.models.hf import export, load
 from jaxrl_fp16.models.hf.weight_files import find_tensors
 from jaxrl_fp16.parallel import axes_sharding, make_mesh
+from jaxrl_fp16.tokenizer import character_tokenizer
 
 SHAPE = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2,
              head_dim=8)
@@ -391,6 +393,32 @@ def test_export_replaces_a_folder_only_when_told(tmp_path):
     assert not (target / "extra").exists()
     assert [path.name for path in target.parent.iterdir()] == ["out"]
     assert target.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_usual_mode(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_pretrained(tmp_path / "out", *small(), tokenizer=character_tokenizer("123"), shard_bytes=8000)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert len(modes) > 6 and set(modes.values()) == {0o666 & ~umask}
+
+
+def test_a_tokenizer_goes_out_under_names_that_transformers_4_knows(tmp_path):
+    tokenizer = character_tokenizer("123")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<a>", "<b>"]})
+    critic = Critic(small()[0], bias=False)
+    for name, save, model in (("policy", save_pretrained, small()[0]), ("reward", save_reward_model, critic)):
+        params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), param_shapes(model))
+        save(tmp_path / name, model, params, tokenizer=tokenizer)
+        config = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert not isinstance(config.get("extra_special_tokens"), list)
+        assert config["additional_special_tokens"] == ["<a>", "<b>"]
+        assert not [path for path in (tmp_path / name).glob("*.json") if "TokenizersBackend" in path.read_text()]
 
 
 class Interrupted:

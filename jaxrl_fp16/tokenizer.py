@@ -17,6 +17,8 @@ import warnings
 
 import numpy as np
 
+from jaxrl_fp16.folders import local_folder
+
 if TYPE_CHECKING:  # importing it takes a second, and graders do without
     from transformers import PreTrainedTokenizerFast
 
@@ -56,10 +58,10 @@ def _fast_class():
 def load_tokenizer(folder) -> PreTrainedTokenizerFast:
     """The tokenizer of a Hugging Face folder, with its chat template from whichever file holds it.
 
-    Raises `ValueError` without a readable `tokenizer.json`, without an end-of-text token, and where the longest
-    text is no number.
+    Raises `ValueError` without such a folder, a readable `tokenizer.json` or an end-of-text token, and where the
+    longest text is no number.
     """
-    folder = os.fspath(folder)
+    folder = os.fspath(local_folder(folder, "tokenizer"))
     path = os.path.join(folder, "tokenizer.json")
     if not os.path.isfile(path):
         raise ValueError(f"{folder}: no tokenizer.json; a folder with a fast tokenizer is needed")

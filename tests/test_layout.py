@@ -13,7 +13,7 @@ PACKAGE = "jaxrl_fp16"
 # From the bottom up: a file imports from lines above its own here, or from its own line in no circle. A name is a
 # file, or a folder with all in it that has no line of its own.
 ORDER = """
-types masking config
+types masking config folders
 precision parallel console logs tokenizer
 models/numerics models/layers models/families
 models/attention models/decoder models/critic models/init models/taps

@@ -167,6 +167,8 @@ def test_chat_template_from_either_file(byte_level, tmp_path, where):
 
 
 def test_faulty_folders_are_refused(byte_level, tmp_path):
+    with pytest.raises(ValueError, match="tokenizer folder a/b does not exist; .*`hf download a/b --local-dir"):
+        tk.load_tokenizer("a/b")
     with pytest.raises(ValueError, match="no tokenizer.json"):
         tk.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")

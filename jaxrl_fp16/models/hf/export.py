@@ -50,7 +50,7 @@ def save_pretrained(folder, model, params, dtype="float16", tokenizer=None, gene
     if not isinstance(model, Decoder):
         raise ValueError(f"a {type(model).__name__} cannot be exported; allowed: a Decoder")
     ids, generation = _generation(tokenizer, generation_config)
-    _save(Path(folder), model, params, dtype, ids, generation, tokenizer, overwrite, shard_bytes)
+    _save(Path(folder).expanduser(), model, params, dtype, ids, generation, tokenizer, overwrite, shard_bytes)
 
 
 def save_reward_model(folder, model, params, dtype="float32", tokenizer=None, pad_token_id=None, *,
@@ -68,7 +68,7 @@ def save_reward_model(folder, model, params, dtype="float32", tokenizer=None, pa
     ids, _ = _generation(tokenizer, {} if pad_token_id is None else {"pad_token_id": pad_token_id})
     about = {"architectures": [FAMILIES[model.body.config.family].classifier], "id2label": {"0": "LABEL_0"},
              "label2id": {"LABEL_0": 0}, **ids}
-    _save(Path(folder), model, params, dtype, about, {}, tokenizer, overwrite, shard_bytes)
+    _save(Path(folder).expanduser(), model, params, dtype, about, {}, tokenizer, overwrite, shard_bytes)
 
 
 def _save(folder, model, params, dtype, about, generation, tokenizer, overwrite, shard_bytes):

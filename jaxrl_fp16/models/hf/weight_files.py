@@ -12,10 +12,12 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxrl_fp16.models.families.config_json import read_json
+from jaxrl_fp16.models.hf.other_folders import what_lies_in
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = f"{SINGLE}, or {INDEX} and its shards"
 DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+UNLISTED = ("*.safetensors", "it holds {name}, which no index lists")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 CHUNK_BYTES = 2**25  # read at once, so that the largest tensor too costs little beside its place in memory
 
@@ -57,7 +59,7 @@ def find_tensors(folder):
     if pickles:
         raise PretrainedError(f"{folder} holds pickled weights only ({pickles[0]}), which are never opened; "
                               f"allowed: {WEIGHTS}")
-    raise PretrainedError(f"{folder} holds no weights; allowed: {WEIGHTS}")
+    raise PretrainedError(f"{folder} holds no weights{what_lies_in(folder, UNLISTED)}; allowed: {WEIGHTS}")
 
 
 def _read_shards(folder):
@@ -112,6 +114,6 @@ def _read_header(path):
                               f"allowed: a whole one, fetch it again") from error
     for name, tensor in found.items():
         if tensor.dtype not in DTYPES:
-            raise PretrainedError(f"{path}: tensor {name} is stored as {tensor.dtype}; "
-                                  f"allowed: {', '.join(DTYPES)}")
+            raise PretrainedError(f"{path}: tensor {name} is stored as {tensor.dtype}; allowed: {', '.join(DTYPES)}; "
+                                  f"a quantised model cannot be trained, the one that it was made from can")
     return found

@@ -14,6 +14,7 @@ import jax
 from jax.sharding import Mesh
 
 from jaxrl_fp16.config import ConfigError, naming, naming_at_entry
+from jaxrl_fp16.folders import local_folder
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, load_pretrained, read_config
 from jaxrl_fp16.models.families.config_json import read_json
 from jaxrl_fp16.parallel import check_same_config, initialize_distributed, make_mesh
@@ -93,6 +94,8 @@ def set_up(config):
         if initialize_distributed(heartbeat=config.run.heartbeat_seconds):
             # A folder of compiled programs may be each host's own.
             check_same_config(dataclasses.replace(config, run=dataclasses.replace(config.run, compile_cache=None)))
+    config = _at_home(config)
+    _check_folders(config.model)
     found = _platform(wanted)
     if config.run.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.run.compile_cache))
@@ -116,6 +119,28 @@ def set_up(config):
         platform=None, run=dataclasses.replace(config.run, platform=found),
     )
     return Setup(config, precision, rollout, critic, mesh, tokenizer, eos_ids, pad_id(tokenizer))
+
+
+def _at_home(config):
+    """`config` with `~` expanded in the folders that it names."""
+    home = lambda section, *keys: dataclasses.replace(section, **{
+        key: os.path.expanduser(getattr(section, key)) for key in keys if getattr(section, key) is not None})
+    task = dataclasses.replace(config.task, reward_model=home(config.task.reward_model, "path", "tokenizer"))
+    return dataclasses.replace(
+        home(config, "resume"), run=home(config.run, "dir"), model=home(config.model, "path", "tokenizer"),
+        critic=home(config.critic, "path"), task=task,
+    )
+
+
+def _check_folders(model):
+    """Refuses folders of section `model` that are none, or no model's, before JAX looks for devices."""
+    for key, kind in (("path", "model"), ("tokenizer", "tokenizer")):
+        if getattr(model, key) is not None:
+            with naming(f"model.{key}"):
+                local_folder(getattr(model, key), kind)
+    if model.path is not None:
+        with _naming_model():
+            read_config(model.path)
 
 
 def _platform(wanted):

@@ -58,3 +58,27 @@ def test_ends_that_are_no_ids_are_refused(folder, file):
     edit(folder / file, eos_token_id=["<eos>"])
     with pytest.raises(ConfigError, match=rf"^model.path: {file}: eos_token_id is \['<eos>'\]; allowed: an id or a"):
         opened(folder)
+
+
+@pytest.mark.parametrize("section, message", [
+    ({"path": "absent"}, "^model.path: model folder absent does not exist; allowed: a local folder, nothing is d.*d$"),
+    ({"path": "a/b"}, "^model.path: model folder a/b does not exist; .* `hf download a/b --local-dir FOLDER`"),
+    ({"tokenizer": "~/absent"}, "^model.tokenizer: tokenizer folder .*/absent does not exist"),
+])
+def test_folders_are_looked_at_before_jax_is(section, message, monkeypatch):
+    monkeypatch.setattr(jax, "default_backend", lambda: pytest.fail("JAX looked for devices"))
+    with pytest.raises(ConfigError, match=message):
+        set_up(parse_config(Config, {"model": section}))
+
+
+def test_home_is_expanded(folder, monkeypatch):
+    monkeypatch.setenv("HOME", str(folder.parent))
+    config = opened("~/model").config
+    assert config.model.path == str(folder) and config.model.tokenizer is None
+    section = {"tokenizer": "~/model", "path": "~/model"}
+    config = set_up(parse_config(Config, {
+        "model": section, "run": {"dir": "~/runs"}, "critic": {"path": "~/model"}, "task": {"reward_model": section},
+        "training": {"truncated": "keep"},
+    })).config
+    found = [config.model.tokenizer, config.critic.path, config.task.reward_model.tokenizer]
+    assert found == [str(folder)] * 3 and config.run.dir == str(folder.parent / "runs")

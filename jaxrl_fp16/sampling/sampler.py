@@ -41,7 +41,7 @@ class SamplingConfig:
             "the tokenizer and the model folder's generation_config.json and config.json"),
     ] = ()
     max_rows: Annotated[int, Ge(0), Doc("responses decoded at once; 0: all")] = 0
-    max_support: Annotated[int, Ge(1), Doc("most tokens that top_k or top_p keep")] = 256
+    max_support: Annotated[int, Ge(1), Doc("most tokens that top_p keeps, and the largest top_k")] = 256
 
     def __post_init__(self):
         if self.max_new_tokens < 1 or self.group_size < 1:
@@ -53,6 +53,9 @@ class SamplingConfig:
                 f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}; "
                 "allowed: temperature >= 0, top_k >= 0, 0 < top_p <= 1"
             )
+        if self.top_k > self.max_support:
+            raise ValueError(f"top_k is {self.top_k}; allowed: up to max_support, {self.max_support}, or a larger "
+                             "max_support")
         if any(not text for text in self.stop):
             raise ValueError("stop holds an empty string; allowed: strings of one character or more")
         if 0 < self.max_rows < self.group_size:

@@ -159,6 +159,13 @@ def test_half_precision_rounds_once(tmp_path, dtype):
     assert stored < 2.5 * sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def test_float64_is_read(single, saved):
+    edit_tensors(single / "model.safetensors", lambda t: t.update({name: x.astype("float64") for name, x in t.items()}))
+    assert_equal_trees(load_pretrained(single)[1], saved[1])
+    edit_tensors(single / "model.safetensors", set_tensor(GATE, np.full((24, 16), 1e39)))
+    refused(single, f"{re.escape(GATE)} holds inf; allowed: finite values")
+
+
 def test_tensors_larger_than_what_is_read_at_once(saved, monkeypatch):
     monkeypatch.setattr("jaxrl_fp16.models.hf.weight_files.CHUNK_BYTES", 200)
     assert_equal_trees(load_pretrained(saved[0] / "single")[1], saved[1])
@@ -330,7 +337,7 @@ def set_tensor(name, value):
     (lambda t: t.pop(GATE), f"tensor {re.escape(GATE)} is missing"),
     (set_tensor("score.weight", np.ones(1, np.float32)), "score.weight in model.safetensors is unknown"),
     (set_tensor(GATE, np.ones((16, 24), np.float32)), r" has shape \[16, 24\]; allowed: \[24, 16\]"),
-    (set_tensor(GATE, np.ones((24, 16), np.int8)), "is stored as I8; allowed: F32, F16, BF16; a quantised model"),
+    (set_tensor(GATE, np.ones((24, 16), np.int8)), "is stored as I8; allowed: F32, F16, BF16, F64; a quantised"),
     (set_tensor(GATE, np.full((24, 16), np.nan, np.float32)), "1.mlp.gate_proj.weight holds nan; allowed: "),
     (set_tensor(GATE, np.full((24, 16), -np.inf, np.float32)), "1.mlp.gate_proj.weight holds inf; allowed: "),
 ])

@@ -18,6 +18,7 @@ from jaxrl_fp16.models.numerics import DEFAULT, jit_by_model
 from jaxrl_fp16.types import Decisions
 
 NONE = Decisions()
+COLD = 1e-4  # below this temperature a quotient's rounding, of a logit of 20 and more, exceeds 0.01
 LOGIT_BYTES = 2**26  # float32 logits that exist at once; larger gained no speed, smaller starves the matmul
 
 
@@ -92,6 +93,16 @@ def logits(model, params, tokens, mask, policy):
     """float32 [B,T,V]: what each real token predicts for its successor. All at once: for small batches."""
     hidden, (_, inverse) = hidden_states(model, params, tokens, mask, policy)
     return align(logits_of(hidden, cast_to_compute(params, policy, numerics_of(model))["head"]), inverse)
+
+
+def tempered(logits, temperature):
+    """float32 [...,V]: `logits` of the distribution at a temperature above 0, a Python number. All are finite if the
+    given ones are."""
+    if temperature >= COLD:
+        return logits / temperature
+    # Quotients would lose the difference of two logits, or be infinite; distances from the largest logit do not.
+    distance = logits - lax.stop_gradient(jnp.max(logits, axis=-1, keepdims=True))
+    return jnp.maximum(distance / max(temperature, float(jnp.finfo(logits.dtype).tiny)), -1e30)
 
 
 def logprob_of(logits, token, support=None):
@@ -200,7 +211,7 @@ def sequence_scores(model, params, tokens, mask, *, policy):
 
 
 def _read(temperature, with_entropy, logits, targets, support):
-    logits = logits / temperature
+    logits = tempered(logits, temperature)
     logprobs = logprob_of(logits, targets, support)
     return logprobs, entropy_of(logits) if with_entropy else jnp.zeros_like(logprobs)
 

@@ -9,17 +9,25 @@ n: texts.  T: columns.
 
 from __future__ import annotations
 
+import difflib
 from functools import lru_cache
 import json
 import os
 from typing import TYPE_CHECKING, Any, Iterable, Mapping, NamedTuple, Sequence
+import warnings
 
 import numpy as np
+
+from jaxrl_fp16.folders import local_folder
 
 if TYPE_CHECKING:  # importing it takes a second, and graders do without
     from transformers import PreTrainedTokenizerFast
 
 PAD, END, UNKNOWN = "<pad>", "<eos>", "<unk>"
+
+# What one tokenizer may cut otherwise than another: numbers, blanks, marks, letters beyond ASCII, LaTeX.
+TELLING = ("The sum of 12 and 345 is 3,570.", "  don't\n\n\tif x:  y ", "\\boxed{\\frac{1}{2}} = 0.5; user: 1+2=3",
+           "Zwölf Bären, 漢字 🙂")
 
 
 class Prompts(NamedTuple):
@@ -51,10 +59,10 @@ def _fast_class():
 def load_tokenizer(folder) -> PreTrainedTokenizerFast:
     """The tokenizer of a Hugging Face folder, with its chat template from whichever file holds it.
 
-    Raises `ValueError` without a readable `tokenizer.json`, without an end-of-text token, and where the longest
-    text is no number.
+    Raises `ValueError` without such a folder, a readable `tokenizer.json` or an end-of-text token, and where the
+    longest text is no number.
     """
-    folder = os.fspath(folder)
+    folder = os.fspath(local_folder(folder, "tokenizer"))
     path = os.path.join(folder, "tokenizer.json")
     if not os.path.isfile(path):
         raise ValueError(f"{folder}: no tokenizer.json; a folder with a fast tokenizer is needed")
@@ -77,6 +85,8 @@ def save_tokenizer(tokenizer, folder) -> None:
     """Writes a folder that `load_tokenizer` reads, and Transformers 4 and 5 alike."""
     tokenizer.save_pretrained(folder)
     path = os.path.join(folder, "tokenizer_config.json")
+    if not os.path.isfile(path):  # not of Transformers' own tokenizers
+        return
     with open(path, encoding="utf-8") as file:
         config = json.load(file)
     # Transformers 5 writes a class and a list that 4, and with it vLLM, cannot read; 5 reads the older names.
@@ -86,6 +96,31 @@ def save_tokenizer(tokenizer, folder) -> None:
         config["additional_special_tokens"] = config.pop("extra_special_tokens")
     with open(path, "w", encoding="utf-8") as file:
         json.dump(config, file, indent=2, ensure_ascii=False)
+
+
+def auto_difference(tokenizer, folder) -> str | None:
+    """How Transformers' `AutoTokenizer` reads `folder`, a whole model's, otherwise than `tokenizer`, which was saved
+    there; None where it gives the same ids."""
+    texts = [*TELLING, "".join(tokenizer.all_special_tokens)]
+    level, where = None, f"AutoTokenizer, and what serves models by it, reads {folder} otherwise"
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            from transformers import AutoTokenizer, logging
+
+            level = logging.get_verbosity()
+            logging.set_verbosity(logging.CRITICAL)
+            theirs = encode(AutoTokenizer.from_pretrained(folder, local_files_only=True), texts)
+    except Exception as error:  # whatever a class of the library raises for files that are not its own
+        return f"{where}: {' '.join(f'{type(error).__name__}: {error}'.split())[:200]}"
+    finally:
+        if level is not None:
+            logging.set_verbosity(level)
+    for text, own, other in zip(texts, encode(tokenizer, texts), theirs):
+        if own != other:
+            return (f"{where}: {text!r} is {other[:12]} there, {own[:12]} in training; "
+                    "PreTrainedTokenizerFast.from_pretrained reads the trained ids")
+    return None
 
 
 def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
@@ -104,16 +139,32 @@ def character_tokenizer(alphabet: str) -> PreTrainedTokenizerFast:
                          clean_up_tokenization_spaces=False)
 
 
-def end_ids(tokenizer, generation_config: Mapping[str, Any] | None = None) -> tuple[int, ...]:
-    """The ids that end a response: the tokenizer's, then those of a folder's `generation_config.json`.
+def end_ids(tokenizer, generation_config: Mapping[str, Any] | None = None, config: Mapping[str, Any] | None = None,
+            names: Sequence[str] = ()) -> tuple[int, ...]:
+    """The ids that end a response; the first one ends what is written for training.
 
-    Raises `ValueError` where the latter names anything but ids.
+    Those of the tokens `names`, where there are any; else the tokenizer's, then those of a folder's
+    `generation_config.json` and `config.json`. Raises `ValueError` for a name that is no token, and where a
+    file gives anything but ids.
     """
-    found = (generation_config or {}).get("eos_token_id")
-    more = found if isinstance(found, list) else [] if found is None else [found]
-    if not all(type(each) is int and 0 <= each < 2**31 for each in more):
-        raise ValueError(f"generation_config.json: eos_token_id is {str(found)[:80]}; allowed: an id or a list of ids")
-    return tuple(dict.fromkeys([tokenizer.eos_token_id, *more]))
+    if names:
+        return tuple(dict.fromkeys(_token_id(tokenizer, name) for name in names))
+    found = [tokenizer.eos_token_id]
+    for file, settings in (("generation_config.json", generation_config), ("config.json", config)):
+        given = (settings or {}).get("eos_token_id")
+        more = given if isinstance(given, list) else [] if given is None else [given]
+        if not all(type(each) is int and 0 <= each < 2**31 for each in more):
+            raise ValueError(f"{file}: eos_token_id is {str(given)[:80]}; allowed: an id or a list of ids")
+        found += more
+    return tuple(dict.fromkeys(found))
+
+
+def _token_id(tokenizer, name: str) -> int:
+    known = tokenizer.get_vocab()
+    if name not in known:
+        near = difflib.get_close_matches(name, known, n=1) or [tokenizer.eos_token]
+        raise ValueError(f"{name!r} is no token of the tokenizer; allowed: the name of one, such as {near[0]!r}")
+    return known[name]
 
 
 def pad_id(tokenizer) -> int:
@@ -167,13 +218,17 @@ def encode_prompts(tokenizer, texts: Sequence[str], length: int) -> Prompts:
     return Prompts(tokens, mask, kept)
 
 
-def encode_completions(tokenizer, prompts: Sequence[str], completions: Sequence[str], length: int) -> Completions:
-    """Pairs in `length` columns. One that does not fit with its end-of-text is set aside; none is cut.
+def encode_completions(tokenizer, prompts: Sequence[str], completions: Sequence[str], length: int,
+                       ends: Sequence[int] | None = None) -> Completions:
+    """Pairs in `length` columns. One that does not fit with its end is set aside; none is cut.
 
-    Prompt and completion are encoded apart, as the sampler meets them: no token spans the two.
+    Prompt and completion are encoded apart, as the sampler meets them: no token spans the two. A row ends once:
+    with the first of `ends` (by default the tokenizer's end-of-text), or where the completion's text already does.
     """
-    starts, ends = encode(tokenizer, prompts), encode(tokenizer, completions)
-    rows = [start + end + [tokenizer.eos_token_id] for start, end in zip(starts, ends, strict=True)]
+    ends = end_ids(tokenizer) if ends is None else ends
+    starts = encode(tokenizer, prompts)
+    rows = [start + _ended(tokenizer, row, ends)
+            for start, row in zip(starts, encode(tokenizer, completions), strict=True)]
     kept = np.array([len(start) > 0 and len(row) <= length for start, row in zip(starts, rows)], bool)
     tokens = np.full((len(rows), length), pad_id(tokenizer), np.int32)
     mask, loss_mask = np.zeros((2, len(rows), length), bool)
@@ -182,6 +237,15 @@ def encode_completions(tokenizer, prompts: Sequence[str], completions: Sequence[
         tokens[index, :size], mask[index, :size] = rows[index], True
         loss_mask[index, len(starts[index]):size] = True
     return Completions(tokens, mask, loss_mask, kept)
+
+
+def _ended(tokenizer, row: list[int], ends: Sequence[int]) -> list[int]:
+    """`row` with the first of `ends`; or, where nothing but blanks follows an end of its own, up to that one."""
+    size = len(row)
+    while size and (row[size - 1] in ends or not tokenizer.decode(row[size - 1]).strip()):
+        size -= 1
+    own = next((at for at in range(size, len(row)) if row[at] in ends), None)
+    return [*row, ends[0]] if own is None else row[:own + 1]
 
 
 def decode_responses(tokenizer, tokens, response_mask, ends: Iterable[int] | None = None) -> list[str]:

@@ -13,13 +13,13 @@ PACKAGE = "jaxrl_fp16"
 # From the bottom up: a file imports from lines above its own here, or from its own line in no circle. A name is a
 # file, or a folder with all in it that has no line of its own.
 ORDER = """
-types masking finite config
-precision parallel console logs
+types masking finite config folders
+precision parallel console logs tokenizer
 models/numerics models/layers models/families
 models/attention models/decoder models/critic models/init models/taps
 models/hf
 models
-tokenizer packing forward
+packing forward
 sampling
 objectives
 tasks

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from transformers import AutoTokenizer
 
 from jaxrl_fp16 import tokenizer as tk
 from jaxrl_fp16.tasks import ALPHABET, Example, get_template, render
@@ -71,6 +72,32 @@ def test_nothing_is_said_where_there_is_no_pytorch():
         """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_what_auto_tokenizer_reads_otherwise_is_said(tmp_path):
+    """Under a config.json of Qwen2's, Transformers 5 puts Qwen2's way of cutting text in the file's own place."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.train_from_iterator(tk.TELLING * 4, trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["<end>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<end>")
+    tk.save_tokenizer(tokenizer, tmp_path)
+    (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+    assert tk.auto_difference(tokenizer, tmp_path) is None
+    (tmp_path / "config.json").write_text('{"model_type": "qwen2"}')
+    theirs = AutoTokenizer.from_pretrained(tmp_path)
+    differ = any(tk.encode(tokenizer, [text]) != tk.encode(theirs, [text]) for text in tk.TELLING)
+    said = tk.auto_difference(tokenizer, tmp_path)
+    assert differ == (said is not None)
+    if said:
+        assert f"reads {tmp_path} otherwise: 'The sum of 12 and" in said and "\n" not in said
+    (tmp_path / "tokenizer.json").write_text("{}")
+    assert f"reads {tmp_path} otherwise: " in tk.auto_difference(tokenizer, tmp_path)
 
 
 @pytest.mark.parametrize("alphabet", ["", "aa"])
@@ -140,6 +167,8 @@ def test_chat_template_from_either_file(byte_level, tmp_path, where):
 
 
 def test_faulty_folders_are_refused(byte_level, tmp_path):
+    with pytest.raises(ValueError, match="tokenizer folder a/b does not exist; .*`hf download a/b --local-dir"):
+        tk.load_tokenizer("a/b")
     with pytest.raises(ValueError, match="no tokenizer.json"):
         tk.load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
@@ -157,10 +186,24 @@ def test_ids_of_ends_and_padding(byte_level):
     assert tk.end_ids(byte_level) == tk.end_ids(byte_level, {}) == (end,)
     assert tk.end_ids(byte_level, {"eos_token_id": 7}) == (end, 7)
     assert tk.end_ids(byte_level, {"eos_token_id": [7, end, 8]}) == (end, 7, 8)
+    assert tk.end_ids(byte_level, None, {"eos_token_id": [8, 7]}) == (end, 8, 7)
+    assert tk.end_ids(byte_level, {"eos_token_id": 7}, {"eos_token_id": [8, end, 7]}) == (end, 7, 8)
+    for file, settings in (("generation_config.json", ({"eos_token_id": "7"},)), ("config.json", (None, {
+            "eos_token_id": [7, True]}))):
+        with pytest.raises(ValueError, match=f"^{file}: eos_token_id is .*; allowed: an id or a list of ids"):
+            tk.end_ids(byte_level, *settings)
     assert tk.pad_id(byte_level) == byte_level.pad_token_id != end
     without = tk.character_tokenizer("ab")
     without.pad_token = None
     assert tk.pad_id(without) == without.eos_token_id
+
+
+def test_ends_by_name(byte_level):
+    marks = tk.encode(byte_level, ["</think><|im_end|>"])[0]
+    given = {"eos_token_id": 7}
+    assert tk.end_ids(byte_level, given, given, names=["</think>", "<|im_end|>", "</think>"]) == tuple(marks)
+    with pytest.raises(ValueError, match=r"'<\|im_ends\|>' is no token of the tokenizer; .*such as '<\|im_end\|>'"):
+        tk.end_ids(byte_level, names=["</think>", "<|im_ends|>"])
 
 
 def test_the_vocabulary_must_fit_the_embedding(byte_level):
@@ -187,6 +230,26 @@ def test_encode_pairs():
     np.testing.assert_array_equal(pairs.mask, [[1] * 6, [0] * 6, [1, 1, 1, 0, 0, 0]])
     np.testing.assert_array_equal(pairs.loss_mask, [[0, 0, 0, 0, 1, 1], [0] * 6, [0, 0, 1, 0, 0, 0]])
     assert tk.encode_completions(tokenizer, ["1"], ["2"], 3).kept.all()
+
+
+@pytest.mark.parametrize("text, ends, written", [
+    ("4", None, "4<|im_end|>"),
+    ("4<|im_end|>", None, "4<|im_end|>"),
+    ("4<|im_end|>\n", None, "4<|im_end|>"),
+    ("4 \n<|im_end|>\n<|im_end|><|endoftext|>", ["<|im_end|>", "<|endoftext|>"], "4 \n<|im_end|>"),
+    ("4<|endoftext|>", ["<|im_end|>", "<|endoftext|>"], "4<|endoftext|>"),
+    ("4", ["<|endoftext|>", "<|im_end|>"], "4<|endoftext|>"),
+    ("4<|im_end|>", ["<|endoftext|>"], "4<|im_end|><|endoftext|>"),
+    ("4<|im_end|>\nno, 5<|im_end|>", None, "4<|im_end|>\nno, 5<|im_end|>"),
+    ("4<|im_end|>\nno, 5\n", None, "4<|im_end|>\nno, 5\n<|im_end|>"),
+    ("\n", None, "\n<|im_end|>"),
+    ("<|im_end|>", None, "<|im_end|>"),
+])
+def test_a_row_ends_once(byte_level, text, ends, written):
+    ids = None if ends is None else tk.end_ids(byte_level, names=ends)
+    row = tk.encode_completions(byte_level, ["2+2="], [text], 32, ids)
+    assert byte_level.decode(row.tokens[0][row.loss_mask[0]]) == written
+    assert (row.mask[0] == row.loss_mask[0])[len(tk.encode(byte_level, ["2+2="])[0]):].all()
 
 
 def test_decode_responses(byte_level):

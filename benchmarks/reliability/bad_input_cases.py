@@ -190,12 +190,25 @@ def models():
         ("shard in a folder", "sub/x.safetensors"), ("shard by a backslash", "..\\x.safetensors"),
     ]
     return [
-        Case(7, "absent folder", "model.path: absent: no tokenizer.json; a folder with a fast tokenizer is needed",
+        Case(7, "absent folder", "model.path: model folder absent does not exist; allowed: a local folder, nothing is",
              ("--model.path", "absent"), config="folder.yaml"),
         Case(7, "absent folder, tokenizer elsewhere", "absent does not exist; allowed: a local folder, nothing is "
              "downloaded", ("--model.path", "absent", "--model.tokenizer", "model"), config="folder.yaml"),
-        Case(7, "name on a hub", "Qwen/Qwen2.5-0.5B does not exist; allowed: a local folder, nothing is downloaded",
-             ("--model.path", "Qwen/Qwen2.5-0.5B", "--model.tokenizer", "model"), config="folder.yaml"),
+        Case(7, "name on a hub", "nothing is downloaded; if it is a name on the Hub, fetch it: `hf download Qwen/Qwen2",
+             ("--model.path", "Qwen/Qwen2.5-0.5B"), config="folder.yaml"),
+        Case(7, "absent tokenizer", "model.tokenizer: tokenizer folder absent does not exist; allowed: a local folder",
+             ("--model.tokenizer", "absent"), config="folder.yaml"),
+        Case(7, "file for a folder", "model.path: model/model.safetensors is a file; allowed: the model folder that it "
+             "lies in, model", ("--model.path", "model/model.safetensors"), config="folder.yaml"),
+        model_folder(7, "adapter", "model: model holds an adapter (adapter_config.json: LORA of base), not a whole "
+                     "model; allowed: the two merged", lambda folder: [
+                         lose("model/config.json")(folder), lose("model/tokenizer.json")(folder), write(
+                             "model/adapter_config.json", '{"peft_type": "LORA", "base_model_name_or_path": "base"}')(
+                             folder)]),
+        model_folder(7, "quantised", "a model quantised by gptq cannot be trained; allowed: the unquantised model",
+                     edit_json("model/config.json", quantization_config={"quant_method": "gptq", "bits": 4})),
+        Case(7, "run folder", "run/config.json is missing (it is a run folder; `jaxrl-fp16 export CONFIG --resume run`",
+             ("--model.path", "run"), lambda folder: (folder / "run" / "checkpoints").mkdir(), config="folder.yaml"),
         Case(7, "critic's folder absent", "critic: model folder absent does not exist",
              ("--algorithm.preset", "ppo", "--critic.path", "absent")),
         model_folder(7, "without config.json", "model/config.json is missing; allowed: a model folder as Transformers",
@@ -256,6 +269,9 @@ def models():
                      large_vocabulary),
         Case(11, "embedding too small", "model: the tokenizer has ids up to 20 and the model's embedding 20 rows",
              ("--model.vocab_size", "20")),
+        Case(11, "end token that is no token",
+             "sampling.end_tokens: '<|im_end|>' is no token of the tokenizer; allowed: the name of one, such as '<",
+             ("--sampling.end_tokens", '["<|im_end|>"]')),
         model_folder(11, "damaged generation_config.json", "generation_config.json is not a JSON file",
                      write("model/generation_config.json", "{")),
     ]

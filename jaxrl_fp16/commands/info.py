@@ -86,7 +86,7 @@ def _rows(bench, params):
     if all(example.solution for example in examples):
         tokens, mask, response, kept = encode_completions(
             setup.tokenizer, prompts, [example.solution for example in examples],
-            length + config.sampling.max_new_tokens,
+            length + config.sampling.max_new_tokens, setup.eos_ids,
         )
         origin = "the task's solutions"
     else:
@@ -109,7 +109,8 @@ def _rows(bench, params):
 def _sampled(bench, params, tokens, mask):
     """`(tokens, mask, response_mask)` on the host: one response to each prompt, in the sampler's precision."""
     s, limit = bench.setup.config.sampling, bench.setup.config.info.max_new_tokens
-    sampling = s.__class__(max_new_tokens=min(s.max_new_tokens, limit), temperature=s.temperature, group_size=1)
+    sampling = s.__class__(max_new_tokens=min(s.max_new_tokens, limit), temperature=s.temperature, group_size=1,
+                           end_tokens=s.end_tokens)
     rollout = make_engine(bench.setup, bench.model, sampling)(params, tokens, mask, bench.setup.keys.evaluation)
     return tuple(to_host(x) for x in (rollout.tokens, rollout.mask, rollout.response_mask))
 

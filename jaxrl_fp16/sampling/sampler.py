@@ -21,7 +21,7 @@ from jaxrl_fp16.models.decoder import Cache, decode_step, unstack_layers
 from jaxrl_fp16.models.numerics import jit
 from jaxrl_fp16.sampling.stopping import stop_table
 from jaxrl_fp16.sampling.support import draw, support_size
-from jaxrl_fp16.tokenizer import token_bytes
+from jaxrl_fp16.tokenizer import end_ids, token_bytes
 from jaxrl_fp16.types import Rollout
 
 
@@ -35,8 +35,13 @@ class SamplingConfig:
     top_p: Annotated[float, Gt(0), Le(1), Doc("probability mass of likeliest tokens that sampling keeps; 1: all")] = 1.0
     group_size: Annotated[int, Ge(1), Doc("responses sampled for each prompt")] = 8
     stop: Annotated[tuple[str, ...], Doc("stop strings: the token that completes one ends a response; []: none")] = ()
+    end_tokens: Annotated[
+        tuple[str, ...],
+        Doc("names of the tokens that end a response, and of which the first ends a row of sft and dpo; []: those of "
+            "the tokenizer and the model folder's generation_config.json and config.json"),
+    ] = ()
     max_rows: Annotated[int, Ge(0), Doc("responses decoded at once; 0: all")] = 0
-    max_support: Annotated[int, Ge(1), Doc("most tokens that top_k or top_p keep")] = 256
+    max_support: Annotated[int, Ge(1), Doc("most tokens that top_p keeps, and the largest top_k")] = 256
 
     def __post_init__(self):
         if self.max_new_tokens < 1 or self.group_size < 1:
@@ -48,6 +53,9 @@ class SamplingConfig:
                 f"temperature {self.temperature}, top_k {self.top_k}, top_p {self.top_p}; "
                 "allowed: temperature >= 0, top_k >= 0, 0 < top_p <= 1"
             )
+        if self.top_k > self.max_support:
+            raise ValueError(f"top_k is {self.top_k}; allowed: up to max_support, {self.max_support}, or a larger "
+                             "max_support")
         if any(not text for text in self.stop):
             raise ValueError("stop holds an empty string; allowed: strings of one character or more")
         if 0 < self.max_rows < self.group_size:
@@ -76,9 +84,9 @@ def make_sampler(model, policy, config, *, eos_id, pad_id, tokenizer=None):
       model: a Decoder.
       policy: a `jmp.Policy`, the sampler's precision.
       config: a `SamplingConfig`.
-      eos_id: an int or a tuple of ints; each ends a response.
+      eos_id: an int or a tuple of ints; each ends a response. `config.end_tokens` take their place.
       pad_id: the int that fills what follows a response's end.
-      tokenizer: needed for stop strings alone.
+      tokenizer: needed for stop strings and `config.end_tokens` alone.
 
     Returns:
       The sampler, of float32 parameters and left-padded prompts: tokens int32 [n,P] and their mask bool [n,P], with
@@ -86,8 +94,13 @@ def make_sampler(model, policy, config, *, eos_id, pad_id, tokenizer=None):
       key of its own.
 
     Raises:
-      ValueError: for stop strings without a tokenizer, or too many of them (`stop_table`).
+      ValueError: for stop strings or end tokens without a tokenizer, an end token that it lacks, or too many stop
+        strings (`stop_table`).
     """
+    if config.end_tokens:
+        if tokenizer is None:
+            raise ValueError(f"end_tokens {config.end_tokens!r} need a tokenizer: make_sampler(..., tokenizer=...)")
+        eos_id = end_ids(tokenizer, names=config.end_tokens)
     eos_ids = jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32))
     stops = _stop_automaton(config, tokenizer, model.config.vocab_size)
 

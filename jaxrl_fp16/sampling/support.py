@@ -7,7 +7,7 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from jaxrl_fp16.forward import logprob_of
+from jaxrl_fp16.forward import logprob_of, tempered
 
 PIECE = 64  # ids in the second stage of a draw
 
@@ -43,7 +43,7 @@ def draw(config, logits, keys):
     if config.temperature == 0:
         token = jnp.argmax(logits, axis=-1).astype(jnp.int32)
         return token, logprob_of(logits, token), None, None
-    logits = logits / config.temperature
+    logits = tempered(logits, config.temperature)
     size = support_size(config, logits.shape[-1])
     if not size:
         token = _categorical(keys, logits)

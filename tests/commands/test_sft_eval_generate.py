@@ -13,6 +13,7 @@ from jaxrl_fp16 import cli
 from jaxrl_fp16.console import Console
 from jaxrl_fp16.logs import RunLog, read_metrics
 from jaxrl_fp16.models import load_pretrained
+from jaxrl_fp16.tokenizer import end_ids, load_tokenizer
 
 SETS = ("--evaluation.sets", "[{name: sampled, samples: 4, temperature: 1}, {name: greedy, limit: 3}]",
         "--evaluation.rows", "16")
@@ -262,3 +263,13 @@ def test_the_folder_of_another_command_is_refused(command, tmp_path, capsys):
         assert f"resume: {folder} is a run of the command train; allowed: that command, or" in error
         assert error.count("\n") == 1
     assert {path: path.stat().st_mtime_ns for path in folder.rglob("*")} == before
+
+
+def test_an_export_says_what_ends_a_response(command, tmp_path):
+    assert command("sft", "--run.dir", str(tmp_path), "--sft.steps", "1", "--sampling.end_tokens", '["=", "<eos>"]',
+                   "--sampling.stop", '["7+", "8"]') == 0
+    folder = one_run(tmp_path) / "model"
+    generation, config = (json.loads((folder / f"{name}.json").read_text()) for name in ("generation_config", "config"))
+    tokenizer = load_tokenizer(folder)
+    assert generation["eos_token_id"] == config["eos_token_id"] == list(end_ids(tokenizer, names=["=", "<eos>"]))
+    assert generation["stop_strings"] == ["7+", "8"]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_fp16.forward import logits, token_logprobs
+from jaxrl_fp16.forward import entropy_of, logits, logprob_of, tempered, token_logprobs
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params
 from jaxrl_fp16.precision import get_precision
 from jaxrl_fp16.sampling import SamplingConfig, make_sampler, sampler
@@ -114,6 +114,16 @@ def test_decoding_in_parts_gives_the_same_rollout(params, rollout):
     np.testing.assert_allclose(parts.logprobs, rollout.logprobs, atol=1e-5)
 
 
+def test_end_tokens_are_the_ends(params):
+    tokenizer = character_tokenizer("0123456789+-*/%()=,")
+    named, by_id = maker(tokenizer=tokenizer, end_tokens=("2", "5")), maker(eos_id=(5, 8))
+    assert_same_rollout(named(params, PROMPTS, MASK, KEY), by_id(params, PROMPTS, MASK, KEY))
+    with pytest.raises(ValueError, match=r"end_tokens \('2',\) need a tokenizer"):
+        maker(end_tokens=("2",))
+    with pytest.raises(ValueError, match="'<eot>' is no token of the tokenizer; allowed: .*'<eos>'"):
+        maker(tokenizer=tokenizer, end_tokens=("<eot>",))
+
+
 def test_any_of_several_ends_ends(params):
     ends = (EOS, 5, 9)
     rollout = maker(eos_id=ends)(params, PROMPTS, MASK, KEY)
@@ -151,6 +161,8 @@ def test_stop_strings_without_a_tokenizer_are_refused():
     (dict(temperature=-1.0), "temperature -1.0"),
     (dict(top_p=0.0), "top_p 0.0"),
     (dict(top_k=-1), "top_k -1"),
+    (dict(top_k=257), "top_k is 257; allowed: up to max_support, 256"),
+    (dict(top_k=5, max_support=4), "top_k is 5; allowed: up to max_support, 4"),
     (dict(stop=("",)), "empty string"),
     (dict(max_rows=3, group_size=4), "max_rows is 3, less than group_size 4"),
 ])
@@ -213,6 +225,29 @@ def test_kept_ids_are_those_of_the_definition(top_k, top_p):
     for row in range(len(scores)):
         assert {i for i in found[row] if i >= 0} == expected_support(probs[row], top_k, top_p)
         assert len(found[row][found[row] >= 0]) == len(set(found[row][found[row] >= 0]))
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(top_k=5), dict(top_p=0.9)], ids=str)
+@pytest.mark.parametrize("temperature", [1e-9, 1e-20, 1e-30, 1.2e-38, 1e-38, 1e-45])
+def test_temperatures_near_0_draw_as_greedy(settings, temperature):
+    """Down to numbers that float32 has as 0, with logits as far apart as FP16 allows."""
+    scores = np.random.default_rng(3).permutation(64 * 50).reshape(64, 50).astype(np.float32)
+    scores = jnp.asarray(scores * 40 - 65000)
+    keys = jax.random.split(jax.random.key(1), 64)
+    drawn = jax.jit(functools.partial(draw, SamplingConfig(temperature=temperature, **settings)))(scores, keys)
+    np.testing.assert_array_equal(drawn[0], scores.argmax(axis=-1))
+    assert not np.asarray(drawn[1]).any() and (drawn[3] is None or not np.asarray(drawn[3]).any())
+    logits = tempered(scores, temperature)
+    assert np.isfinite(logits).all() and not np.asarray(entropy_of(logits)).any()
+    slopes = jax.grad(lambda x: logprob_of(tempered(x, temperature), drawn[0]).sum())(scores)
+    assert np.isfinite(slopes).all()
+
+
+def test_a_cold_rollout_is_scored_as_it_was_drawn(params):
+    cold, greedy = (maker(temperature=temperature)(params, PROMPTS, MASK, KEY) for temperature in (1e-38, 0.0))
+    np.testing.assert_array_equal(cold.tokens, greedy.tokens)
+    np.testing.assert_allclose(scored(params, cold, 1e-38)[cold.response_mask], 0.0)
+    assert not np.asarray(cold.logprobs).any()
 
 
 def test_max_support_bounds_what_top_p_keeps():

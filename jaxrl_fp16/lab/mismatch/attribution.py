@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_fp16.forward import (
-    align_rows, cast_to_compute, in_compute_dtype, logits_of, logprob_of, score_hidden, token_logprobs,
+    align_rows, cast_to_compute, in_compute_dtype, logits_of, logprob_of, score_hidden, tempered, token_logprobs,
 )
 from jaxrl_fp16.masking import align
 from jaxrl_fp16.models.attention import BLOCK, PACKABLE
@@ -135,7 +135,7 @@ def _decode(model, params, batch, columns, temperature):
     def predict(hidden, at):
         """Log-prob [B] of the token after position `at`."""
         target = tokens[rows, jnp.minimum(at + 1, width - 1)]
-        return logprob_of(logits_of(hidden, params["head"])[:, 0] / (temperature or 1.0), target)
+        return logprob_of(tempered(logits_of(hidden, params["head"])[:, 0], temperature or 1.0), target)
 
     def step(carry, number):
         caches, taps, logprobs = carry

@@ -64,6 +64,18 @@ def refuse_unless(config, key, allowed):
         raise ValueError(f"{key} is {json.dumps(value)[:80]}; allowed: {names}")
 
 
+def refuse_quantised(config):
+    """ValueError if `config` says that the weights are quantised, by any of the keys that tools write."""
+    for key in ("quantization_config", "quantization", "compression_config"):
+        about = config.get(key)
+        if about is not None:
+            known = about if isinstance(about, dict) else {}
+            method = known.get("quant_method") or known.get("quant_algo") or "some method"
+            raise ValueError(f"{key} is {json.dumps(about)[:80]}: a model quantised by {str(method)[:40]} cannot be "
+                             "trained; allowed: the unquantised model that it was made from; leave the key out only "
+                             "where all weights are plain numbers")
+
+
 def read_rope(config):
     """`rope_theta` and `rope_scaling` of a DecoderConfig."""
     rope = {"rope_theta": ABSENT_THETA, "rope_type": "default", **_rope_settings(config)}

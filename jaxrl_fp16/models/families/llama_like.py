@@ -27,7 +27,7 @@ FIELDS = {
 
 # Keys that would change the forward, and the values under which they do not; with `hidden_act`, which is the MLP's.
 # `auto_map` names code inside the folder, which is never run.
-IMPLEMENTED = {"quantization_config": (), "auto_map": ()}
+IMPLEMENTED = {"auto_map": ()}
 
 # Fields that a family either has, lacks, or switches by a flag in config.json.
 PARTS = ("qkv_bias", "output_bias", "mlp_bias", "qk_norm")

@@ -9,8 +9,8 @@ import json
 import math
 import os
 from pathlib import Path
+import secrets
 import shutil
-import tempfile
 
 import jax
 from jax.experimental import multihost_utils
@@ -24,6 +24,7 @@ from jaxrl_fp16.models.hf.load import check_range
 from jaxrl_fp16.models.hf.weight_files import DTYPES, INDEX, SINGLE
 from jaxrl_fp16.models.init import at, param_shapes, tensor_table
 from jaxrl_fp16.parallel.sharding import to_host
+from jaxrl_fp16.tokenizer import save_tokenizer
 
 TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
@@ -36,7 +37,7 @@ def save_pretrained(folder, model, params, dtype="float16", tokenizer=None, gene
       folder: its path. It must be new or empty, unless `overwrite`.
       model, params: a Decoder and its parameters, on one device or many.
       dtype: of the stored weights: float16, bfloat16 or float32.
-      tokenizer: anything with Transformers' `save_pretrained`; gives the special ids too.
+      tokenizer: anything with Transformers' `save_pretrained`; gives the special ids too. `save_tokenizer` writes it.
       generation_config: a mapping for `generation_config.json`, such as
         `{"eos_token_id": [1, 2], "temperature": 1.0}`; its ids win over the tokenizer's.
       shard_bytes: weights above this are split into several files. One such file is in memory at once.
@@ -49,7 +50,7 @@ def save_pretrained(folder, model, params, dtype="float16", tokenizer=None, gene
     if not isinstance(model, Decoder):
         raise ValueError(f"a {type(model).__name__} cannot be exported; allowed: a Decoder")
     ids, generation = _generation(tokenizer, generation_config)
-    _save(Path(folder), model, params, dtype, ids, generation, tokenizer, overwrite, shard_bytes)
+    _save(Path(folder).expanduser(), model, params, dtype, ids, generation, tokenizer, overwrite, shard_bytes)
 
 
 def save_reward_model(folder, model, params, dtype="float32", tokenizer=None, pad_token_id=None, *,
@@ -67,7 +68,7 @@ def save_reward_model(folder, model, params, dtype="float32", tokenizer=None, pa
     ids, _ = _generation(tokenizer, {} if pad_token_id is None else {"pad_token_id": pad_token_id})
     about = {"architectures": [FAMILIES[model.body.config.family].classifier], "id2label": {"0": "LABEL_0"},
              "label2id": {"LABEL_0": 0}, **ids}
-    _save(Path(folder), model, params, dtype, about, {}, tokenizer, overwrite, shard_bytes)
+    _save(Path(folder).expanduser(), model, params, dtype, about, {}, tokenizer, overwrite, shard_bytes)
 
 
 def _save(folder, model, params, dtype, about, generation, tokenizer, overwrite, shard_bytes):
@@ -88,7 +89,7 @@ def _save(folder, model, params, dtype, about, generation, tokenizer, overwrite,
             if generation:
                 _write_json(place / "generation_config.json", generation)
             if tokenizer is not None:
-                tokenizer.save_pretrained(place)
+                save_tokenizer(tokenizer, place)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"exported {folder}")
 
@@ -174,12 +175,15 @@ def _to_hf(tensor, array, index, dtype):
 def _new_folder(folder):
     """A folder to write into, which takes its final name at the end, and is removed after an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
-    place = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
+    place = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(8)}")
+    place.mkdir()
     try:
-        place.chmod(0o755)  # mkdtemp keeps others out
         yield place
-        for path in (*place.rglob("*"), place):
+        usual = place.stat().st_mode & 0o666  # by the umask, which safetensors does not ask
+        for path in place.rglob("*"):
+            path.chmod(usual)
             _flush(path)
+        _flush(place)
         _rename(place, folder)
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)

@@ -7,17 +7,18 @@ device's part of it, is filled from the mapped files tensor by tensor.
 
 import dataclasses
 from functools import partial
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_fp16.finite import peak
+from jaxrl_fp16.folders import local_folder
 from jaxrl_fp16.models.critic import Critic, decoder_of
 from jaxrl_fp16.models.decoder import Decoder, DecoderConfig
 from jaxrl_fp16.models.families import FAMILIES
-from jaxrl_fp16.models.families.config_json import read_json, refuse_unless
+from jaxrl_fp16.models.families.config_json import read_json, refuse_quantised, refuse_unless
+from jaxrl_fp16.models.hf.other_folders import refuse_adapter, what_lies_in
 from jaxrl_fp16.models.hf.weight_files import PretrainedError, find_tensors
 from jaxrl_fp16.models.init import at, param_shapes, param_shardings, put, tensor_table
 from jaxrl_fp16.models.numerics import DEFAULT
@@ -47,7 +48,7 @@ def load_pretrained(
         `config.json` asks for.
     """
     model = Decoder(read_config(folder), attention=attention, remat=remat, numerics=numerics)
-    return model, _load_params(Path(folder), model, mesh, compute_dtype)
+    return model, _load_params(local_folder(folder), model, mesh, compute_dtype)
 
 
 def load_reward_model(
@@ -64,7 +65,7 @@ def load_reward_model(
     config = dataclasses.replace(config, tie_embeddings=True)
     body = Decoder(config, attention=attention, remat=remat, numerics=numerics)
     model = Critic(body, bias=False)
-    return model, _load_params(Path(folder), model, mesh, compute_dtype)
+    return model, _load_params(local_folder(folder), model, mesh, compute_dtype)
 
 
 def _load_params(folder, model, mesh, compute_dtype):
@@ -89,14 +90,13 @@ def _load_params(folder, model, mesh, compute_dtype):
 
 def read_config(folder, classifier=False):
     """The DecoderConfig that a model folder's `config.json` describes; with `classifier` a reward model's."""
-    folder = Path(folder)
-    path = folder / "config.json"
-    if not folder.is_dir():
-        raise PretrainedError(f"model folder {folder} does not exist; allowed: a local folder, "
-                              f"nothing is downloaded")
-    if not path.is_file():
-        raise PretrainedError(f"{path} is missing; allowed: a model folder as Transformers saves it")
     try:
+        folder = local_folder(folder)
+        path = folder / "config.json"
+        refuse_adapter(folder)
+        if not path.is_file():
+            raise ValueError(f"{path} is missing{what_lies_in(folder)}; allowed: a model folder as Transformers "
+                             "saves it")
         found = read_json(path)
     except ValueError as error:
         raise PretrainedError(str(error)) from error
@@ -105,6 +105,7 @@ def read_config(folder, classifier=False):
         raise PretrainedError(f"{path}: model_type is {name!r}; allowed: {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     try:
+        refuse_quantised(found)
         refuse_unless(found, "architectures", ([family.classifier if classifier else family.architecture],))
         if classifier:
             _refuse_labels(found)

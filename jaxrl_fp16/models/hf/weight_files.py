@@ -12,10 +12,13 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from jaxrl_fp16.models.families.config_json import read_json
+from jaxrl_fp16.models.hf.other_folders import what_lies_in
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 WEIGHTS = f"{SINGLE}, or {INDEX} and its shards"
-DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # written and read
+READ = (*DTYPES, "F64")
+UNLISTED = ("*.safetensors", "it holds {name}, which no index lists")
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
 CHUNK_BYTES = 2**25  # read at once, so that the largest tensor too costs little beside its place in memory
 
@@ -26,7 +29,7 @@ class PretrainedError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class StoredTensor:
-    """Where one tensor lies. shape: as it is stored.  dtype: a key of DTYPES."""
+    """Where one tensor lies. shape: as it is stored.  dtype: one of READ."""
 
     name: str
     file: Path
@@ -43,7 +46,8 @@ class StoredTensor:
             for start in range(rows.start, rows.stop, step):
                 stop = min(start + step, rows.stop)
                 # Cast before the assignment: a cast that also transposes runs at half the speed.
-                values = stored[(slice(start, stop), *rest)].astype(np.float32, copy=False)
+                with np.errstate(over="ignore"):  # float64 beyond float32: `check_range` tells
+                    values = stored[(slice(start, stop), *rest)].astype(np.float32, copy=False)
                 out[start - rows.start:stop - rows.start] = values
 
 
@@ -57,7 +61,7 @@ def find_tensors(folder):
     if pickles:
         raise PretrainedError(f"{folder} holds pickled weights only ({pickles[0]}), which are never opened; "
                               f"allowed: {WEIGHTS}")
-    raise PretrainedError(f"{folder} holds no weights; allowed: {WEIGHTS}")
+    raise PretrainedError(f"{folder} holds no weights{what_lies_in(folder, UNLISTED)}; allowed: {WEIGHTS}")
 
 
 def _read_shards(folder):
@@ -111,7 +115,7 @@ def _read_header(path):
         raise PretrainedError(f"{path} is damaged or not a safetensors file ({error}); "
                               f"allowed: a whole one, fetch it again") from error
     for name, tensor in found.items():
-        if tensor.dtype not in DTYPES:
-            raise PretrainedError(f"{path}: tensor {name} is stored as {tensor.dtype}; "
-                                  f"allowed: {', '.join(DTYPES)}")
+        if tensor.dtype not in READ:
+            raise PretrainedError(f"{path}: tensor {name} is stored as {tensor.dtype}; allowed: {', '.join(READ)}; "
+                                  f"a quantised model cannot be trained, the one that it was made from can")
     return found

@@ -25,11 +25,14 @@ from jaxrl_fp16.training.updates.optimizer import make_optimizer
 from jaxrl_fp16.training.updates.state import create_train_state, shardings_of
 
 
-def encode_preferences(task, tokenizer, examples, length):
-    """`(PreferencePairs on the host, why [B])`: None, or why a pair is set aside; its rows are empty."""
+def encode_preferences(task, tokenizer, examples, length, ends=None):
+    """`(PreferencePairs on the host, why [B])`: None, or why a pair is set aside; its rows are empty.
+
+    ends: as `encode_completions` takes them.
+    """
     prompts, flaws = rendered(task, examples, tokenizer)
-    chosen = encode_completions(tokenizer, prompts, [example.solution for example in examples], length)
-    rejected = encode_completions(tokenizer, prompts, [example.rejected for example in examples], length)
+    chosen = encode_completions(tokenizer, prompts, [example.solution for example in examples], length, ends)
+    rejected = encode_completions(tokenizer, prompts, [example.rejected for example in examples], length, ends)
     fits = chosen.kept & rejected.kept
     why = [flaw or (None if fit else f"longer than dpo.max_length = {length}") for flaw, fit in zip(flaws, fits)]
     kept = np.array([each is None for each in why], bool)
@@ -38,14 +41,14 @@ def encode_preferences(task, tokenizer, examples, length):
     return PreferencePairs(tokens, mask & kept[:, None, None], response_mask & kept[:, None, None]), why
 
 
-def next_preferences(task, tokenizer, position, count, length, seed):
+def next_preferences(task, tokenizer, position, count, length, seed, ends=None):
     """`(PreferencePairs on the host, position after them)`: problems with two responses, in the order of `data_order`.
 
     Problems without, prompts without their problem's text, and pairs of which a response
     makes more than `length` tokens, are passed over. Raises ValueError when a whole epoch
-    holds none that fits.
+    holds none that fits. ends: as `encode_completions` takes them.
     """
-    encode = preference_encoder(task, tokenizer, length)
+    encode = preference_encoder(task, tokenizer, length, ends)
     places, chosen = zip(*islice(fitting_rows(task, position, count, seed, encode, (
         f"none of the {len(task.train)} problems has a chosen and a rejected response that fit into max_length = "
         f"{length} tokens; allowed: task arithmetic or preference, or a larger limit"
@@ -53,10 +56,10 @@ def next_preferences(task, tokenizer, position, count, length, seed):
     return jax.tree.map(lambda *rows: np.stack(rows), *chosen), places[-1] + 1
 
 
-def preference_encoder(task, tokenizer, length):
+def preference_encoder(task, tokenizer, length, ends=None):
     """`examples -> PreferencePairs of one row or why it is set aside`, of each."""
     def encode(examples):
-        pairs, why = encode_preferences(task, tokenizer, _preferences(examples), length)
+        pairs, why = encode_preferences(task, tokenizer, _preferences(examples), length, ends)
         rows = (reason or jax.tree.map(lambda x, at=at: x[at], pairs) for at, reason in enumerate(why))
         return ["without two responses" if example.rejected is None else next(rows) for example in examples]
 
@@ -72,8 +75,10 @@ def check_preferences(setup, task):
     aside."""
     config, section = setup.config, setup.config.dpo
     with naming("dpo"):
-        next_preferences(task, setup.tokenizer, 0, section.batch_size, section.max_length, config.run.seed)
-        lines = set_aside(task, preference_encoder(task, setup.tokenizer, section.max_length), "pairs")
+        next_preferences(
+            task, setup.tokenizer, 0, section.batch_size, section.max_length, config.run.seed, setup.eos_ids
+        )
+        lines = set_aside(task, preference_encoder(task, setup.tokenizer, section.max_length, setup.eos_ids), "pairs")
     return lines + (check_solutions(setup, task) if config.sft.steps else [])
 
 
@@ -102,7 +107,8 @@ def optimize(run, learner, position=0, start=0):
     for step in range(start + 1, section.steps + 1):
         began = position
         pairs, position = next_preferences(
-            run.task, setup.tokenizer, position, section.batch_size, section.max_length, run.config.run.seed
+            run.task, setup.tokenizer, position, section.batch_size, section.max_length, run.config.run.seed,
+            setup.eos_ids,
         )
         pairs = shard_batch(pairs, setup.mesh)
         with announced(run.log, step == start + 1, "compiling scorer and update"):
@@ -118,7 +124,9 @@ def make_held_out(run, reference):
     `heldout/pairs_set_aside`, and those of `dpo_loss` under `heldout/`. Without a pair that fits it gives the two
     counts, and without a pair none."""
     section, setup = run.config.dpo, run.setup
-    pairs, why = encode_preferences(run.task, setup.tokenizer, _preferences(run.task.heldout), section.max_length)
+    pairs, why = encode_preferences(
+        run.task, setup.tokenizer, _preferences(run.task.heldout), section.max_length, setup.eos_ids
+    )
     count = why.count(None)
     counts = {"pairs": count, "pairs_set_aside": len(why) - count}
     if not count:

@@ -24,7 +24,7 @@ from jaxrl_fp16.training.updates.state import create_train_state, shardings_of
 from jaxrl_fp16.training.updates.step import split_rows
 
 
-def next_solutions(task, tokenizer, position, rows, length, seed, packing=False):
+def next_solutions(task, tokenizer, position, rows, length, seed, packing=False, ends=None):
     """`(SFTRows on the host, how many, position after them)`: problems with their solutions, in `data_order`'s order.
 
     What is passed over on the way is the position's difference less the number.
@@ -32,9 +32,9 @@ def next_solutions(task, tokenizer, position, rows, length, seed, packing=False)
     One a row, or with `packing` as many as fit into `rows` rows of `length` columns: what
     does not fit any more is the first of the next step. Problems without a solution or
     without their text in the prompt, and pairs longer than `length` tokens, are passed over.
-    Raises ValueError when a whole epoch holds none that fits.
+    Raises ValueError when a whole epoch holds none that fits. ends: as `encode_completions` takes them.
     """
-    pairs = fitting_rows(task, position, rows, seed, solution_encoder(task, tokenizer, length), (
+    pairs = fitting_rows(task, position, rows, seed, solution_encoder(task, tokenizer, length, ends), (
         f"none of the {len(task.train)} problems has a solution that fits into max_length = {length} tokens; "
         "allowed: data with task.solution_field, or a larger limit"
     ))
@@ -46,11 +46,12 @@ def next_solutions(task, tokenizer, position, rows, length, seed, packing=False)
     return SFTRows(*packed), count, places[count - 1] + 1
 
 
-def solution_encoder(task, tokenizer, length):
+def solution_encoder(task, tokenizer, length, ends=None):
     """`examples -> (tokens [T], mask [T], loss_mask [T]) or why it is set aside`, of each; T is `length`."""
     def encode(examples):
         prompts, flaws = rendered(task, examples, tokenizer)
-        *arrays, kept = encode_completions(tokenizer, prompts, [example.solution for example in examples], length)
+        solutions = [example.solution for example in examples]
+        *arrays, kept = encode_completions(tokenizer, prompts, solutions, length, ends)
         return [_without(flaw, example, keep, length) or row
                 for flaw, example, keep, row in zip(flaws, examples, kept, zip(*arrays))]
 
@@ -76,8 +77,11 @@ def check_solutions(setup, task):
     """Refuses data without a solution that fits; gives the lines that say what is set aside."""
     section, seed = setup.config.sft, setup.config.run.seed
     with naming("sft"):
-        next_solutions(task, setup.tokenizer, 0, section.batch_size, section.max_length, seed)
-        return set_aside(task, solution_encoder(task, setup.tokenizer, section.max_length), "problems with solutions")
+        next_solutions(
+            task, setup.tokenizer, 0, section.batch_size, section.max_length, seed, ends=setup.eos_ids
+        )
+        encode = solution_encoder(task, setup.tokenizer, section.max_length, setup.eos_ids)
+        return set_aside(task, encode, "problems with solutions")
 
 
 def fresh_state(run, params):
@@ -104,7 +108,7 @@ def supervise(run, state, position=0, start=0):
         began = position
         pairs, examples, position = next_solutions(
             run.task, setup.tokenizer, position, section.batch_size, section.max_length, run.config.run.seed,
-            section.packing,
+            section.packing, setup.eos_ids,
         )
         with announced(run.log, step == start + 1, "compiling the supervised step"):
             state, metrics = update(state, shard_batch(pairs, setup.mesh))

@@ -19,6 +19,7 @@ from jaxrl_fp16.logs import RunLog, truncate
 from jaxrl_fp16.models import save_pretrained
 from jaxrl_fp16.parallel import LOST_PROCESS, from_first_process
 from jaxrl_fp16.tasks import Task
+from jaxrl_fp16.tokenizer import auto_difference
 from jaxrl_fp16.training.checkpoints.checkpoint import CheckpointError, Checkpoints
 from jaxrl_fp16.training.rollouts.evaluate import evaluate, make_evaluators
 from jaxrl_fp16.training.rollouts.reward_model import make_grader, open_reward_model
@@ -151,6 +152,8 @@ class Run:
         generation = {"eos_token_id": list(self.setup.eos_ids), "pad_token_id": self.setup.pad_id}
         if s.temperature:
             generation |= {"do_sample": True, "temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
+        if s.stop:
+            generation["stop_strings"] = list(s.stop)
         try:
             save_pretrained(
                 folder, self.model, params, dtype=self.setup.precision.policy.compute_dtype.name,
@@ -159,6 +162,9 @@ class Run:
         except ValueError as error:
             raise Guard(str(error)) from error
         self.log.say(f"weights for Transformers and vLLM: {folder}")
+        difference = auto_difference(self.setup.tokenizer, folder) if jax.process_index() == 0 else None
+        if difference:
+            self.log.say(difference)
 
 
 @contextlib.contextmanager

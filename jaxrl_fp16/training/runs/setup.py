@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from jaxrl_fp16.config import ConfigError, load_unchecked, naming, naming_at_entry
 from jaxrl_fp16.console import Console
+from jaxrl_fp16.folders import local_folder
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, load_pretrained, read_config
 from jaxrl_fp16.models.families.config_json import read_json
 from jaxrl_fp16.parallel import check_same_config, from_first_process, initialize_distributed, make_mesh
@@ -103,6 +104,8 @@ def set_up(config):
         if initialize_distributed(heartbeat=config.run.heartbeat_seconds):
             # A folder of compiled programs may be each host's own.
             check_same_config(dataclasses.replace(config, run=dataclasses.replace(config.run, compile_cache=None)))
+    config = _at_home(config)
+    _check_folders(config.model)
     found = _platform(wanted)
     if config.run.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.run.compile_cache))
@@ -120,12 +123,37 @@ def set_up(config):
             check_mesh_rows(config, mesh)
     with naming("model.tokenizer" if config.model.tokenizer else "model.path"):
         tokenizer = _tokenizer(config)
-        eos_ids = end_ids(tokenizer, _generation_config(config.model))
+        files = [_json_of_folder(config.model, name) for name in ("generation_config.json", "config.json")]
+        eos_ids = end_ids(tokenizer, *files)
+    with naming("sampling.end_tokens"):
+        eos_ids = end_ids(tokenizer, names=config.sampling.end_tokens) if config.sampling.end_tokens else eos_ids
     config = dataclasses.replace(
         config, precision=precision.name, rollout_precision=rollout.name if config.rollout_precision else None,
         platform=None, run=dataclasses.replace(config.run, platform=found), task=dated(config, tokenizer),
     )
     return Setup(config, precision, rollout, critic, mesh, tokenizer, eos_ids, pad_id(tokenizer))
+
+
+def _at_home(config):
+    """`config` with `~` expanded in the folders that it names."""
+    home = lambda section, *keys: dataclasses.replace(section, **{
+        key: os.path.expanduser(getattr(section, key)) for key in keys if getattr(section, key) is not None})
+    task = dataclasses.replace(config.task, reward_model=home(config.task.reward_model, "path", "tokenizer"))
+    return dataclasses.replace(
+        home(config, "resume"), run=home(config.run, "dir"), model=home(config.model, "path", "tokenizer"),
+        critic=home(config.critic, "path"), task=task,
+    )
+
+
+def _check_folders(model):
+    """Refuses folders of section `model` that are none, or no model's, before JAX looks for devices."""
+    for key, kind in (("path", "model"), ("tokenizer", "tokenizer")):
+        if getattr(model, key) is not None:
+            with naming(f"model.{key}"):
+                local_folder(getattr(model, key), kind)
+    if model.path is not None:
+        with _naming_model():
+            read_config(model.path)
 
 
 def _platform(wanted):
@@ -153,15 +181,17 @@ def dated(config, tokenizer):
     if config.resume is None:
         return dataclasses.replace(task, date=from_first_process(lambda: datetime.date.today().isoformat()))
     try:
-        return dataclasses.replace(task, date=load_unchecked(Config, Path(config.resume) / "config.yaml")["task"]["date"])
+        before = load_unchecked(Config, Path(config.resume) / "config.yaml")
     except ConfigError:  # no run's folder; what reads it says so
         return task
+    return dataclasses.replace(task, date=before["task"]["date"])
 
 
-def _generation_config(model):
+def _json_of_folder(model, name):
+    """What the model folder's file of that name holds; None where there is none."""
     if model.path is None:
         return None
-    path = Path(model.path) / "generation_config.json"
+    path = Path(model.path) / name
     return read_json(path) if path.is_file() else None
 
 

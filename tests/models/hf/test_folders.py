@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 from pathlib import Path
 import re
 import shutil
@@ -16,13 +17,14 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxrl_fp16.models import (
-    FAMILIES, Decoder, DecoderConfig, PretrainedError, RopeScaling, check_range, load_pretrained, param_shapes,
-    read_config, save_pretrained,
+    FAMILIES, Critic, Decoder, DecoderConfig, PretrainedError, RopeScaling, check_range, load_pretrained, param_shapes,
+    read_config, save_pretrained, save_reward_model,
 )
 from jaxrl_fp16.models.families.family import TRANSFORMS, Tensor
 from jaxrl_fp16.models.hf import export, load
 from jaxrl_fp16.models.hf.weight_files import find_tensors
 from jaxrl_fp16.parallel import axes_sharding, make_mesh
+from jaxrl_fp16.tokenizer import character_tokenizer
 
 SHAPE = dict(vocab_size=32, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=4, num_kv_heads=2,
              head_dim=8)
@@ -157,6 +159,13 @@ def test_half_precision_rounds_once(tmp_path, dtype):
     assert stored < 2.5 * sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
+def test_float64_is_read(single, saved):
+    edit_tensors(single / "model.safetensors", lambda t: t.update({name: x.astype("float64") for name, x in t.items()}))
+    assert_equal_trees(load_pretrained(single)[1], saved[1])
+    edit_tensors(single / "model.safetensors", set_tensor(GATE, np.full((24, 16), 1e39)))
+    refused(single, f"{re.escape(GATE)} holds inf; allowed: finite values")
+
+
 def test_tensors_larger_than_what_is_read_at_once(saved, monkeypatch):
     monkeypatch.setattr("jaxrl_fp16.models.hf.weight_files.CHUNK_BYTES", 200)
     assert_equal_trees(load_pretrained(saved[0] / "single")[1], saved[1])
@@ -211,7 +220,9 @@ def test_tied_model_with_a_stored_head(tmp_path):
     (dict(model_type=None), "model_type is None"),
     (dict(architectures=["Qwen2Model"]), 'architectures is .*; allowed: .*Qwen2ForCausalLM'),
     (dict(hidden_act="gelu"), 'hidden_act is "gelu"; allowed: "silu"'),
-    (dict(quantization_config={"bits": 4}), "quantization_config is .*leave the key out"),
+    (dict(quantization_config={"bits": 4}), "quantization_config is .* quantised by some method cannot be trained"),
+    (dict(quantization_config={"quant_method": "fp8"}), "quantised by fp8 cannot be .*; allowed: the unquantised"),
+    (dict(quantization={"group_size": 64, "bits": 4}), "quantization is .* cannot be trained"),
     (dict(auto_map={"AutoModel": "evil.Model"}), "auto_map is"),
     (dict(hidden_size=None), "hidden_size is missing; allowed: an integer"),
     (dict(hidden_size="16"), "hidden_size is '16'; allowed: an integer"),
@@ -264,7 +275,7 @@ def test_a_config_that_is_no_object_is_refused(single, text, pattern):
 
 
 def test_folders_without_a_model(tmp_path, single):
-    refused(tmp_path / "absent", "does not exist.*nothing is downloaded")
+    refused(tmp_path / "absent", "does not exist; allowed: a local folder, nothing is downloaded$")
     refused(tmp_path, "config.json is missing")
     (single / "model.safetensors").unlink()
     refused(single, "holds no weights")
@@ -272,6 +283,50 @@ def test_folders_without_a_model(tmp_path, single):
     (single / "pytorch_model.bin").write_text(f"cposix\nsystem\n(S'touch {tmp_path}/ran'\ntR.")
     refused(single, r"pickled weights only \(pytorch_model.bin\), which are never opened")
     assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("file, pattern", [
+    ("adapter_config.json", r"holds an adapter \(adapter_config.json: \? of \?\), not a whole .*merge_and_unload"),
+    ("adapter_model.safetensors", r"missing \(it holds an adapter's weights \(adapter_model.safetensors\)"),
+    ("small-q4.gguf", r"missing \(it holds GGUF \(small-q4.gguf\)"),
+    ("consolidated.00.pth", r"missing \(it holds consolidated.00.pth, its maker's own format"),
+    ("checkpoints/4/x", r"missing \(it is a run folder; `jaxrl-fp16 export CONFIG --resume "),
+    ("snapshots/0123/config.json", r"missing \(it is the Hub's cache; the model is in .*/snapshots/0123\)"),
+    ("step-5/config.json", r"missing \(step-5/config.json is there: perhaps that folder is meant\)"),
+])
+def test_other_folders_are_named_as_what_they_are(tmp_path, file, pattern):
+    (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / file).write_text("{}")
+    refused(tmp_path, pattern)
+
+
+def test_an_adapter_beside_whole_weights_is_refused(single):
+    """Transformers would take the adapter's own base for them."""
+    (single / "adapter_config.json").write_text('{"peft_type": "LORA", "base_model_name_or_path": "a/b"}')
+    refused(single, r"holds an adapter \(adapter_config.json: LORA of a/b\)")
+
+
+def test_weights_without_their_index_are_named(shards):
+    (shards / INDEX).unlink()
+    refused(shards, r"holds no weights \(it holds model-00001-of-\d+.safetensors, which no index lists\)")
+
+
+@pytest.mark.parametrize("place", ["", "https://huggingface.co/", "hf.co/"])
+def test_a_name_on_the_hub_is_told_how_to_fetch_it(place):
+    refused(f"{place}Qwen/Qwen2.5-0.5B", "does not exist; .* nothing is .* `hf download Qwen/Qwen2.5-0.5B --")
+
+
+def test_a_file_is_no_folder(single):
+    refused(single / "model.safetensors", "model.safetensors is a file; allowed: the model folder .* in, .*single")
+
+
+def test_a_folder_at_home(single, monkeypatch):
+    monkeypatch.setenv("HOME", str(single.parent))
+    params = load_pretrained("~/single")[1]
+    save_pretrained("~/again", small()[0], params, dtype="float32")
+    assert_equal_trees(load_pretrained(single.parent / "again")[1], params)
+    with pytest.raises(PretrainedError, match=re.escape(f"model folder {single.parent}/absent does not exist")):
+        load_pretrained("~/absent")
 
 
 def set_tensor(name, value):
@@ -282,7 +337,7 @@ def set_tensor(name, value):
     (lambda t: t.pop(GATE), f"tensor {re.escape(GATE)} is missing"),
     (set_tensor("score.weight", np.ones(1, np.float32)), "score.weight in model.safetensors is unknown"),
     (set_tensor(GATE, np.ones((16, 24), np.float32)), r" has shape \[16, 24\]; allowed: \[24, 16\]"),
-    (set_tensor(GATE, np.ones((24, 16), np.int8)), "is stored as I8; allowed: F32, F16, BF16"),
+    (set_tensor(GATE, np.ones((24, 16), np.int8)), "is stored as I8; allowed: F32, F16, BF16, F64; a quantised"),
     (set_tensor(GATE, np.full((24, 16), np.nan, np.float32)), "1.mlp.gate_proj.weight holds nan; allowed: "),
     (set_tensor(GATE, np.full((24, 16), -np.inf, np.float32)), "1.mlp.gate_proj.weight holds inf; allowed: "),
 ])
@@ -409,6 +464,32 @@ def test_export_replaces_a_folder_only_when_told(tmp_path):
     assert not (target / "extra").exists()
     assert [path.name for path in target.parent.iterdir()] == ["out"]
     assert target.stat().st_mode & 0o777 == 0o755
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077, 0o002])
+def test_files_have_the_usual_mode(tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        save_pretrained(tmp_path / "out", *small(), tokenizer=character_tokenizer("123"), shard_bytes=8000)
+    finally:
+        os.umask(before)
+    assert (tmp_path / "out").stat().st_mode & 0o777 == 0o777 & ~umask
+    modes = {path.name: path.stat().st_mode & 0o777 for path in (tmp_path / "out").iterdir()}
+    assert len(modes) > 6 and set(modes.values()) == {0o666 & ~umask}
+
+
+def test_a_tokenizer_goes_out_under_names_that_transformers_4_knows(tmp_path):
+    tokenizer = character_tokenizer("123")
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<a>", "<b>"]})
+    critic = Critic(small()[0], bias=False)
+    for name, save, model in (("policy", save_pretrained, small()[0]), ("reward", save_reward_model, critic)):
+        params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), param_shapes(model))
+        save(tmp_path / name, model, params, tokenizer=tokenizer)
+        config = json.loads((tmp_path / name / "tokenizer_config.json").read_text())
+        assert config["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert not isinstance(config.get("extra_special_tokens"), list)
+        assert config["additional_special_tokens"] == ["<a>", "<b>"]
+        assert not [path for path in (tmp_path / name).glob("*.json") if "TokenizersBackend" in path.read_text()]
 
 
 class Interrupted:

@@ -9,8 +9,8 @@ _HOMES = {
     "types": ("Rollout", "Batch"),
     "precision": ("get_precision", "Precision", "LossScale", "LossScaleConfig"),
     "models": (
-        "Decoder", "DecoderConfig", "NumericsConfig", "RopeScaling", "Critic", "critic_params", "init_params",
-        "load_pretrained", "save_pretrained", "load_reward_model", "save_reward_model",
+        "Decoder", "DecoderConfig", "NumericsConfig", "RopeScaling", "YarnScaling", "Critic", "critic_params",
+        "init_params", "load_pretrained", "save_pretrained", "load_reward_model", "save_reward_model",
     ),
     "tokenizer": ("load_tokenizer", "encode_prompts", "decode_responses"),
     "forward": ("token_logprobs", "token_values", "sequence_scores", "logits"),

@@ -7,7 +7,7 @@ from jaxrl_fp16.models.families import FAMILIES
 from jaxrl_fp16.models.families.family import Family, Tensor
 from jaxrl_fp16.models.hf.load import PretrainedError, check_range, load_pretrained, load_reward_model, read_config
 from jaxrl_fp16.models.init import init_params, param_axes, param_shapes, param_shardings
-from jaxrl_fp16.models.layers import RopeScaling
+from jaxrl_fp16.models.layers import RopeScaling, YarnScaling
 from jaxrl_fp16.models.numerics import NumericsConfig
 
 __all__ = [
@@ -20,6 +20,7 @@ __all__ = [
     "NumericsConfig",
     "PretrainedError",
     "RopeScaling",
+    "YarnScaling",
     "Tensor",
     "check_range",
     "critic_params",

@@ -23,7 +23,7 @@ from jaxrl_fp16.masking import segment_positions
 from jaxrl_fp16.models import attention
 from jaxrl_fp16.models.families import FAMILIES
 from jaxrl_fp16.models.families.family import AttentionShape
-from jaxrl_fp16.models.layers import Projection, RMSNorm, RopeScaling, rope_angles, rotate
+from jaxrl_fp16.models.layers import Projection, RMSNorm, RopeScaling, YarnScaling, rope_angles, rotate
 from jaxrl_fp16.models.numerics import DEFAULT, NumericsConfig
 
 
@@ -41,6 +41,7 @@ class DecoderConfig:
     head_dim: Annotated[int, Ge(2), Doc("width of an attention head; even")]
     rope_theta: Annotated[float | None, Gt(0), Doc("base of the rotary frequencies")] = None
     rope_scaling: Annotated[RopeScaling | None, Doc("Llama 3's stretching of the rotary frequencies")] = None
+    rope_yarn: Annotated[YarnScaling | None, Doc("YaRN's stretching of the rotary frequencies")] = None
     norm_eps: Annotated[float | None, Gt(0), Doc("number added to the mean square in a norm")] = None
     tie_embeddings: Annotated[bool | None, Doc("the head is the embedding, transposed")] = None
     qkv_bias: Annotated[bool | None, Doc("bias on query, key and value projections")] = None
@@ -52,7 +53,12 @@ class DecoderConfig:
     def __post_init__(self):
         if self.family not in FAMILIES:
             raise ValueError(f"model family {self.family!r} is unknown; allowed: {', '.join(FAMILIES)}")
-        for name, value in FAMILIES[self.family].defaults.items():
+        defaults = dict(FAMILIES[self.family].defaults)
+        if self.rope_yarn is not None:
+            if self.rope_scaling is not None:
+                raise ValueError("rope_scaling and rope_yarn are both given; allowed: one of them, or null")
+            defaults["max_positions"] = self.rope_yarn.longest
+        for name, value in defaults.items():
             if getattr(self, name) is None:
                 object.__setattr__(self, name, value)  # the dataclass is frozen for everyone after this
         if self.num_heads % self.num_kv_heads:
@@ -90,7 +96,7 @@ class Attention(nn.Module):
         v = self._heads("v", c.kv_heads)(x).astype(kept)
         if c.qk_norm:
             q, k = RMSNorm(self.norm_eps, name="q_norm")(q), RMSNorm(self.norm_eps, name="k_norm")(k)
-        q, k = rotate(q, angles).astype(kept), rotate(k, angles).astype(kept)
+        q, k = (rotate(x, angles, c.rotary_scale).astype(kept) for x in (q, k))
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if positions is None:
             mixed = attention.attend(self.kind, q, k, v, segments, weights)
@@ -216,7 +222,7 @@ def embed(embedding, tokens, dtype):
 
 def angles_of(config, positions):
     """float32 [...,E/2]: the rotary angles of a config's heads at int32 `positions` [...]."""
-    return rope_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling)
+    return rope_angles(positions, config.head_dim, config.rope_theta, config.rope_scaling or config.rope_yarn)
 
 
 def unstack_layers(stacked, num_layers):

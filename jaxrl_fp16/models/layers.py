@@ -7,6 +7,7 @@ angles and biases are float32.
 
 import dataclasses
 from functools import partial
+import math
 from typing import Annotated
 
 from annotated_types import Gt
@@ -118,8 +119,8 @@ class RopeScaling:
     ]
     original_max_position: Annotated[int, Gt(0), Doc("tokens of the context before rotary stretching")]
 
-    def stretch(self, frequencies):
-        """float32 [E/2] -> float32 [E/2]; a linear blend between the two bounds."""
+    def stretch(self, frequencies, theta):
+        """float32 [E/2] -> float32 [E/2]; a linear blend between the two bounds. theta: the frequencies' base."""
         wavelengths = 2 * jnp.pi / frequencies
         low, high = self.low_freq_factor, self.high_freq_factor
         blend = (self.original_max_position / wavelengths - low) / (high - low)
@@ -127,17 +128,74 @@ class RopeScaling:
         return frequencies * (blend + (1 - blend) / self.factor)
 
 
+@dataclasses.dataclass(frozen=True)
+class YarnScaling:
+    """YaRN's stretching of the rotary frequencies (2309.00071), as Transformers does it."""
+
+    factor: Annotated[float, Gt(0), Doc("factor by which YaRN makes the context longer")]
+    original_max_position: Annotated[int, Gt(0), Doc("tokens of the context before YaRN")]
+    beta_fast: Annotated[
+        float, Gt(0), Doc("rotary pairs that turn more than this often in the original context stay as they are")
+    ] = 32.0
+    beta_slow: Annotated[
+        float, Gt(0), Doc("rotary pairs that turn less than this often in the original context are stretched in full")
+    ] = 1.0
+    attention_factor: Annotated[
+        float | None, Gt(0), Doc("number that multiplies rotated queries and keys; null: 0.1 ln(factor) + 1")
+    ] = None
+    truncate: Annotated[bool, Doc("take whole rotary pairs for the bounds of YaRN's blend")] = True
+    declared_positions: Annotated[
+        int | None, Gt(0), Doc("max_position_embeddings to write in config.json with YaRN; null: model.max_positions")
+    ] = None
+
+    @property
+    def longest(self):
+        """Tokens of the stretched context."""
+        return max(1, int(self.original_max_position * self.factor))
+
+    @property
+    def amplitude(self):
+        """What rotated queries and keys are multiplied by."""
+        return yarn_amplitude(self.factor) if self.attention_factor is None else self.attention_factor
+
+    def stretch(self, frequencies, theta):
+        """float32 [E/2] -> float32 [E/2]; a linear blend between two pairs. theta: the frequencies' base."""
+        size = 2 * len(frequencies)
+
+        def pair_of(turns):
+            """Where a pair turns so often in the original context."""
+            return size * math.log(self.original_max_position / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+        low, high = pair_of(self.beta_fast), pair_of(self.beta_slow)
+        if self.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, size - 1)
+        high = high + 0.001 if low == high else high
+        stretched = jnp.clip((jnp.arange(len(frequencies), dtype=jnp.float32) - low) / (high - low), 0.0, 1.0)
+        return frequencies / self.factor * stretched + frequencies * (1 - stretched)
+
+
+def yarn_amplitude(factor, slope=1.0):
+    """YaRN's attention factor: 0.1 slope ln(factor) + 1, and 1 where nothing is stretched."""
+    return 0.1 * slope * math.log(factor) + 1.0 if factor > 1 else 1.0
+
+
 def rope_angles(positions, head_dim, theta, scaling=None):
     """float32 [..., E/2]: rotary angles of int32 `positions` [...] (2104.09864), E the head dim."""
     exponents = jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim
     frequencies = 1.0 / (theta**exponents)
     if scaling is not None:
-        frequencies = scaling.stretch(frequencies)
+        frequencies = scaling.stretch(frequencies, theta)
     return positions[..., None].astype(jnp.float32) * frequencies
 
 
-def rotate(x, angles):
-    """float32 `x` [B,T,H,E] turned by `angles` [B or 1,T,E/2]; halves are paired, as Hugging Face does."""
+def rotate(x, angles, scale=1.0):
+    """float32 `x` [B,T,H,E] turned by `angles` [B or 1,T,E/2]; halves are paired, as Hugging Face does.
+
+    scale: a number that the result is multiplied by.
+    """
     cos, sin = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
+    if scale != 1.0:
+        cos, sin = cos * scale, sin * scale
     first, second = jnp.split(x, 2, axis=-1)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)

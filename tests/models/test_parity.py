@@ -16,9 +16,15 @@ transformers = pytest.importorskip("transformers")
 
 LLAMA3 = dict(rope_type="llama3", rope_theta=500.0, factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0,
               original_max_position_embeddings=32)
+YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_embeddings=32)
 CASES = {
     "qwen2": dict(rope_parameters=dict(rope_type="default", rope_theta=1e6)),
     "qwen2_tied": dict(tie_word_embeddings=True),
+    "qwen2_yarn": dict(rope_parameters=YARN, max_position_embeddings=32),
+    "qwen2_yarn_all": dict(rope_parameters=YARN | dict(
+        factor=2.5, beta_fast=16.0, beta_slow=2.0, truncate=False), head_dim=16),
+    "qwen3_yarn": dict(rope_parameters=YARN | dict(factor=8.0, attention_factor=1.3), head_dim=32),
+    "mistral": dict(sliding_window=None, rope_parameters=dict(rope_type="default", rope_theta=1e5)),
     "qwen3": dict(head_dim=32, rms_norm_eps=1e-5),
     "qwen3_bias": dict(head_dim=16, attention_bias=True, tie_word_embeddings=True),
     "llama": dict(rope_parameters=LLAMA3, num_key_value_heads=1),
@@ -109,6 +115,19 @@ def test_config_of_transformers_4(reference, tmp_path, random_model):
         (tmp_path / path.name).symlink_to(path)
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_pretrained(tmp_path)[0].config == model.config
+
+
+def test_yarn_by_mscale(tmp_path, random_model):
+    """Two slopes give the attention factor; it is that which is written."""
+    rope = YARN | dict(mscale=0.7, mscale_all_dim=1.2)
+    hf = random_model("AutoModelForCausalLM", "qwen2", rope_parameters=rope, max_position_embeddings=32)
+    hf.save_pretrained(tmp_path / "theirs")
+    model, params = load_pretrained(tmp_path / "theirs")
+    assert model.config.rope_yarn.amplitude == pytest.approx(hf.model.rotary_emb.attention_scaling, rel=1e-12)
+    save_pretrained(tmp_path / "ours", model, params, dtype="float32")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "ours").eval()
+    tokens, mask = ragged_batch()
+    assert torch.equal(*(reference_logits(each, tokens, mask)[torch.tensor(mask)] for each in (hf, again)))
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])

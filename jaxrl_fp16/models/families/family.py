@@ -90,6 +90,7 @@ class AttentionShape:
     qkv_bias: bool      # on query, key and value projections
     output_bias: bool   # on the output projection
     qk_norm: bool       # RMSNorm on each query and key head
+    rotary_scale: float = 1.0  # of rotated queries and keys: YaRN's attention factor
 
     @property
     def cached(self):

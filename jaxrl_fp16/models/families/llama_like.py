@@ -3,6 +3,7 @@
 from collections.abc import Callable
 import dataclasses
 from functools import partial
+import json
 from typing import Any
 
 from flax import linen as nn
@@ -65,14 +66,15 @@ def linear_tensors(config, name, axes):
 GATED = MLP(_gated_mlp, _gated_tensors, ("silu", "swish"))
 
 
-def family(name, architecture, defaults, absent, switches, mlp=GATED):
+def family(name, architecture, defaults, absent, switches, mlp=GATED, nulls=()):
     """A family with Llama's layout.
 
     defaults: of DecoderConfig fields left None. absent: what Transformers takes
     where config.json lacks a key, which need not be those. switches: flags of
-    config.json -> the fields among PARTS that each one sets. mlp: an MLP.
+    config.json -> the fields among PARTS that each one sets. mlp: an MLP. nulls:
+    keys that must be null -> what Transformers takes where they are absent.
     """
-    about = dict(absent=absent, switches=switches, mlp=mlp)
+    about = dict(absent=absent, switches=switches, mlp=mlp, nulls=dict(nulls))
     return Family(
         name=name,
         architecture=architecture,
@@ -87,11 +89,18 @@ def family(name, architecture, defaults, absent, switches, mlp=GATED):
 
 def _attention(config):
     c = config
-    return AttentionShape(c.num_heads, c.num_kv_heads, c.head_dim, c.qkv_bias, c.output_bias, c.qk_norm)
+    scale = 1.0 if c.rope_yarn is None else c.rope_yarn.amplitude
+    return AttentionShape(c.num_heads, c.num_kv_heads, c.head_dim, c.qkv_bias, c.output_bias, c.qk_norm, scale)
 
 
-def _read(config, *, absent, switches, mlp):
+def _read(config, *, absent, switches, mlp, nulls):
+    for key, taken in nulls.items():
+        if config.get(key, taken) is not None:
+            there = f"{json.dumps(config[key])[:80]}" if key in config else f"missing, which is {taken}"
+            raise ValueError(f"{key} is {there}; allowed: null, no layer here attends within a window")
     given = {key: value for key, value in config.items() if value is not None}
+    if "num_key_value_heads" in config.keys() - given.keys():  # null is no key's absence
+        given["num_key_value_heads"] = config.get("num_attention_heads")
     config = {**absent, **dict.fromkeys(switches, False), **given}
     for key, allowed in (IMPLEMENTED | {"hidden_act": mlp.activations}).items():
         refuse_unless(config, key, allowed)
@@ -102,7 +111,10 @@ def _read(config, *, absent, switches, mlp):
     _refuse_sliding_window(config, fields["num_layers"])
     for flag, names in switches.items():
         fields.update(dict.fromkeys(names, read_value(config, flag, bool)))
-    return {**fields, **read_rope(config)}
+    rope = read_rope(config)
+    if rope["rope_yarn"] is not None:
+        fields["max_positions"] = rope["rope_yarn"].longest
+    return {**fields, **rope}
 
 
 def _refuse_sliding_window(config, num_layers):
@@ -114,20 +126,22 @@ def _refuse_sliding_window(config, num_layers):
         raise ValueError("use_sliding_window is true; allowed: false, no layer here attends within a window")
 
 
-def _write(config, *, architecture, defaults, absent, switches, mlp):
+def _write(config, *, architecture, defaults, absent, switches, mlp, nulls):
     switched = {field: flag for flag, fields in switches.items() for field in fields}
     for field in PARTS:
         if field not in switched and getattr(config, field) != defaults[field]:
             raise ValueError(f"{field} is {getattr(config, field)}; allowed: {defaults[field]}, "
                              f"{architecture} has no key for it")
     written = {"architectures": [architecture], "model_type": config.family, "hidden_act": mlp.activations[0]}
-    written |= {key: getattr(config, field) for key, (field, _) in FIELDS.items()}
+    written |= {key: getattr(config, field) for key, (field, _) in FIELDS.items()} | dict.fromkeys(nulls)
+    if config.rope_yarn is not None and config.rope_yarn.declared_positions is not None:
+        written["max_position_embeddings"] = config.rope_yarn.declared_positions
     for flag, fields in switches.items():
         values = {getattr(config, field) for field in fields}
         if len(values) > 1:
             raise ValueError(f"{' and '.join(fields)} differ; allowed: one value, config.json's {flag}")
         written[flag] = values.pop()
-    return {**written, **write_rope(config.rope_theta, config.rope_scaling)}
+    return {**written, **write_rope(config.rope_theta, config.rope_scaling, config.rope_yarn)}
 
 
 def tensors(config, mlp=GATED):

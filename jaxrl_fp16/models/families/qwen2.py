@@ -7,6 +7,7 @@ FAMILY = llama_like.family(
     architecture="Qwen2ForCausalLM",
     defaults=dict(rope_theta=1e6, norm_eps=1e-6, tie_embeddings=False, qkv_bias=True, output_bias=False,
                   mlp_bias=False, qk_norm=False, max_positions=32768),
-    absent=dict(rms_norm_eps=1e-6, tie_word_embeddings=False, max_position_embeddings=32768),
+    absent=dict(rms_norm_eps=1e-6, tie_word_embeddings=False, max_position_embeddings=32768,
+                num_key_value_heads=32),
     switches={},
 )

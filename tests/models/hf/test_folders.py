@@ -17,8 +17,8 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from jaxrl_fp16.models import (
-    FAMILIES, Critic, Decoder, DecoderConfig, PretrainedError, RopeScaling, check_range, load_pretrained, param_shapes,
-    read_config, save_pretrained, save_reward_model,
+    FAMILIES, Critic, Decoder, DecoderConfig, PretrainedError, RopeScaling, YarnScaling, check_range, load_pretrained,
+    param_shapes, read_config, save_pretrained, save_reward_model,
 )
 from jaxrl_fp16.models.families.family import TRANSFORMS, Tensor
 from jaxrl_fp16.models.hf import export, load
@@ -233,8 +233,18 @@ def test_tied_model_with_a_stored_head(tmp_path):
     (dict(num_key_value_heads=3), "num_kv_heads is 3; allowed: a divisor of num_heads, 4"),
     (dict(use_sliding_window=True, max_window_layers=1), "use_sliding_window is true; allowed: false"),
     (dict(layer_types=["full_attention", "sliding_attention"]), "layer_types is .*sliding"),
-    (dict(rope_parameters=None, rope_scaling={"type": "linear"}), 'rope_type is "linear"; allowed: "def'),
-    (dict(rope_parameters={"rope_type": "yarn"}), 'rope_type is "yarn"; allowed: "default", "llama3"'),
+    (dict(rope_parameters=None, rope_scaling={"type": "linear"}),
+     'rope_type is "linear"; allowed: "default", "llama3", "yarn"; without these settings the model is another one'),
+    (dict(rope_parameters={"rope_type": "dynamic", "factor": 2.0}), "the model is the same up to max_position"),
+    (dict(rope_parameters={"rope_type": "longrope"}), "the model is another one at every length, unless all of"),
+    (dict(rope_parameters={"rope_type": "mrope"}), "the model is the same for text alone"),
+    (dict(rope_parameters={"rope_type": "new"}), "without these settings the model is another one$"),
+    (dict(rope_parameters={"rope_type": ["yarn"]}), r'rope_type is \["yarn"\]; allowed: "default"'),
+    (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6}), "factor is missing; allowed: a number > 0"),
+    (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6, "factor": 4, "beta_fast": 1, "beta_slow": 2}),
+     "beta_fast is 1; allowed: from beta_slow, here 2"),
+    (dict(rope_parameters={"rope_type": "yarn", "rope_theta": 1e6, "factor": 4, "low_freq_factor": 1}),
+     "rope_parameters.low_freq_factor is 1 with rope_type 'yarn'"),
     (dict(rope_parameters={"rope_type": "llama3", "rope_theta": 1e6}), "factor is missing"),
     (dict(rope_parameters={"rope_theta": 1e6, "mrope_section": [1]}), "rope_parameters.mrope_section is"),
     (dict(rope_theta=5.0), "rope_theta is given as 5.0 and as 1000000.0"),
@@ -256,6 +266,58 @@ def test_config_is_refused(single, changes, pattern):
 def test_settings_without_effect_are_let_through(single, changes):
     edit_json(single / "config.json", **changes)
     assert read_config(single) == small()[0].config
+
+
+@pytest.mark.parametrize("declared, original", [(32768, 32768), (131072, 32768), (32768, None)])
+def test_the_limit_of_yarn_is_original_positions_times_factor(single, tmp_path, declared, original):
+    """As Qwen's pages write it, with `max_position_embeddings` from before or from after."""
+    rope = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": original}
+    edit_json(single / "config.json", rope_parameters=None, rope_scaling=rope, max_position_embeddings=declared)
+    config = read_config(single)
+    assert config.max_positions == 131072 and config.rope_yarn.original_max_position == 32768
+    model, params = load_pretrained(single)
+    save_pretrained(tmp_path / "out", model, params)
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert read_config(tmp_path / "out") == config and written["max_position_embeddings"] == declared
+    assert written["rope_scaling"] == {
+        "factor": 4.0, "original_max_position_embeddings": 32768, "rope_type": "yarn"}
+
+
+def test_two_scalings_are_refused():
+    yarn = YarnScaling(factor=4.0, original_max_position=64)
+    assert DecoderConfig(family="qwen2", **SHAPE, rope_yarn=yarn).max_positions == 256
+    with pytest.raises(ValueError, match="rope_scaling and rope_yarn are both given; allowed: one of them"):
+        DecoderConfig(family="llama", **SHAPE, rope_yarn=yarn, rope_scaling=RopeScaling(8.0, 1.0, 4.0, 64))
+
+
+@pytest.fixture
+def mistral(tmp_path):
+    save_pretrained(tmp_path / "mistral", *small("mistral"), dtype="float32")
+    return tmp_path / "mistral"
+
+
+def test_a_window_of_mistral_is_off_only_where_it_is_null(mistral):
+    """Where Transformers finds no key it takes a window of 4,096."""
+    assert json.loads((mistral / "config.json").read_text())["sliding_window"] is None
+    assert read_config(mistral) == small("mistral")[0].config
+    for window, said in ((4096, "4096"), (0, "0"), (131072, "131072"), (False, "false")):
+        edit_json(mistral / "config.json", sliding_window=window)
+        refused(mistral, f"sliding_window is {said}; allowed: null, no layer here attends within a window")
+    edit_json(mistral / "config.json", sliding_window=None)  # removes it
+    refused(mistral, "sliding_window is missing, which is 4096; allowed: null")
+
+
+@pytest.mark.parametrize("family, heads", [("qwen2", 32), ("qwen3", 32), ("mistral", 8), ("llama", None)])
+def test_key_value_heads_that_are_absent_or_null(tmp_path, family, heads):
+    """Absent: what Transformers takes. Null: as many as query heads."""
+    save_pretrained(tmp_path / "out", *small(family))
+    path = tmp_path / "out" / "config.json"
+    found = json.loads(path.read_text()) | {"num_attention_heads": 64, "head_dim": 8}
+    path.write_text(json.dumps(found | {"num_key_value_heads": None}))
+    assert read_config(tmp_path / "out").num_kv_heads == 64
+    del found["num_key_value_heads"]
+    path.write_text(json.dumps(found))
+    assert read_config(tmp_path / "out").num_kv_heads == (heads or 64)
 
 
 @pytest.mark.parametrize("text, pattern", [

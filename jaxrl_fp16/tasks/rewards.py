@@ -2,7 +2,7 @@
 
 A reward function is `reward(prompts, responses, examples) -> list of floats`. It is called for one group, the
 responses to one prompt; the three lists have one entry a response, and an example is a plain dict of its
-row's fields with `problem`, `answer` and `solution`. Its parameters are filled by name: `reward_arguments.py`.
+row's fields with `problem`, `answer` and `solution`. Its parameters are filled by name: `grading/arguments.py`.
 
 n: prompts.  G: responses of each prompt's group.
 """
@@ -17,8 +17,8 @@ from typing import Any, Callable, Iterator, Mapping, Sequence
 import numpy as np
 
 from jaxrl_fp16.tasks.examples import Example
+from jaxrl_fp16.tasks.grading.arguments import fill_by_name
 from jaxrl_fp16.tasks.grading.pool import Outcome, PoolConfig, WorkerStartError, open_pool
-from jaxrl_fp16.tasks.reward_arguments import fill_by_name
 from jaxrl_fp16.tasks.templates import Template, read_answer
 
 FLOAT32_MAX = float(np.finfo(np.float32).max)

@@ -28,6 +28,7 @@ from jaxrl_fp16.models.taps import IN_A_LAYER, tap_names, tapped_decode_step, ta
 from jaxrl_fp16.objectives import mismatch_metrics
 from jaxrl_fp16.precision import get_precision
 
+TAP_BYTES = 2**27  # float32 activations of one program that exist at once; a row's take what they take
 KINDS = {"attention_norm": "norm", "mlp_norm": "norm", "final_norm": "norm"}
 
 
@@ -56,41 +57,101 @@ def attribute(model, params, rollout, policy, *, temperature=1.0, literal=False)
     """
     if rollout.support is not None:
         raise ValueError("the rollout has a support, of top-k or top-p; allowed: top_k 0 and top_p 1")
-    batch = _aligned(rollout)
-    cast = cast_to_compute(params, policy, model.numerics)
-    half = in_compute_dtype(model, policy)
-    # A vendor's kernel computes in half precision alone.
-    exact = model.clone(dtype=jnp.float32, attention=model.attention if model.attention in PACKABLE else "blockwise")
-    upcast = jax.tree.map(lambda x: x.astype(jnp.float32), cast)
-    run = lambda function, *given: jit(partial(function, temperature=temperature), model.numerics)(*given, batch)
-    reference = run(partial(_full, exact), cast_to_compute(params, get_precision("fp32").policy))
-    full = run(partial(_full, half), cast)
-    decode = run(partial(_decode, half, columns=_prompt_columns(rollout)), cast)
-    errors = jax.jit(partial(_own_errors, exact, upcast, half.dtype, batch, temperature=temperature))
-    own = jax.tree.map(jnp.subtract, errors(*decode), errors(*full))
-    names = tap_names(model.config.num_layers)
-    shares = _carried(exact, upcast, batch, own, temperature) | {"head": own["head"]}
+    programs = _programs(model, params, policy, _prompt_columns(rollout), temperature, literal)
+    batch, names = _aligned(rollout), tap_names(model.config.num_layers)
+    parts = [_measure(*programs, part) for part in _in_parts(batch, model.config)]
+    rows = len(batch["tokens"])
+    join = lambda key: {name: np.concatenate([part[key][name] for part in parts])[:rows] for name in parts[0][key]}
+    logprobs, shares = join("logprobs"), join("shares")
     seen = np.asarray(batch["response"])
     rms = lambda x: float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)[seen]))))
-    whole = decode[0] - full[0]
-    shares = {name: shares.get(name, jnp.zeros_like(whole)) for name in (*names, "head")}
+    whole = logprobs["decode"] - logprobs["full"]
+    shares = {name: shares.get(name, np.zeros_like(whole)) for name in (*names, "head")}
     scored = token_logprobs(model, params, rollout.tokens, rollout.mask, policy=policy, temperature=temperature)
     response = np.asarray(rollout.response_mask).astype(bool)
     untapped = np.asarray(rollout.logprobs - scored, np.float64)[response]
     squares = lambda parts: sum(rms(x) ** 2 for x in parts.values()) / max(rms(whole) ** 2, 1e-300)
     kl = lambda *given: float(mismatch_metrics(*given)["mismatch/kl_k3"])
     found = {
-        "modules": _rows(names, decode, full, reference, batch, {name: rms(x) for name, x in shares.items()}),
+        "modules": _rows(names, parts, {name: rms(x) for name, x in shares.items()}),
         "end_to_end": rms(whole),
         "untapped": float(np.sqrt(np.mean(untapped**2))),
         "unexplained": rms(whole - sum(shares.values())),
         "squares": squares(shares),
-        "token_kl": {"tapped": kl(decode[0], full[0], batch["response"]),
+        "token_kl": {"tapped": kl(logprobs["decode"], logprobs["full"], seen),
                      "untapped": kl(rollout.logprobs, scored, rollout.response_mask)},
     }
     if literal:
-        found["literal_squares"] = squares(_carried(half, cast, batch, own, temperature) | {"head": own["head"]})
+        found["literal_squares"] = squares(join("literal"))
     return found
+
+
+def _programs(model, params, policy, columns, temperature, literal):
+    """`(programs by name, how errors are carried on by key)`: jitted functions of a batch, compiled once."""
+    cast = cast_to_compute(params, policy, model.numerics)
+    half = in_compute_dtype(model, policy)
+    # A vendor's kernel computes in half precision alone.
+    exact = model.clone(dtype=jnp.float32, attention=model.attention if model.attention in PACKABLE else "blockwise")
+    upcast = jax.tree.map(lambda x: x.astype(jnp.float32), cast)
+
+    def program(function, *given):
+        run = jit(partial(function, temperature=temperature), model.numerics)
+        return lambda *batch: run(*given, *batch)
+
+    programs = {
+        "reference": program(partial(_full, exact), cast_to_compute(params, get_precision("fp32").policy)),
+        "full": program(partial(_full, half), cast),
+        "decode": program(partial(_decode, half, columns=columns), cast),
+    }
+    errors = jax.jit(partial(_own_errors, exact, dtype=half.dtype, temperature=temperature))
+    carried = {"shares": (exact, upcast)} | ({"literal": (half, cast)} if literal else {})
+    runs = {
+        key: jax.jit(lambda params, batch, add, model=model: _full(model, params, batch, temperature, add)[0])
+        for key, (model, _) in carried.items()
+    }
+    return programs, partial(errors, upcast), {key: partial(run, carried[key][1]) for key, run in runs.items()}
+
+
+def _in_parts(batch, config):
+    """Parts of the batch's rows, all of one size, whose taps take at most TAP_BYTES a program; the last one is filled
+    with the first row."""
+    rows, columns = batch["tokens"].shape
+    a_row = 4 * columns * config.hidden_size * len(tap_names(config.num_layers))
+    size = int(np.clip(TAP_BYTES // a_row, 1, rows))
+    at = np.arange(-(-rows // size) * size)
+    at = np.where(at < rows, at, 0).reshape(-1, size)
+    return [{name: x[index] for name, x in batch.items()} | {"own": np.arange(size) + start < rows}
+            for start, index in zip(range(0, rows, size), at)]
+
+
+def _measure(programs, errors, carried, batch):
+    """Of one part: log-probs of the programs and shares by name [B,T], and sums of squares by tap."""
+    own_rows = batch.pop("own")
+    found = {name: program(batch) for name, program in programs.items()}
+    squares = _squares(found, np.asarray(batch["predicts"]) & own_rows[:, None])
+    squares["head"] = _apart(*(np.asarray(found[name][0], np.float64)[np.asarray(batch["response"]) & own_rows[:, None]]
+                               for name in PROGRAMS))
+    logprobs = {name: np.asarray(value) for name, (value, _) in found.items()}
+    own = errors(batch, *found.pop("full"))
+    own = jax.tree.map(jnp.subtract, errors(batch, *found.pop("decode")), own)
+    return {"logprobs": logprobs, "squares": squares} | {
+        key: _carried(partial(run, batch), own) | {"head": np.asarray(own["head"])} for key, run in carried.items()
+    }
+
+
+PROGRAMS = ("decode", "full", "reference")
+
+
+def _squares(found, seen):
+    """By tap, `_apart` where it predicts a response token."""
+    names = found["full"][1]
+    return {name: _apart(*(np.asarray(found[program][1][name], np.float64)[seen] for program in PROGRAMS))
+            for name in names}
+
+
+def _apart(decode, full, reference):
+    """Sums of squares: decode - full, full, decode - reference, reference, full - reference."""
+    return np.array([np.sum(x**2) for x in (decode - full, full, decode - reference, reference, full - reference)])
 
 
 def _aligned(rollout):
@@ -152,7 +213,7 @@ def _decode(model, params, batch, columns, temperature):
     return jnp.where(batch["response"], logprobs, 0.0), taps
 
 
-def _own_errors(model, params, dtype, batch, logprobs, taps, temperature):
+def _own_errors(model, params, batch, logprobs, taps, *, dtype, temperature):
     """A program's output less the float32 module's on the same input, by name of the tap that it is added to.
 
     model, params: in float32, the weights as cast; dtype: the program's compute dtype. The head's is of the log-probs.
@@ -195,31 +256,25 @@ def _norm(model, weights, x):
     return RMSNorm(model.config.norm_eps).apply({"params": weights}, _wide(x))
 
 
-def _carried(model, params, batch, own, temperature):
+def _carried(run, own):
     """By name, the change of the log-probs [B,T] when that error alone is added to the module's output."""
-    run = jax.jit(lambda add: _full(model, params, batch, temperature, add)[0])
     nothing = {name: jnp.zeros_like(x) for name, x in own.items() if name != "head"}
     base = run(nothing)
-    return {name: run({**nothing, name: own[name]}) - base for name in nothing}
+    return {name: np.asarray(run({**nothing, name: own[name]}) - base) for name in nothing}
 
 
-def _rows(names, decode, full, reference, batch, shares):
-    seen = np.asarray(batch["predicts"])
-    wide = lambda x: np.asarray(x, np.float64)
-    apart = lambda a, b: float(np.linalg.norm(a - b) / max(np.linalg.norm(b), 1e-300))
+def _rows(names, parts, shares):
+    """The rows of `modules`."""
     rows = []
     for name in (*names, "head"):
-        if name == "head":
-            parts = [wide(x[0])[np.asarray(batch["response"])] for x in (decode, full, reference)]
-        else:
-            parts = [wide(x[1][name])[seen] for x in (decode, full, reference)]
+        decode_full, full, decode_exact, exact, full_exact = np.sqrt(sum(part["squares"][name] for part in parts))
         module = name.rpartition(".")[2]
-        kind = "residual" if module.isdigit() else KINDS.get(module, module)
-        layer = int(name.split(".")[1]) if name.startswith("layers.") else None
         rows.append({
-            "name": name, "kind": kind, "layer": layer, "decode_full": apart(parts[0], parts[1]),
-            "decode_float32": apart(parts[0], parts[2]), "full_float32": apart(parts[1], parts[2]),
-            "share": shares[name],
+            "name": name, "kind": "residual" if module.isdigit() else KINDS.get(module, module),
+            "layer": int(name.split(".")[1]) if name.startswith("layers.") else None,
+            "decode_full": float(decode_full / max(full, 1e-300)),
+            "decode_float32": float(decode_exact / max(exact, 1e-300)),
+            "full_float32": float(full_exact / max(exact, 1e-300)), "share": shares[name],
         })
     return rows
 

@@ -5,12 +5,21 @@ ones with one NaN among them give 1), so no check of finiteness and no reported 
 Elementwise maxima, sums and `isfinite` keep it.
 """
 
+from jax import lax
 import jax.numpy as jnp
 
 
 def peak(x, axis=None):
-    """float32: the largest magnitude of `x` over `axis`, 0 of nothing; NaN where `x` holds one."""
-    return _with_nan(jnp.max(jnp.abs(x).astype(jnp.float32), axis=axis, initial=0.0), x, axis)
+    """float32: the largest magnitude of `x` over `axis`, 0 of nothing; NaN where `x` holds one.
+
+    One reduction of both, without an array between: `x` may be a model's weights. It has no gradient.
+    """
+    axes = range(x.ndim) if axis is None else (axis,) if isinstance(axis, int) else axis
+    size = jnp.abs(x).astype(jnp.float32)
+    found, nan = lax.reduce(
+        (size, jnp.isnan(x)), (jnp.float32(0), False), lambda a, b: (jnp.maximum(a[0], b[0]), a[1] | b[1]), tuple(axes)
+    )
+    return jnp.where(nan, jnp.nan, found)
 
 
 def largest(x, mask=True, axis=None):

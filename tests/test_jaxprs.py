@@ -322,7 +322,7 @@ def casts_to_compute(node):
 
 
 def test_parameters_are_cast_in_one_place():
-    casting = {f"forward.py: {name}" for name in ("cast_to_compute", "_cast_kernels", "cast")}
+    casting = {f"forward.py: {name}" for name in ("cast_to_compute", "cast_kernels", "cast")}
     assert functions_with(["**/*.py"], casts_to_compute) == casting
     # Beside them only what hands the dtype to the module, for its residual stream.
     reading = functions_with(NUMERICS, names_attribute("compute_dtype"))

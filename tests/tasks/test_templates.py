@@ -141,11 +141,11 @@ def test_thoughts_without_an_end_hold_no_answer():
 
 
 def test_readers_take_linear_time_on_hostile_text():
-    start = time.perf_counter()
+    start = time.process_time()
     for text in ("1", "1,", "1/", "1 ", "1 1/", "\\frac{1", "\\boxed ", "\\boxed{", ".1", "1 x 10 ", "<think>"):
         for reads in ("boxed", "answer_tag", "last_number"):
             read_answer(get_template("none", reads=reads), f"<answer>{text * (100_000 // len(text))}</answer>")
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 5
 # -- with a tokenizer -------------------------------------------------------------------------------
 
 

@@ -238,4 +238,4 @@ def test_a_look_takes_no_more_memory_than_a_gradient(make):
     looks = {layers: memory(make(model, FP16, loss_of), model) for layers, model in deep.items()}
     whole = memory(jax.jit(gradient), deep[12])
     print(looks, whole, looks[12] / whole)
-    assert looks[12] <= 1.3 * whole and looks[12] <= 3.2 * looks[4]
+    assert looks[12] <= 1.3 * whole and looks[12] <= 2.5 * looks[4]

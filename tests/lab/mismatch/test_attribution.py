@@ -96,11 +96,12 @@ def test_rows_may_be_measured_in_parts(monkeypatch):
     """Four at once, then two and two that fill up; nothing but last bits may differ."""
     a_row = 4 * 20 * 32 * len(tap_names(2))
     monkeypatch.setattr(attribution, "TAP_BYTES", 4 * a_row)
-    (params, rollout), whole = setting(), found()
+    params, rollout = setting()
+    assert len(attribution._in_parts(attribution._aligned(rollout), MODEL.config)) == 2
     result = attribute(MODEL, params, rollout, get_precision("fp32").policy)
     monkeypatch.undo()
     at_once = attribute(MODEL, params, rollout, get_precision("fp32").policy)
-    assert len(attribution._in_parts(attribution._aligned(rollout), MODEL.config)) == 1 and len(whole["modules"]) == 13
+    assert len(attribution._in_parts(attribution._aligned(rollout), MODEL.config)) == 1
     for part, one in zip(result["modules"], at_once["modules"]):
         assert part["name"] == one["name"]
         assert part["decode_float32"] == pytest.approx(one["decode_float32"], rel=0.1, abs=1e-7), part["name"]

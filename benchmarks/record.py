@@ -22,7 +22,7 @@ def record(name, rows, facts=None, folder=ROOT / "benchmarks" / "results"):
 
     facts: plain values that describe the run, beside date, device, versions, flags and commit.
     """
-    path = save(name, rows, {**_circumstances(), **(facts or {})}, folder)
+    path = save(name, rows, {**circumstances(), **(facts or {})}, folder)
     print_table(name, rows)
     return path
 
@@ -50,7 +50,7 @@ def _text(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
-def _circumstances():
+def circumstances():
     """What a measurement in this process depends on."""
     import jax
 
@@ -71,7 +71,7 @@ def machine():
         "processor": _processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "load_average": os.getloadavg()[0],
-        "commit": _commit(),
+        "commit": _commit() or os.environ.get("COMMIT"),
     }
 
 
@@ -91,7 +91,7 @@ def _version(name):
 
 
 def _commit():
-    """The commit, with a `+` where tracked files differ from it; None outside of a repository."""
+    """The commit, with a `+` where tracked files differ from it; None outside of a repository: COMMIT may name it."""
     def git(*arguments):
         return subprocess.run(["git", *arguments], cwd=ROOT, text=True, capture_output=True)
 
@@ -100,4 +100,4 @@ def _commit():
     return head.stdout.strip() + ("+" if changed else "") if head.returncode == 0 else None
 
 
-__all__ = ["machine", "print_table", "record", "save"]
+__all__ = ["circumstances", "machine", "print_table", "record", "save"]

@@ -1,0 +1,58 @@
+"""On a GPU: the longest kernels of decode steps and of one update, out of a trace by `jax.profiler`.
+
+    python benchmarks/gpu/kernels.py [--model 1.5B] [--rows 64] [--slots 2048] [--columns 2048]
+"""
+
+import collections
+from pathlib import Path
+import tempfile
+
+import jax
+
+from qwen import Results, arguments, decoder, params_of
+from speed import decode_program, update_program
+
+
+COUNT = 12  # kernels that are named
+
+
+def longest(program, *args):
+    """`{"busy_ms", "kernels"}` of one call of `program(*args)`'s first: the kernels with the most time."""
+    run = program(*args)[0]
+    run()
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            run()
+        traces = sorted(Path(folder).rglob("*.xplane.pb"))
+        data = jax.profiler.ProfileData.from_file(str(traces[-1]))
+        spent, launches = collections.Counter(), collections.Counter()
+        lines = [f"{plane.name}: {line.name}" for plane in data.planes for line in plane.lines]
+        for plane in data.planes:
+            if "GPU" not in plane.name and "/device:" not in plane.name:
+                continue
+            for line in plane.lines:
+                if not line.name.startswith("Stream"):
+                    continue
+                for event in line.events:
+                    spent[event.name] += event.duration_ns / 1e6
+                    launches[event.name] += 1
+    kernels = [{"name": name[:120], "ms": ms, "launches": launches[name]} for name, ms in spent.most_common(COUNT)]
+    return {"busy_ms": sum(spent.values()), "launches": sum(launches.values()), "kernels": kernels,
+            "lines": lines[:20] if not kernels else []}
+
+
+def main():
+    given = arguments(__doc__, model="1.5B", rows=64, slots=2048, columns=2048, update_rows=4,
+                      attention=["cudnn", "blockwise"], precision="fp16")
+    results, params = Results("gpu_profile", vars(given)), params_of(decoder(given.model, "plain"))
+    for kind in given.attention:
+        model = decoder(given.model, kind)
+        results.add({"what": "decode, 32 steps", "attention": kind},
+                    longest, decode_program, model, params, given.precision, given.rows, given.slots)
+        results.add({"what": "update", "attention": kind},
+                    longest, update_program, model, params, given.precision, given.update_rows, given.columns,
+                    given.update_rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -4,6 +4,7 @@
 #
 #   benchmarks/gpu/call.sh right      tests, the quickstart's run, the mismatch by attention
 #   benchmarks/gpu/call.sh fast       decoding and updating against the card's limits and against PyTorch; kernels
+#   benchmarks/gpu/call.sh paper      the paper's sanity test, shortened; the tests beside it
 #
 #   PYTHON=python3     the interpreter
 set -uo pipefail
@@ -42,9 +43,17 @@ right)
     cat /tmp/tests.out
     ;;
 fast)
-    step 290 "$python" benchmarks/gpu/speed.py --limit 240
-    step 170 "$python" benchmarks/gpu/torch_speed.py --limit 130
-    step 100 "$python" benchmarks/gpu/kernels.py
+    tests gpu_tests_marked 40 -m gpu -n 0 tests/models/test_attention.py
+    XLA_FLAGS="$deterministic" step 50 "$python" benchmarks/gpu/invariance.py
+    step 235 "$python" benchmarks/gpu/speed.py --limit 190
+    step 150 "$python" benchmarks/gpu/torch_speed.py --limit 110
+    step 85 "$python" benchmarks/gpu/kernels.py
+    ;;
+paper)
+    tests gpu_tests 430 -n 8 tests/models tests/sampling tests/training >/tmp/tests.out 2>&1 &
+    XLA_FLAGS="$deterministic" XLA_PYTHON_CLIENT_MEM_FRACTION=.6 step 560 "$python" benchmarks/gpu/paper_test.py
+    wait
+    cat /tmp/tests.out
     ;;
 *)
     sed -n '2,/^[^#]/{s/^# \{0,1\}//p}' "$0"

@@ -16,8 +16,9 @@ import time
 
 from qwen import Results, arguments, record
 
-KEPT = ("reward", "mismatch_grad/kl_k3", "mismatch/logprob_abs_diff_max", "mismatch/kl_k3", "mismatch/prob_abs_diff_mean", "mismatch/exact_fraction", "grad_norm",
-        "seconds/sample", "seconds/learn", "skipped", "response_length", "truncated")
+KEPT = ("reward", "mismatch/kl_k3", "mismatch/prob_abs_diff_mean", "mismatch/logprob_abs_diff_max",
+        "mismatch/exact_fraction", "mismatch_grad/kl_k3", "grad_norm", "seconds/sample", "seconds/learn", "skipped",
+        "response_length", "truncated")
 
 
 def run(command, config, folder, limit, flags):

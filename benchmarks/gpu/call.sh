@@ -50,8 +50,14 @@ fast)
     step 85 "$python" benchmarks/gpu/kernels.py
     ;;
 paper)
-    tests gpu_tests 430 -n 8 tests/models tests/sampling tests/training >/tmp/tests.out 2>&1 &
-    XLA_FLAGS="$deterministic" XLA_PYTHON_CLIENT_MEM_FRACTION=.6 step 560 "$python" benchmarks/gpu/paper_test.py
+    speed() { step "$1" "$python" benchmarks/gpu/speed.py --name "$2" "${@:3}"; }
+    speed 60 gpu_speed_bf16 --attention cudnn --precisions bf16
+    speed 30 gpu_speed_without_remat --attention cudnn --precisions fp16 --slots --remat 0
+    speed 35 gpu_speed_plain --attention plain --precisions fp16 --slots 2048 --columns 2048
+    XLA_FLAGS="$deterministic" speed 35 gpu_speed_deterministic --attention cudnn --precisions fp16 --slots 2048 --columns 2048
+    step 45 "$python" benchmarks/gpu/main_job.py --steps 5 --precisions fp16 --name gpu_main_job_auto
+    tests gpu_tests 400 -n 8 tests/models tests/sampling tests/training >/tmp/tests.out 2>&1 &
+    XLA_FLAGS="$deterministic" XLA_PYTHON_CLIENT_MEM_FRACTION=.6 step 420 "$python" benchmarks/gpu/paper_test.py --warm-seconds 170 --seconds 100
     wait
     cat /tmp/tests.out
     ;;

@@ -103,7 +103,7 @@ def arguments(doc, **flags):
     for name, default in flags.items():
         several = isinstance(default, list)
         kind = type(default[0] if several else default)
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, nargs="+" if several else None)
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=default, nargs="*" if several else None)
     return parser.parse_args()
 
 

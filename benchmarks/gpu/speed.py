@@ -123,7 +123,7 @@ def measure_update(model, params, precision, rows, columns, micro, matmul):
 
 def main():
     given = arguments(__doc__, model="1.5B", rows=64, slots=[512, 2048, 8192], columns=[2048, 8192],
-                      attention=["cudnn", "blockwise", "plain"], precisions=["fp16", "bf16"], positions=16384,
+                      attention=["cudnn", "blockwise", "plain"], precisions=["fp16", "bf16"], positions=16384, remat=1,
                       side=8192, copied=2**30, limit=1e9, name="gpu_speed")
     results, began = Results(given.name, vars(given)), time.monotonic()
     results.add({"what": "copy"}, copy_rate, given.copied)
@@ -140,12 +140,12 @@ def main():
     # The half precision that this library is for, and the sizes that say most, come first.
     todo.sort(key=lambda job: (job[3] != given.precisions[0], given.attention.index(job[2]), job[0], job[1]))
     for what, size, kind, name in todo:
-        row = {"what": what, "model": given.model, "attention": kind, "precision": name,
+        row = {"what": what, "model": given.model, "attention": kind, "precision": name, "remat": given.remat,
                "slots" if what == "decode" else "columns": size}
         if time.monotonic() - began > given.limit:
             results.add({**row, "left_out": "no time"})
             continue
-        model = decoder(given.model, kind)
+        model = decoder(given.model, kind, bool(given.remat))
         if what == "decode":
             results.add(row, measure_decode, model, params, name, given.rows, size, copied)
         else:

@@ -25,6 +25,11 @@ AttentionKind = Literal["blockwise", "plain", "cudnn"]
 PACKABLE = ("blockwise", "plain")  # JAX gives cuDNN's kernel one length a row, no segments
 
 
+def kind_for(kind, dtype):
+    """`kind`, but "blockwise" where it is a vendor's kernel and `dtype` is float32, which that does not compute in."""
+    return "blockwise" if kind not in PACKABLE and dtype == jnp.float32 else kind
+
+
 def attend(kind, q, k, v, segments=None, weights_dtype=None):
     """Causal attention within full rows: query `t` sees keys `0..t`, of its own segment where rows are packed.
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxrl_fp16.forward import NONE, align_rows, cast_kernels, cast_to_compute, in_compute_dtype, score_hidden
 from jaxrl_fp16.masking import align, segment_positions
-from jaxrl_fp16.models.attention import PACKABLE
+from jaxrl_fp16.models.attention import kind_for
 from jaxrl_fp16.models.decoder import angles_of, block_of, embed
 from jaxrl_fp16.models.layers import Projection, RMSNorm
 from jaxrl_fp16.models.taps import IN_A_LAYER
@@ -58,8 +58,7 @@ class Program:
 def make_program(model, policy, *options):
     """`Program` of a Decoder under a policy; the options are its other fields."""
     model = in_compute_dtype(model, policy)
-    if policy.compute_dtype == jnp.float32 and model.attention not in PACKABLE:
-        model = model.clone(attention="blockwise")  # a vendor's kernel computes in half precision alone
+    model = model.clone(attention=kind_for(model.attention, policy.compute_dtype))
     return Program(model, policy, *options)
 
 

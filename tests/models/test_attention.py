@@ -263,3 +263,9 @@ def test_cudnn_decodes_over_a_cache():
     q, k, v, _ = arrays(BLOCK + 3, jnp.float16)
     full = np.asarray(attend("plain", q, k, v), np.float32)
     np.testing.assert_allclose(np.asarray(decode("cudnn", q, k, v, 2 * BLOCK), np.float32), full, atol=4e-3)
+
+
+def test_a_vendors_kernel_is_replaced_where_it_cannot_compute():
+    assert attention.kind_for("cudnn", jnp.float32) == "blockwise"
+    assert [attention.kind_for(kind, jnp.float16) for kind in attention.KINDS] == list(attention.KINDS)
+    assert attention.kind_for("plain", jnp.float32) == "plain"

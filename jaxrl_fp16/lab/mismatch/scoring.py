@@ -21,6 +21,7 @@ from jaxrl_fp16.console import Console, clock
 from jaxrl_fp16.lab.mismatch.rollout_files import ScoredRollout
 from jaxrl_fp16.lab.mismatch.stats import k3
 from jaxrl_fp16.models import param_shardings
+from jaxrl_fp16.models.attention import kind_for
 from jaxrl_fp16.objectives import needs_reference
 from jaxrl_fp16.parallel import replicated, row_shards, shard_batch, to_host
 from jaxrl_fp16.tasks import check_template, open_task
@@ -93,10 +94,8 @@ def open_model(setup):
 
 
 def model_for(model, precision):
-    """`model`, but with blockwise attention where it wants cuDNN's and `precision` computes in float32, which that
-    kernel does not."""
-    half = precision.policy.compute_dtype.itemsize == 2
-    return model if half or model.attention != "cudnn" else model.clone(attention="blockwise")
+    """`model` with an attention that computes in `precision`."""
+    return model.clone(attention=kind_for(model.attention, precision.policy.compute_dtype))
 
 
 def read_prompts(setup):

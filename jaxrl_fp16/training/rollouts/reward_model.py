@@ -12,6 +12,7 @@ import numpy as np
 from jaxrl_fp16.config import naming
 from jaxrl_fp16.forward import sequence_scores
 from jaxrl_fp16.models import Critic, load_reward_model
+from jaxrl_fp16.models.attention import kind_for
 from jaxrl_fp16.models.families.config_json import read_json
 from jaxrl_fp16.parallel import row_shards, shard_batch, to_host
 from jaxrl_fp16.precision import Precision, get_precision_on
@@ -45,7 +46,8 @@ def open_reward_model(setup, task):
         _check_rows(section, setup.mesh)
         precision = _precision(setup, section)
         options = dict(
-            attention=setup.config.model.attention, mesh=setup.mesh, numerics=setup.config.numerics
+            attention=kind_for(setup.config.model.attention, precision.policy.compute_dtype), mesh=setup.mesh,
+            numerics=setup.config.numerics,
         )
         model, params = load_reward_model(
             section.path, compute_dtype=precision.policy.compute_dtype.name, remat=False, **options

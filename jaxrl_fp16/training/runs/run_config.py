@@ -143,14 +143,14 @@ class Config:
                 f"sft.until_accuracy is {self.sft.until_accuracy} and evaluation.sets is empty; allowed: null, or one "
                 "set or more"
             )
-        if self.sft.packing and self.model.attention not in PACKABLE:
+        if self.sft.packing and self.model.attention not in ("auto", *PACKABLE):
             raise ValueError(
                 f"sft.packing is true with model.attention {self.model.attention}; allowed: {', '.join(PACKABLE)}"
             )
 
     def _check_numerics(self):
         n = self.numerics
-        if self.model.attention not in PACKABLE and (n.float32_weights or n.float32_cache):
+        if self.model.attention not in ("auto", *PACKABLE) and (n.float32_weights or n.float32_cache):
             raise ValueError(
                 f"numerics.{'float32_weights' if n.float32_weights else 'float32_cache'} is true with model.attention "
                 f"{self.model.attention}; allowed: {', '.join(PACKABLE)}"

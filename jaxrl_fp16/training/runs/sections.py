@@ -1,7 +1,7 @@
 """The sections of a run's configuration that no other module owns."""
 
 import dataclasses
-from typing import Annotated, Literal, Optional, get_type_hints
+from typing import Annotated, Literal, Optional, get_args, get_type_hints
 
 from annotated_types import Ge, Gt, Le, MinLen
 
@@ -63,7 +63,11 @@ ModelConfig = dataclasses.make_dataclass(
         ("tokenizer", Annotated[
             str | None, Doc("folder of the tokenizer; null: model.path, or without it a tokenizer of single characters")
         ], None),
-        ("attention", Annotated[AttentionKind, Doc("attention of sampler, scorer and update alike")], "blockwise"),
+        ("attention", Annotated[
+            Literal["auto", *get_args(AttentionKind)],
+            Doc("attention of sampler, scorer and update alike; auto: cudnn in half precision on an NVIDIA GPU, where "
+                "nothing forbids it, else blockwise")
+        ], "auto"),
         ("remat", Annotated[bool, Doc("keep only layer inputs for the backward pass; compute the rest again")], True),
         ("allow_longer", Annotated[
             bool, Doc("allow prompts with responses beyond the positions that the model's weights were made for")

@@ -130,6 +130,7 @@ def set_up(config):
     config = dataclasses.replace(
         config, precision=precision.name, rollout_precision=rollout.name if config.rollout_precision else None,
         platform=None, run=dataclasses.replace(config.run, platform=found), task=dated(config, tokenizer),
+        model=dataclasses.replace(config.model, attention=_attention(config, mesh, (precision, rollout, critic))),
     )
     return Setup(config, precision, rollout, critic, mesh, tokenizer, eos_ids, pad_id(tokenizer))
 
@@ -166,6 +167,20 @@ def _platform(wanted):
     if found is None or wanted not in ("auto", found):  # JAX itself would fall back to the CPU
         raise ConfigError(f"run.platform: JAX finds no {wanted} here, {reason or f'but {found}'}; allowed: auto, cpu")
     return found
+
+
+def _attention(config, mesh, precisions):
+    """`model.attention` with `auto` resolved: NVIDIA's kernel is chosen where every program can use it. On an H200
+    an update at 8,192 columns took 67 times as long without it (benchmarks/results/gpu_speed.json)."""
+    section, n = config.model, config.numerics
+    if section.attention != "auto":
+        return section.attention
+    with _naming_model():
+        head_dim = section.head_dim if section.path is None else read_config(section.path).head_dim
+    half = all(precision.policy.compute_dtype.itemsize == 2 for precision in precisions)
+    needs_others = config.sft.packing or n.float32_weights or n.float32_cache
+    fits = half and not needs_others and head_dim is not None and head_dim % 8 == 0 and head_dim <= 128
+    return "cudnn" if fits and "NVIDIA" in mesh.devices.flatten()[0].device_kind else "blockwise"
 
 
 def _tokenizer(config):

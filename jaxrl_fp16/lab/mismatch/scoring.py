@@ -113,7 +113,7 @@ def read_prompts(setup):
 def sample_rollout(laboratory, precision, params, prompts):
     """A ScoredRollout, not yet scored, of `prompts` as `read_prompts` gives them."""
     setup, sampling = laboratory.setup, laboratory.setup.config.sampling
-    engine, key = make_engine(setup, model_for(laboratory.model, precision), precision=precision), setup.keys.learning
+    engine, key = make_engine(setup, laboratory.model, precision=precision), setup.keys.learning
     parts = row_shards(setup.mesh)
     at_once = min(setup.config.training.prompts_per_step, -(-len(prompts[0]) // parts) * parts)
 

@@ -130,7 +130,7 @@ def set_up(config):
     config = dataclasses.replace(
         config, precision=precision.name, rollout_precision=rollout.name if config.rollout_precision else None,
         platform=None, run=dataclasses.replace(config.run, platform=found), task=dated(config, tokenizer),
-        model=dataclasses.replace(config.model, attention=_attention(config, mesh, (precision, rollout, critic))),
+        model=dataclasses.replace(config.model, attention=attention_of_run(config, mesh, (precision, rollout, critic))),
     )
     return Setup(config, precision, rollout, critic, mesh, tokenizer, eos_ids, pad_id(tokenizer))
 
@@ -169,7 +169,7 @@ def _platform(wanted):
     return found
 
 
-def _attention(config, mesh, precisions):
+def attention_of_run(config, mesh, precisions):
     """`model.attention` with `auto` resolved: NVIDIA's kernel is chosen where every program can use it. On an H200
     an update at 8,192 columns took 67 times as long without it (benchmarks/results/gpu_speed.json)."""
     section, n = config.model, config.numerics

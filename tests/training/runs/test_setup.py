@@ -3,15 +3,18 @@
 import dataclasses
 import datetime
 import json
+from types import SimpleNamespace
 
 import jax
+import numpy as np
 import pytest
 
 from jaxrl_fp16.config import ConfigError, parse_config, to_yaml
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, save_pretrained
+from jaxrl_fp16.precision import get_precision
 from jaxrl_fp16.tokenizer import character_tokenizer
 from jaxrl_fp16.training.runs.run_config import Config
-from jaxrl_fp16.training.runs.setup import dated, set_up
+from jaxrl_fp16.training.runs.setup import attention_of_run, dated, set_up
 
 TOKENIZER = character_tokenizer("0123456789+=")
 
@@ -111,3 +114,19 @@ def test_a_run_keeps_the_day_of_its_start_where_its_prompts_hold_one(tmp_path):
 def test_a_day_that_is_none_is_refused():
     with pytest.raises(ValueError, match="task: date is 'today'; allowed: a day as YYYY-MM-DD, or null"):
         parse_config(Config, {"task": {"date": "today"}})
+
+
+@pytest.mark.parametrize("kind, changes, expected", [
+    ("NVIDIA H200", {}, "cudnn"), ("cpu", {}, "blockwise"), ("AMD Instinct MI300X", {}, "blockwise"),
+    ("NVIDIA H200", {"precision": "fp32"}, "blockwise"), ("NVIDIA H200", {"rollout_precision": "fp32"}, "blockwise"),
+    ("NVIDIA H200", {"sft": {"packing": True}}, "blockwise"), ("NVIDIA H200", {"head_dim": 12}, "blockwise"),
+    ("NVIDIA H200", {"numerics": {"float32_cache": True}}, "blockwise"), ("cpu", {"attention": "plain"}, "plain"),
+])
+def test_the_kernel_that_auto_stands_for(kind, changes, expected):
+    model = {"family": "qwen2", "hidden_size": 32, "intermediate_size": 48, "num_layers": 1, "num_heads": 2,
+             "num_kv_heads": 1, "head_dim": changes.pop("head_dim", 16)}
+    model["attention"] = changes.pop("attention", "auto")
+    config = parse_config(Config, {"model": model, **changes})
+    precisions = [get_precision(name or "fp16") for name in (changes.get("precision"), config.rollout_precision)]
+    mesh = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)]))
+    assert attention_of_run(config, mesh, precisions) == expected

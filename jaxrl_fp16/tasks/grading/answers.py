@@ -11,7 +11,9 @@ import re
 import warnings
 
 from jaxrl_fp16.tasks.grading.rewrites import FONTS, plain_fonts, tidy
+from jaxrl_fp16.tasks.grading.solutions import one_writing
 from jaxrl_fp16.tasks.grading.units import agree, split_unit
+from jaxrl_fp16.tasks.grading.words import number_of_words
 
 # The longest gold answer of MATH, AIME, AMC and Minerva has 159. Longer ones are wrong without a look.
 MAX_ANSWER_CHARS = 1000
@@ -83,21 +85,30 @@ def settle(gold: str, answer: str) -> bool | None:
         return same if same or as_word else None
     if (same := _in_bases(*values)) is not None:
         return same
-    # One percent sign may mean a factor of 100: numbers settle nothing then.
-    both = all("%" in value for value in values)
-    numbers = [as_number(text if both else value) for text, value in zip(texts, values)]
-    return None if None in numbers else _same_number(*numbers)
+    numbers = [as_number(text) for text in texts]
+    if None in numbers:
+        return None
+    if _same_number(*numbers):
+        return True
+    # One percent sign may mean a factor of 100.
+    percent = ["%" in value for value in values]
+    return percent[0] != percent[1] and _same_number(*(
+        (value / 100 if marked else value, exact) for (value, exact), marked in zip(numbers, percent)))
 
 
 def comparable(gold: str, answer: str) -> tuple[str, str] | None:
     """The two tidied, without what one names and the other need not: `x=`, a unit, the letter of a choice.
 
-    None where both name a unit, or a choice, and not the same.
+    None where both name a unit, or a choice, and not the same, and for a ratio beside a number.
     """
     gold, answer = tidy(gold), tidy(answer)
     choices = _choices(gold, answer)
     if choices is not None:
         gold, answer = choices
+    pair = one_writing(gold, answer)
+    if pair is None:
+        return None
+    gold, answer = pair
     named = [_NAMED.fullmatch(text) or _NAMED.fullmatch(plain_fonts(text).strip()) for text in (gold, answer)]
     if named[1] and "=" not in gold + named[1][1]:
         answer = tidy(named[1][1])
@@ -108,7 +119,13 @@ def comparable(gold: str, answer: str) -> tuple[str, str] | None:
     (gold_value, gold_unit), (value, unit) = split_unit(gold), split_unit(answer, letters=True)
     if not agree(gold_unit, unit):
         return None
-    return gold_value, value
+    return _in_digits(gold_value, value), _in_digits(value, gold_value)
+
+
+def _in_digits(text: str, other: str) -> str:
+    """A number in words as digits, beside a number in digits."""
+    number = number_of_words(plain_fonts(text))
+    return text if number is None or as_number(_without_marks(normalise(other))) is None else str(number)
 
 
 def _choices(gold: str, answer: str) -> tuple[str, str] | None:

@@ -1,0 +1,118 @@
+"""Solutions, regions and ratios in one writing: `x=1 or x=2` is `1, 2`, `x<-1 or x>1` a union of intervals."""
+
+import re
+
+from jaxrl_fp16.tasks.grading.rewrites import plain_fonts
+
+_OR = r"\\(?:lor|vee|cup)(?![A-Za-z])|(?<![A-Za-z\\])or(?![A-Za-z])"
+_LISTED = re.compile(rf"(?:,(?!\d{{3}}(?!\d))|;|{_OR}|(?<![A-Za-z\\])and(?![A-Za-z]))|[(\[{{]|[)\]}}]")
+_EITHER = re.compile(rf"(?:{_OR})|[(\[{{]|[)\]}}]")
+
+_RELATION = re.compile(r"=|<|>|\\(?:[lg]eq?|neq?|[lg]t|[lg]eqslant)(?![A-Za-z])")
+_VALUE_OF = re.compile(r"((?:[A-Za-z]|\\[a-z]+|\([A-Za-z](?:,[A-Za-z])+\))(?:_(?:\w|\{\w+\}))?)=(.+)", re.DOTALL)
+_INDEX = re.compile(r"_(?:\w|\{\w+\})")
+_BOUND = r"[^<>=]+"
+_BOUNDED = re.compile(rf"(?:({_BOUND})(<=?|>=?))?([A-Za-z])(?:(<=?|>=?)({_BOUND}))?")
+_INTERVAL = re.compile(r"(?:[A-Za-z]\\in)?((?:\\left)?[(\[].+,.+[)\]])", re.DOTALL)
+_SIGNS = [(re.compile(pattern), sign) for pattern, sign in (
+    (r"\\leq?(?:slant)?(?![A-Za-z])", "<="), (r"\\geq?(?:slant)?(?![A-Za-z])", ">="),
+    (r"\\lt(?![A-Za-z])", "<"), (r"\\gt(?![A-Za-z])", ">"),
+)]
+
+_TERM = re.compile(r"\s*(?:\d|\\(?:sqrt|frac|pi)(?![A-Za-z]))[^=<>|]*")
+_GAPS = re.compile(r"(?<![A-Za-z])\s+|\s+(?![A-Za-z])")  # not that of `\pi x`
+_TO = re.compile(r"(?<=\d)\s+to\s+(?=\d)")
+
+
+def one_writing(gold: str, answer: str) -> tuple[str, str] | None:
+    """Two tidied answers, their solutions as lists of values and their regions as intervals where both are to be read
+    so. None for a ratio beside a number: `7:1` is no 7."""
+    lists = _values(gold), _values(answer)
+    gold, answer = _alike(gold, answer, lists, lambda other, _: not _RELATION.search(other))
+    regions = _region(gold), _region(answer)
+    gold, answer = _alike(gold, answer, regions, lambda other, name: "\\cup" in other or name and "\\infty" in other)
+    ratios = _is_ratio(gold), _is_ratio(answer)
+    if ratios[0] == ratios[1]:
+        return gold, answer
+    other = plain_fonts(answer if ratios[0] else gold, " ").strip()
+    if _TO.search(other):
+        other = _TO.sub(":", other)
+    elif "/" not in other and "\\frac" not in other:
+        return None
+    return (gold, other) if ratios[0] else (other, answer)
+
+
+def _alike(gold, answer, found, reads):
+    """Both as `found` has them where they are of one variable, or one of them beside another that `reads` allows."""
+    if None not in found:
+        names = {name for name, _ in found if name}
+        return (found[0][1], found[1][1]) if len(names) < 2 else (gold, answer)
+    if found[0] and reads(answer, found[0][0]):
+        return found[0][1], answer
+    if found[1] and reads(gold, found[1][0]):
+        return gold, found[1][1]
+    return gold, answer
+
+
+def _parts(text: str, marks: re.Pattern) -> list[str]:
+    """What stands between the separators of `marks` that lie in no bracket."""
+    parts, depth, at = [], 0, 0
+    for mark in marks.finditer(text):
+        if mark[0] in "([{":
+            depth += 1
+        elif mark[0] in ")]}":
+            depth -= 1
+        elif depth == 0:
+            parts.append(text[at:mark.start()])
+            at = mark.end()
+    return [part for part in (_GAPS.sub("", part) for part in [*parts, text[at:]]) if part]
+
+
+def _values(text: str) -> tuple[str, str] | None:
+    """The variable and the values of `x=1, x=2` or `x=1 or 2`; None for other texts, one value, several variables."""
+    if "=" not in text:
+        return None
+    parts = _parts(plain_fonts(text, " "), _LISTED)
+    named = [_VALUE_OF.fullmatch(part) for part in parts]
+    names = {_INDEX.sub("", found[1]) for found in named if found}
+    values = [found[2] if found else part for found, part in zip(named, parts)]
+    if len(parts) < 2 or not named[0] or len(names) > 1 or any(_RELATION.search(value) for value in values):
+        return None
+    return names.pop(), ", ".join(values)
+
+
+def _region(text: str) -> tuple[str, str] | None:
+    """The variable ("" where none is named) and the union of `x<-1 or x>1`; None for other texts."""
+    text = plain_fonts(text, " ")
+    for pattern, sign in _SIGNS:
+        text = pattern.sub(sign, text)
+    parts = _parts(text, _EITHER)
+    pieces = [_interval(part) for part in parts]
+    if len(parts) < 2 or None in pieces:
+        return None
+    names = {name for name, _ in pieces if name}
+    return (names.pop() if names else "", "\\cup".join(piece for _, piece in pieces)) if len(names) < 2 else None
+
+
+def _interval(part: str) -> tuple[str, str] | None:
+    if found := _INTERVAL.fullmatch(part):
+        return "", found[1]
+    if found := re.fullmatch(rf"([A-Za-z])=({_BOUND})", part):
+        return found[1], f"\\{{{found[2]}\\}}"
+    found = _BOUNDED.fullmatch(part)
+    if not found or not (found[2] or found[4]):
+        return None
+    low, high = ("(", "-\\infty"), ("\\infty", ")")
+    if found[2] and found[4] and found[2][0] != found[4][0]:
+        return None
+    for sign, value, below in ((found[2], found[1], "<"), (found[4], found[5], ">")):
+        if sign and sign[0] == below:
+            low = ("[" if "=" in sign else "(", value)
+        elif sign:
+            high = (value, "]" if "=" in sign else ")")
+    return found[3], f"{low[0]}{low[1]},{high[0]}{high[1]}"
+
+
+def _is_ratio(text: str) -> bool:
+    parts = plain_fonts(text, " ").replace("\\!", "").replace("\\colon", ":").split(":")
+    return len(parts) > 1 and all(_TERM.fullmatch(part) for part in parts)

@@ -11,7 +11,7 @@ import re
 import warnings
 
 from jaxrl_fp16.tasks.grading.rewrites import FONTS, plain_fonts, tidy
-from jaxrl_fp16.tasks.grading.solutions import one_writing
+from jaxrl_fp16.tasks.grading.solutions import lists_alike, ratios_alike, regions_alike
 from jaxrl_fp16.tasks.grading.units import agree, split_unit
 from jaxrl_fp16.tasks.grading.words import number_of_words
 
@@ -105,10 +105,7 @@ def comparable(gold: str, answer: str) -> tuple[str, str] | None:
     choices = _choices(gold, answer)
     if choices is not None:
         gold, answer = choices
-    pair = one_writing(gold, answer)
-    if pair is None:
-        return None
-    gold, answer = pair
+    gold, answer = regions_alike(*lists_alike(gold, answer))
     named = [_NAMED.fullmatch(text) or _NAMED.fullmatch(plain_fonts(text).strip()) for text in (gold, answer)]
     if named[1] and "=" not in gold + named[1][1]:
         answer = tidy(named[1][1])
@@ -116,6 +113,10 @@ def comparable(gold: str, answer: str) -> tuple[str, str] | None:
         gold = tidy(named[0][1])
     elif named[1] and normalise(named[1][1]) == normalise(gold):
         answer = gold
+    pair = ratios_alike(gold, answer)
+    if pair is None:
+        return None
+    gold, answer = pair
     (gold_value, gold_unit), (value, unit) = split_unit(gold), split_unit(answer, letters=True)
     if not agree(gold_unit, unit):
         return None

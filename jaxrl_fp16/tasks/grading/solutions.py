@@ -4,15 +4,16 @@ import re
 
 from jaxrl_fp16.tasks.grading.rewrites import plain_fonts
 
-_OR = r"\\(?:lor|vee|cup)(?![A-Za-z])|(?<![A-Za-z\\])or(?![A-Za-z])"
+_OR = r"\\(?:lor|vee)(?![A-Za-z])|(?<![A-Za-z\\])or(?![A-Za-z])"
 _LISTED = re.compile(rf"(?:,(?!\d{{3}}(?!\d))|;|{_OR}|(?<![A-Za-z\\])and(?![A-Za-z]))|[(\[{{]|[)\]}}]")
-_EITHER = re.compile(rf"(?:{_OR})|[(\[{{]|[)\]}}]")
+_EITHER = re.compile(rf"(?:{_OR}|\\cup(?![A-Za-z]))|[(\[{{]|[)\]}}]")
 
 _RELATION = re.compile(r"=|<|>|\\(?:[lg]eq?|neq?|[lg]t|[lg]eqslant)(?![A-Za-z])")
 _VALUE_OF = re.compile(r"((?:[A-Za-z]|\\[a-z]+|\([A-Za-z](?:,[A-Za-z])+\))(?:_(?:\w|\{\w+\}))?)=(.+)", re.DOTALL)
 _INDEX = re.compile(r"_(?:\w|\{\w+\})")
 _BOUND = r"[^<>=]+"
 _BOUNDED = re.compile(rf"(?:({_BOUND})(<=?|>=?))?([A-Za-z])(?:(<=?|>=?)({_BOUND}))?")
+_POINT = re.compile(r"([A-Za-z])=([^<>=,]+)")
 _INTERVAL = re.compile(r"(?:[A-Za-z]\\in)?((?:\\left)?[(\[].+,.+[)\]])", re.DOTALL)
 _SIGNS = [(re.compile(pattern), sign) for pattern, sign in (
     (r"\\leq?(?:slant)?(?![A-Za-z])", "<="), (r"\\geq?(?:slant)?(?![A-Za-z])", ">="),
@@ -24,13 +25,19 @@ _GAPS = re.compile(r"(?<![A-Za-z])\s+|\s+(?![A-Za-z])")  # not that of `\pi x`
 _TO = re.compile(r"(?<=\d)\s+to\s+(?=\d)")
 
 
-def one_writing(gold: str, answer: str) -> tuple[str, str] | None:
-    """Two tidied answers, their solutions as lists of values and their regions as intervals where both are to be read
-    so. None for a ratio beside a number: `7:1` is no 7."""
-    lists = _values(gold), _values(answer)
-    gold, answer = _alike(gold, answer, lists, lambda other, _: not _RELATION.search(other))
-    regions = _region(gold), _region(answer)
-    gold, answer = _alike(gold, answer, regions, lambda other, name: "\\cup" in other or name and "\\infty" in other)
+def lists_alike(gold: str, answer: str) -> tuple[str, str]:
+    """Two tidied answers, `x=1 or x=2` in them as `1, 2` where the other is values too."""
+    return _alike(gold, answer, (_values(gold), _values(answer)), lambda other, _: not _RELATION.search(other))
+
+
+def regions_alike(gold: str, answer: str) -> tuple[str, str]:
+    """Two tidied answers, `x<-1 or x>1` in them as a union of intervals where the other is one too."""
+    return _alike(gold, answer, (_region(gold), _region(answer)),
+                  lambda other, name: "\\cup" in other or name and "\\infty" in other)
+
+
+def ratios_alike(gold: str, answer: str) -> tuple[str, str] | None:
+    """Two tidied answers, `7 to 1` beside a ratio as `7:1`. None for a ratio beside a number: `7:1` is no 7."""
     ratios = _is_ratio(gold), _is_ratio(answer)
     if ratios[0] == ratios[1]:
         return gold, answer
@@ -97,7 +104,7 @@ def _region(text: str) -> tuple[str, str] | None:
 def _interval(part: str) -> tuple[str, str] | None:
     if found := _INTERVAL.fullmatch(part):
         return "", found[1]
-    if found := re.fullmatch(rf"([A-Za-z])=({_BOUND})", part):
+    if found := _POINT.fullmatch(part):
         return found[1], f"\\{{{found[2]}\\}}"
     found = _BOUNDED.fullmatch(part)
     if not found or not (found[2] or found[4]):

@@ -214,6 +214,9 @@ x=1 \text{ or } x=2 ; 1, 2
 x=1, x=2 ; x=2 or 1
 (1,2),(3,4) ; (x,y)=(1,2) \text{ or } (x,y)=(3,4)
 1000,2 ; x=1,000, x=2
+(-1,0)\cup[\frac12,\infty) ; x=(-1,0) \cup [\tfrac12, \infty)
+9:24 ; x=9:24
+4\!:\!51\!:\!06 \text{ p.m.} ; x=4:51:06 p.m.
 12 ; twelve
 \text{twelve} ; 12
 21 ; The answer is twenty-one.

@@ -43,7 +43,7 @@ _LATEX = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\infin(?![A-Za-z])", r"\\infty"),
     (r"&(?:nbsp|thinsp);", " "),
     # Groups of three digits: by braces or thin spaces anywhere, by plain spaces and marks where groups alone stand.
-    (r"(?<=\d)(?<!\d{4})(?:\{,\}|,\\!\s*|\\[!,:; ]|(?<=\d)')(?=\d{3}(?!\d))", ""),
+    (r"(?<=\d)(?<!\d{4})(?:\{,\}|\s*,\s*\\!\s*|\\[!,:; ]|(?<=\d)')(?=\d{3}(?!\d))", ""),
     (r"(?<![\d.,])(?<!\d )([1-9]\d{0,2}(?: \d{3})+)(?![\d/]|[ ]\d|\s*/)", lambda found: found[1].replace(" ", "")),
     # Mixed numbers: the fraction is a proper one.
     (r"(?<![\d.,])(\d+)\s+(\d{1,4})/(\d{1,4})(?![\d/])",

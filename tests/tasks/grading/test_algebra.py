@@ -217,6 +217,7 @@ x=1, x=2 ; x=2 or 1
 (-1,0)\cup[\frac12,\infty) ; x=(-1,0) \cup [\tfrac12, \infty)
 9:24 ; x=9:24
 4\!:\!51\!:\!06 \text{ p.m.} ; x=4:51:06 p.m.
+10,\!080 ; 10 , \! 080
 12 ; twelve
 \text{twelve} ; 12
 21 ; The answer is twenty-one.

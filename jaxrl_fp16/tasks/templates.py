@@ -98,9 +98,10 @@ def render(template: Template, example: Example, tokenizer=None) -> str:
 
 def check_template(template: Template, example: Example, tokenizer) -> None:
     """Refuses, by `ValueError`, a template that means nothing to this tokenizer: a published one whose markers it has
-    not, and options that do not reach its chat template."""
+    not, one of chat where it has none, and options that do not reach its chat template."""
     if needs_tokenizer(template, example):
         check_options(tokenizer, template.options)
+        render(template, example, tokenizer)
     elif template.options:
         raise ValueError(f"template_options are {', '.join(template.options)} and the template is {template.name!r}; "
                          "allowed: {}, or template chat, whose text they change")

@@ -27,7 +27,7 @@ from jaxrl_fp16.training.runs.inputs import Inputs, check_inputs, inputs_of
 from jaxrl_fp16.training.runs.learner import critic_model
 from jaxrl_fp16.training.runs.positions import check_positions
 from jaxrl_fp16.training.runs.run_folder import check_resumed, new_folder, write_record
-from jaxrl_fp16.training.runs.setup import Setup, opened, set_up
+from jaxrl_fp16.training.runs.setup import Setup, check_models_beside, opened, set_up
 from jaxrl_fp16.training.safety.deadlines import Signals, Watchdog, caught_signals, leaving_on_abort
 from jaxrl_fp16.training.safety.folder_lock import only_writer
 from jaxrl_fp16.training.safety.guards import Guard, ending_in_order
@@ -179,6 +179,7 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
     Raises ConfigError for whatever can be refused before the start; `check(setup, task)`
     may raise more of them, before the run folder is made, and gives lines to say at the start.
     """
+    check_models_beside(config, critic, rewarded)
     setup = set_up(config)
     config = setup.config
     if config.resume is not None:

@@ -9,6 +9,7 @@ import time
 import pytest
 
 from jaxrl_fp16.tasks import TEMPLATES, Example, TaskConfig, check_template, flaw_of, get_template, read_answer, render
+from jaxrl_fp16.tasks.templates import remark_on
 from jaxrl_fp16.tasks.grading.readers import last_boxed
 from jaxrl_fp16.tasks.messages import asks_for_date
 from jaxrl_fp16.tokenizer import character_tokenizer, encode
@@ -215,6 +216,15 @@ def test_a_published_template_needs_its_markers_as_tokens(name):
     check_template(get_template(name), ASKED, tokenizer)
     for free in ("none", "r1", "<|user|>{q}"):
         check_template(get_template(free), ASKED, character_tokenizer("1+?"))
+
+
+def test_markers_of_a_text_of_ones_own_that_are_no_tokens_are_told():
+    tokenizer = character_tokenizer("1+?<|>aeinrsudt")
+    tokenizer.add_tokens(["<|user|>"])
+    assert remark_on(get_template("<|user|>{q}"), tokenizer) == ""
+    assert remark_on(get_template("<|user|>{q}<|assistant|>"), tokenizer) == (
+        "task.template holds <|assistant|>, which this tokenizer reads as pieces of text")
+    assert remark_on(get_template("r1"), tokenizer) == remark_on(get_template("chat"), tokenizer) == ""
 
 
 def test_options_reach_the_chat_template():

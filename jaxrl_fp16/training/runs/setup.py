@@ -21,7 +21,7 @@ from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, load_pretrain
 from jaxrl_fp16.models.families.config_json import read_json
 from jaxrl_fp16.parallel import check_same_config, from_first_process, initialize_distributed, make_mesh
 from jaxrl_fp16.precision import Precision, get_precision_on
-from jaxrl_fp16.tasks import TASKS, Task, asks_for_date, check_template, open_task
+from jaxrl_fp16.tasks import TASKS, Task, asks_for_date, check_template, open_task, remark_on
 from jaxrl_fp16.tokenizer import character_tokenizer, check_vocabulary, end_ids, load_tokenizer, pad_id, vocabulary_size
 from jaxrl_fp16.training.runs.run_config import Config, check_mesh_rows
 from jaxrl_fp16.training.runs.run_folder import check_run_folder
@@ -78,11 +78,13 @@ def opened(setup, prompts=True, problems=None):
     prompts: whether the command makes any, by the task's template.  problems: as for `open_task`.
     """
     with naming_at_entry("task", open_task(setup.config.task, problems)) as task:
+        remark = ""
         if prompts:
             with naming("task"):
                 check_template(task.template, task.train[0], setup.tokenizer)
-        if task.note:
-            Console(quiet=jax.process_index() != 0).say(task.note)
+                remark = remark_on(task.template, setup.tokenizer)
+        for line in filter(None, (remark, task.note)):
+            Console(quiet=jax.process_index() != 0).say(line)
         yield Opened(setup, task, make_model(setup))
 
 

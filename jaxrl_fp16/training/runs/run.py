@@ -191,7 +191,7 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
             check_inputs(config.resume, inputs, exporting=command is None)
         with naming("evaluation"):
             evaluators = make_evaluators(bench) if command is not None else []
-        others = dict(reference=reference and config.training.reference == "device",
+        others = dict(command=command, reference=reference and config.training.reference == "device",
                       critic=critic_model(config, model) if critic else None)
         needs = _check_memory(setup, model, **others)   # before `check` makes rows: as many as the config asks for
         if command is not None:
@@ -223,7 +223,7 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
 
 
 def _check_memory(setup, model, **others):
-    """The estimate, `{what: bytes}` on a device; refuses a run that cannot fit. others: the models beside `model`."""
+    """The estimate, `{what: bytes}` on a device; refuses a run that cannot fit. others: as `estimate` takes them."""
     needs = estimate(setup.config, model, setup.mesh, setup.precision.policy.compute_dtype, **others)
     with naming("memory"):
         check_fits(needs, device_bytes(setup.mesh.local_devices[0]))

@@ -28,6 +28,7 @@ _LOOKS = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])", ""),
     (r"\\(?:le|leqslant)(?![A-Za-z])", r"\\leq"),
     (r"\\(?:ge|geqslant)(?![A-Za-z])", r"\\geq"),
+    (r"(?i)^\s*(\d{1,2}(?::\d\d){0,2})\s*([ap])\.?\s?m\.?\s*$", lambda time: f"{time[1]}{time[2].lower()}m"),
     # Spaces go, save between two digits, and where a list would become a number: `1 2`, `1, 234`.
     (r"(?<![\d,])\s+|(?<=,)\s+(?!\d{3}(?!\d))|\s+(?![\d\s])", ""),
 )]

@@ -25,7 +25,7 @@ _CHARACTERS = str.maketrans({
 
 # Each pair of marks that may stand around a whole answer.
 _WRAPPED = re.compile(r"(\*{1,3}|_{2}|`{1,3})(?=[^\s*_`])(.+?)\1[.,;:]*", re.DOTALL)
-_BRACKETS = re.compile(r"(?<!\\)\\[()\[\]]|\$\$")
+_BRACKETS = re.compile(r"(?<!\\)\\[()\[\]]|\$\$|\\(?:begin|end)\{(?:align|equation|gather)(?:ed)?\*?\}")
 _DOLLAR = re.compile(r"(?<!\\)\$")
 _BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _TRAILING = " \n\t.,;:。"
@@ -35,7 +35,7 @@ _FACTORS = {"dozen": "12", "hundred": "10^{2}", "thousand": "10^{3}", "million":
 _LATEX = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\frac\s*(\d)", r"\\frac{\1}"),
-    (r"(\\frac\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+    (r"(\\frac\{[^{}]*\})(?:\s|\\[,;:!])*(\d)", r"\1{\2}"),
     (r"\\(?:displaystyle|textstyle|limits|thinspace)(?![A-Za-z])", " "),
     (r"\\(?:text)?(?:degrees?|°)(?![A-Za-z])", r"^\\circ"),
     (r"√\s*(\d+|[A-Za-z])", r"\\sqrt{\1}"),

@@ -4,9 +4,12 @@ import re
 
 from jaxrl_fp16.tasks.grading.rewrites import plain_fonts
 
+INFINITY = "\\infty"
 _OR = r"\\(?:lor|vee)(?![A-Za-z])|(?<![A-Za-z\\])or(?![A-Za-z])"
 _LISTED = re.compile(rf"(?:,(?!\d{{3}}(?!\d))|;|{_OR}|(?<![A-Za-z\\])and(?![A-Za-z]))|[(\[{{]|[)\]}}]")
 _EITHER = re.compile(rf"(?:{_OR}|\\cup(?![A-Za-z]))|[(\[{{]|[)\]}}]")
+
+_BOTH = re.compile(r"\\(?:land|wedge)(?![A-Za-z])|(?<![A-Za-z\\])and(?![A-Za-z])|[(\[{]|[)\]}]")
 
 _RELATION = re.compile(r"=|<|>|\\(?:[lg]eq?|neq?|[lg]t|[lg]eqslant)(?![A-Za-z])")
 _VALUE_OF = re.compile(r"((?:[A-Za-z]|\\[a-z]+|\([A-Za-z](?:,[A-Za-z])+\))(?:_(?:\w|\{\w+\}))?)=(.+)", re.DOTALL)
@@ -26,14 +29,16 @@ _TO = re.compile(r"(?<=\d)\s+to\s+(?=\d)")
 
 
 def lists_alike(gold: str, answer: str) -> tuple[str, str]:
-    """Two tidied answers, `x=1 or x=2` in them as `1, 2` where the other is values too."""
+    """Two tidied answers, `x=1 or x=2` in them as `1, 2` where the other is values too, and `1\\pm\\sqrt2` as both of
+    its values where the other lists them."""
+    gold, answer = _both_signs(gold, answer), _both_signs(answer, gold)
     return _alike(gold, answer, (_values(gold), _values(answer)), lambda other, _: not _RELATION.search(other))
 
 
 def regions_alike(gold: str, answer: str) -> tuple[str, str]:
     """Two tidied answers, `x<-1 or x>1` in them as a union of intervals where the other is one too."""
     return _alike(gold, answer, (_region(gold), _region(answer)),
-                  lambda other, name: "\\cup" in other or name and "\\infty" in other)
+                  lambda other, name: "\\cup" in other or name and _INTERVAL.fullmatch(other))
 
 
 def ratios_alike(gold: str, answer: str) -> tuple[str, str] | None:
@@ -88,17 +93,37 @@ def _values(text: str) -> tuple[str, str] | None:
     return names.pop(), ", ".join(values)
 
 
+def _both_signs(text: str, other: str) -> str:
+    if text.count("\\pm") != 1 or text.lstrip().startswith("\\pm") or "\\pm" in other:
+        return text
+    if [len(_parts(plain_fonts(each, " "), _LISTED)) for each in (text, other)] != [1, 2]:
+        return text
+    return ", ".join(re.sub(r"\\pm(?![A-Za-z])", sign, text) for sign in "+-")
+
+
 def _region(text: str) -> tuple[str, str] | None:
-    """The variable ("" where none is named) and the union of `x<-1 or x>1`; None for other texts."""
+    """The variable ("" where none is named) and the union of `x<-1 or x>1`, or the interval of `x>1 and x<3`; None for
+    other texts."""
     text = plain_fonts(text, " ")
     for pattern, sign in _SIGNS:
         text = pattern.sub(sign, text)
     parts = _parts(text, _EITHER)
+    if len(parts) == 1:
+        return _between(_parts(text, _BOTH))
     pieces = [_interval(part) for part in parts]
-    if len(parts) < 2 or None in pieces:
+    if not parts or None in pieces:
         return None
     names = {name for name, _ in pieces if name}
     return (names.pop() if names else "", "\\cup".join(piece for _, piece in pieces)) if len(names) < 2 else None
+
+
+def _between(parts: list[str]) -> tuple[str, str] | None:
+    """The variable and the interval of two parts, one of which bounds it from below and one from above."""
+    bounds = [_bounds(part) for part in parts]
+    if len(bounds) != 2 or None in bounds or bounds[0][0] != bounds[1][0]:
+        return None
+    sides = [[bound[side] for bound in bounds if bound[side]] for side in (1, 2)]
+    return (bounds[0][0], ",".join(low_high[0] for low_high in sides)) if list(map(len, sides)) == [1, 1] else None
 
 
 def _interval(part: str) -> tuple[str, str] | None:
@@ -106,18 +131,24 @@ def _interval(part: str) -> tuple[str, str] | None:
         return "", found[1]
     if found := _POINT.fullmatch(part):
         return found[1], f"\\{{{found[2]}\\}}"
+    if bounds := _bounds(part):
+        name, low, high = bounds
+        return name, f"{low or '(-' + INFINITY},{high or INFINITY + ')'}"
+    return None
+
+
+def _bounds(part: str) -> tuple[str, str, str] | None:
+    """The variable and its bounds, as `[2` and `3)`, "" for none; None for what is no such inequality."""
     found = _BOUNDED.fullmatch(part)
-    if not found or not (found[2] or found[4]):
+    if not found or not (found[2] or found[4]) or found[2] and found[4] and found[2][0] != found[4][0]:
         return None
-    low, high = ("(", "-\\infty"), ("\\infty", ")")
-    if found[2] and found[4] and found[2][0] != found[4][0]:
-        return None
+    low = high = ""
     for sign, value, below in ((found[2], found[1], "<"), (found[4], found[5], ">")):
         if sign and sign[0] == below:
-            low = ("[" if "=" in sign else "(", value)
+            low = f"{'[' if '=' in sign else '('}{value}"
         elif sign:
-            high = (value, "]" if "=" in sign else ")")
-    return found[3], f"{low[0]}{low[1]},{high[0]}{high[1]}"
+            high = f"{value}{']' if '=' in sign else ')'}"
+    return found[3], low, high
 
 
 def _is_ratio(text: str) -> bool:

@@ -218,6 +218,17 @@ x=1, x=2 ; x=2 or 1
 9:24 ; x=9:24
 4\!:\!51\!:\!06 \text{ p.m.} ; x=4:51:06 p.m.
 10,\!080 ; 10 , \! 080
+3/8 ; \dfrac 3\, 8
+42 ; \begin{align*}x=42\end{align*}
+11:30\text{ a.m.} ; 11:30 AM
+5 p.m. ; 5 PM
+\frac{3\pm\sqrt{5}}{2} ; x=\frac{3+\sqrt5}{2}, x=\frac{3-\sqrt5}{2}
+2-\sqrt3, 2+\sqrt3 ; 2\pm\sqrt{3}
+3+\sqrt5, 3-\sqrt5 ; x=3\pm\sqrt5
+x=3\pm\sqrt5 ; x=3+\sqrt5 \text{ or } x=3-\sqrt5
+x=3\pm\sqrt5 ; 3\pm\sqrt{5}
+(1,3) ; x>1 and x<3
+[1,3) ; x<3 \text{ and } 1\leq x
 12 ; twelve
 \text{twelve} ; 12
 21 ; The answer is twenty-one.
@@ -544,6 +555,15 @@ x=1, x=2 ; x=1
 24 ; four twenty
 22 ; two two
 5 ; minus five
+11:30\text{ a.m.} ; 11:30 PM
+\frac{3\pm\sqrt{5}}{2} ; \frac{3+\sqrt5}{2}
+\frac{3\pm\sqrt{5}}{2} ; \frac{3+\sqrt5}{2}, \frac{3+\sqrt5}{2}
+\frac{3\pm\sqrt{5}}{2} ; \frac{3+\sqrt5}{2}, \frac{3-\sqrt7}{2}
+(1,3) ; x>1 and x<4
+(1,3) ; x>1 and x>3
+(1,3) ; x\geq 1 and x<3
+(1,3) ; x>1 and y<3
+(1,3) ; x>1 or x<3
 \text{seven} ; 8
 33\frac13\% ; 33
 33\frac13\% ; 33.33\%

@@ -15,6 +15,7 @@ import resource
 import statistics
 import tempfile
 
+from jaxrl_fp16.commands.train import train
 from jaxrl_fp16.config import load_config, parse_overrides
 from jaxrl_fp16.telemetry import TelemetryConfig
 from jaxrl_fp16.training.loops import iterations as loop
@@ -49,7 +50,7 @@ def measure(config):
     Timed.notes.clear()
     original, loop.Watch = loop.Watch, Timed
     try:
-        loop.train(config)
+        train(config)
     finally:
         loop.Watch = original
     return [(now[0] - before[1], now[1] - now[0]) for before, now in zip(Timed.notes, Timed.notes[1:])]

@@ -18,7 +18,8 @@ USAGE = """usage: jaxrl-fp16 COMMAND CONFIG [--key.subkey VALUE ...]
 commands:
 {commands}
 
-`jaxrl-fp16 COMMAND --help` lists the command's own keys, and names the sections of the others."""
+`jaxrl-fp16 COMMAND --help` lists the command's own keys, and names the sections of the others, which
+`jaxrl-fp16 --help SECTION` lists."""
 
 
 # name -> what it does; `commands/NAME.py` has `run_NAME(config) -> exit code`
@@ -52,10 +53,13 @@ OWN = {
 
 def main(argv):
     """Runs one command; `argv` without the program's name."""
-    if not argv or argv[0] in ("-h", "--help", "help"):
+    asks = bool(argv) and argv[0] in ("-h", "--help", "help")
+    if not argv or asks and len(argv) == 1:
         print(USAGE.format(commands="\n".join(f"  {name:10}{text}" for name, text in COMMANDS.items())))
         return 0 if argv else 2
     try:
+        if asks:
+            return _help(argv[1], argv[2:]) if argv[1] in COMMANDS else _help("COMMAND", argv[1:])
         command, arguments = argv[0], list(argv[1:])
         if command not in COMMANDS:
             raise ConfigError(f"command {command!r} is unknown; allowed: {', '.join(COMMANDS)}")
@@ -142,10 +146,11 @@ def _help(command, wanted):
     unknown = [name for name in wanted if name not in (*filter(None, sections), "all")]
     if unknown:
         allowed = ", ".join([*filter(None, sections), "all"])
-        raise ConfigError(f"{command} --help: there is no section {unknown[0]!r}; allowed: {allowed}")
+        asked = f"{command} --help" if command in COMMANDS else "--help"
+        raise ConfigError(f"{asked}: there is no section {unknown[0]!r}; allowed: {allowed}")
     wanted = list(sections) if "all" in wanted else wanted
     shown = wanted or ["", *OWN.get(command, (command,))]
-    print(f"usage: jaxrl-fp16 {command} CONFIG [--key VALUE ...]\n\n{COMMANDS[command]}\n")
+    print(f"usage: jaxrl-fp16 {command} CONFIG [--key VALUE ...]\n\n{COMMANDS.get(command, 'keys of all commands')}\n")
     for row in (row for name in shown for row in sections[name]):
         print(f"  --{row.key} ({row.type}; {row.default})\n      {row.doc}")
     if not wanted:
@@ -164,7 +169,12 @@ def entry():
     for stream in filter(None, (sys.stdout, sys.stderr)):
         stream.reconfigure(errors="replace")    # a response may hold what the console's encoding does not
     _silence_failed_saves()
-    code = main(sys.argv[1:])
+    try:
+        code = main(sys.argv[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # of `... --help | head`: the reader has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
     if code and _is_one_of_several():
         _leave_the_others(code)
     sys.exit(code)

@@ -58,7 +58,7 @@ class Console:
         self._steps, self._every, self._line = steps, every, line
         self._live: rich.live.Live | None = None
         self._ends: collections.deque[float] = collections.deque(maxlen=20)     # when the latest steps ended
-        self._said = time.monotonic()       # when progress last took a line
+        self._said = self._counted = time.monotonic()       # when status or progress, and progress, last took a line
 
     def __enter__(self):
         return self
@@ -108,8 +108,8 @@ class Console:
         if self._is_live():
             self._redraw(text)
         elif (len(self._ends) == 1 or step == self._steps or (self._every and step % self._every == 0)
-              or self._ends[-1] - self._said >= PATIENCE):
-            self._said = self._ends[-1]
+              or self._ends[-1] - self._counted >= PATIENCE):
+            self._said = self._counted = self._ends[-1]
             self.say(text)
 
     def status(self, text: str, seconds: float = PATIENCE, live: bool = True) -> None:

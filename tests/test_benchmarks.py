@@ -168,3 +168,27 @@ def test_remedies_are_measured_alone(remedies):
     assert all(row["float32_kl"] > 0 and row["sampler_seconds"] > 0 and row["scorer_seconds"] > 0 for row in rows)
     fields = {field.name for field in dataclasses.fields(model.numerics)}
     assert {name for remedy in remedies.REMEDIES.values() for name in remedy} == fields
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in BENCHMARKS.glob("*.py")))
+def test_a_script_finds_what_it_imports(name, monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    before = set(sys.modules)
+    assert importlib.import_module(name).__doc__
+    for added in {path.stem for path in BENCHMARKS.glob("*.py")} - before:
+        sys.modules.pop(added, None)
+
+
+def test_telemetry_times_the_looks_of_train(monkeypatch):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    script = importlib.import_module("telemetry")
+    monkeypatch.setattr(script.Watch, "look", lambda self, *given: {})
+
+    def train(config):
+        watch = script.loop.Watch.__new__(script.loop.Watch)
+        return [watch.look(step, None, None) for step in range(4)]
+
+    monkeypatch.setattr(script, "train", train)
+    assert len(script.measure(None)) == 3 and script.loop.Watch is script.Watch
+    for name in ("telemetry", "record"):
+        sys.modules.pop(name, None)

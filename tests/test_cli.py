@@ -65,6 +65,23 @@ def test_help_of_sections_and_of_every_key(capsys):
     assert "eval --help: there is no section 'evaluations'; allowed: run, loss_scale" in capsys.readouterr().err
 
 
+def test_help_without_a_command(capsys):
+    assert cli.main(["--help", "mesh"]) == 0
+    assert "--mesh.fsdp" in (said := capsys.readouterr().out) and "--model" not in said
+    assert cli.main(["help", "eval"]) == 0 and cli.main(["eval", "--help"]) == 0
+    texts = capsys.readouterr().out
+    assert texts[:len(texts) // 2] == texts[len(texts) // 2:]
+    assert cli.main(["--help", "mush"]) == 2 and "jaxrl-fp16: --help: there is no section 'mush'" in (
+        capsys.readouterr().err)
+
+
+def test_a_reader_of_the_help_may_leave():
+    with subprocess.Popen([sys.executable, "-m", "jaxrl_fp16", "train", "--help"], text=True, stdout=subprocess.PIPE,
+                          stderr=subprocess.PIPE, cwd=Path(cli.__file__).parents[1]) as process:
+        process.stdout.close()
+        assert process.stderr.read() == "" and process.wait() == 0
+
+
 def test_the_package_is_a_program_too():
     done = subprocess.run([sys.executable, "-m", "jaxrl_fp16", "generate"], capture_output=True, text=True,
                           cwd=Path(cli.__file__).parents[1])

@@ -238,6 +238,21 @@ def test_what_goes_on_in_a_long_step_is_told_into_a_file(monkeypatch):
         assert console.file.getvalue().splitlines() == wanted
 
 
+def test_a_line_of_what_goes_on_takes_no_steps_place(monkeypatch, tmp_path):
+    now = [0.0]
+    monkeypatch.setattr("jaxrl_fp16.console.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+    console = plain_console()
+    with RunLog(tmp_path, LoggingConfig(tensorboard=False), steps=6, console=console) as log:
+        for step in range(1, 7):
+            now[0] += 35.0
+            log.status(f"step {step}: learning", live=False)
+            now[0] += 5.0
+            log.metrics(step, {"reward": 0.5})
+    said = [line.partition("  ")[0] for line in console.file.getvalue().splitlines()]
+    assert [text for text in said if "/" in text] == [f"step {step}/6" for step in range(1, 7)]
+    assert "step 2: learning" in said
+
+
 def test_what_would_steer_a_terminal_is_not_shown():
     console = plain_console()
     log = RunLog(None, QUIET, console=console)

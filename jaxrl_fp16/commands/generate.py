@@ -1,6 +1,6 @@
 """`generate`: responses to prompts, printed."""
 
-from jaxrl_fp16.config import ConfigError
+from jaxrl_fp16.config import naming
 from jaxrl_fp16.console import Console
 from jaxrl_fp16.parallel import row_shards
 from jaxrl_fp16.tasks import Example
@@ -15,12 +15,13 @@ def run_generate(config):
     """Prints a group of responses to each prompt, with rewards where the problem has an answer."""
     setup = set_up_alone("generate", config)
     config, log = setup.config, Console()
-    with opened(setup) as bench:
+    given = [Example(text, "") for text in config.generate.prompts]
+    with opened(setup, problems=given or None) as bench:
         task = bench.task
         check_positions(config, "generate", bench.model.config.max_positions)
-        known = (task.heldout or task.train)[: config.generate.count]
-        examples = [Example(text, "") for text in config.generate.prompts] or list(known)
-        prompts = _prompts(config, setup, task, examples)
+        examples = given or list((task.heldout or task.train)[:config.generate.count])
+        with naming("generate"):
+            prompts = _prompts(config, setup, task, examples)
         engine, params = make_engine(setup, bench.model), bench.load_params()
         with log.announce("compiling the sampler"):
             graded = sample_and_grade(engine, params, prompts, task, setup, setup.keys.evaluation)
@@ -39,5 +40,5 @@ def _prompts(config, setup, task, examples):
     for text, flaw, fits in zip(texts, flaws, kept):
         if flaw or not fits:
             what = "has no token" if not text else f"is {flaw or f'longer than training.max_prompt_tokens = {length}'}"
-            raise ConfigError(f"generate: prompt {text[:60]!r} {what}")
+            raise ValueError(f"prompt {text[:60]!r} {what}")
     return PromptBatch(examples, texts, tokens, mask, 0, 0)

@@ -9,12 +9,21 @@ from jaxrl_fp16.tasks.preference import PreferenceFields, load_hub_preferences, 
 from jaxrl_fp16.tasks.registry import TASKS, Task, TaskConfig, TaskKind, open_task
 from jaxrl_fp16.tasks.reward_text import RewardModelConfig
 from jaxrl_fp16.tasks.rewards import Rewards, RewardShapeError
-from jaxrl_fp16.tasks.templates import TEMPLATES, Template, check_template, flaw_of, get_template, read_answer, render
+from jaxrl_fp16.tasks.templates import (
+    TEMPLATES,
+    Template,
+    check_template,
+    flaw_of,
+    get_template,
+    read_answer,
+    remark_on,
+    render,
+)
 
 __all__ = [
     "ALPHABET", "ArithmeticConfig", "BatchDeadline", "Example", "Outcome", "PoolConfig", "PreferenceFields",
     "RewardModelConfig", "RewardShapeError", "Rewards", "TASKS", "TEMPLATES", "Task", "TaskConfig", "TaskKind",
     "Template", "WorkerStartError", "asks_for_date", "check_template", "flaw_of", "get_template", "load_examples",
     "load_hub_examples", "load_hub_preferences", "load_preferences", "math_reward", "open_grader", "open_pool",
-    "open_task", "read_answer", "render",
+    "open_task", "read_answer", "remark_on", "render",
 ]

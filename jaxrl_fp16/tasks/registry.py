@@ -16,7 +16,7 @@ from jaxrl_fp16.tasks.examples import Example, load_examples, load_hub_examples
 from jaxrl_fp16.tasks.generated import Generator, held_out_problems, train_problems
 from jaxrl_fp16.tasks.preference import PreferenceFields, load_hub_preferences, load_preferences
 from jaxrl_fp16.tasks.reward_text import RewardModelConfig
-from jaxrl_fp16.tasks.rewards import Grade, Rewards, inline_grader, open_custom_grader
+from jaxrl_fp16.tasks.rewards import Grade, Rewards, gather, inline_grader, open_custom_grader
 from jaxrl_fp16.tasks.templates import Template, get_template, needs_tokenizer, render
 
 
@@ -165,9 +165,10 @@ class Task:
 
 
 @contextlib.contextmanager
-def open_task(config: TaskConfig) -> Iterator[Task]:
+def open_task(config: TaskConfig, problems: Sequence[Example] | None = None) -> Iterator[Task]:
     """Gives a `Task`, with its grading processes if it needs any; they end with the context.
 
+    problems: examples without answers in place of the task's own, which are not read; their rewards are 0.
     Raises `ValueError`, before any process starts, for an unknown task or template and for data at fault, and
     for a reward file that cannot be loaded.
     """
@@ -176,11 +177,16 @@ def open_task(config: TaskConfig) -> Iterator[Task]:
     kind = TASKS[config.name]
     template = get_template(config.template or kind.template, config.system,
                             config.answer_from or kind.answer_from, config.template_options, config.date)
-    train, heldout = kind.problems(config)
+    train, heldout = kind.problems(config) if problems is None else (problems, [])
     if not needs_tokenizer(template, train[0]):
         render(template, train[0])  # an unknown field name is refused here
-    with _open_grader(config, kind, train[0]) as (grade, note):
+    with _open_grader(config, kind, train[0]) if problems is None else _ungraded() as (grade, note):
         yield Task(config.name, train, heldout, template, grade, note)
+
+
+@contextlib.contextmanager
+def _ungraded() -> Iterator[tuple[Grade, str]]:
+    yield lambda template, prompts, responses, examples: gather([[0.0] * len(group) for group in responses]), ""
 
 
 @contextlib.contextmanager

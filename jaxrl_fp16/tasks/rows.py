@@ -217,6 +217,10 @@ def _parquet_rows(path) -> Iterator[tuple[str, dict[str, Any]]]:
     number = 0
     try:
         for batch in parquet.ParquetFile(os.fspath(path)).iter_batches():
+            names = batch.schema.names
+            twice = next((name for name in names if names.count(name) > 1), None)
+            if twice is not None:
+                raise ValueError(f"column {twice!a} is there twice; allowed: once")
             for row in batch.to_pylist():
                 number += 1
                 yield f"{path}, row {number}", _plain(row)
@@ -225,11 +229,16 @@ def _parquet_rows(path) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def _plain(value: Any) -> Any:
-    """What JSON has too: a date, a decimal number or bytes as their text."""
+    """What JSON has too: a date or a decimal number as its text, bytes as the text that they are, or else as null."""
     if isinstance(value, dict):
         return {str(name): _plain(item) for name, item in value.items()}
     if isinstance(value, (list, tuple)):
         return [_plain(item) for item in value]
+    if isinstance(value, bytes):
+        try:
+            return value.decode()
+        except UnicodeDecodeError:
+            return None
     return value if value is None or isinstance(value, (str, int, float)) else str(value)
 
 

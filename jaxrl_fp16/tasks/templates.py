@@ -98,19 +98,29 @@ def render(template: Template, example: Example, tokenizer=None) -> str:
 
 def check_template(template: Template, example: Example, tokenizer) -> None:
     """Refuses, by `ValueError`, a template that means nothing to this tokenizer: a published one whose markers it has
-    not, and options that do not reach its chat template."""
+    not, one of chat where it has none, and options that do not reach its chat template."""
     if needs_tokenizer(template, example):
         check_options(tokenizer, template.options)
+        render(template, example, tokenizer)
     elif template.options:
         raise ValueError(f"template_options are {', '.join(template.options)} and the template is {template.name!r}; "
                          "allowed: {}, or template chat, whose text they change")
-    elif template.name in TEMPLATES:
-        marks = dict.fromkeys(MARKER.findall(template.text))
-        absent = [mark for mark, ids in zip(marks, encode(tokenizer, list(marks)))
-                  if ids != [tokenizer.convert_tokens_to_ids(mark)] or ids == [tokenizer.unk_token_id]]
-        if absent:
-            raise ValueError(f"template {template.name!r} holds {', '.join(absent)}, which this tokenizer reads as "
-                             "pieces of text, not as one token; allowed: a model that has them, or another template")
+    elif template.name in TEMPLATES and (absent := _in_pieces(template, tokenizer)):
+        raise ValueError(f"template {template.name!r} holds {', '.join(absent)}, which this tokenizer reads as "
+                         "pieces of text, not as one token; allowed: a model that has them, or another template")
+
+
+def remark_on(template: Template, tokenizer) -> str:
+    """A line to say of a text of one's own whose markers this tokenizer has not; "" where there is none."""
+    absent = _in_pieces(template, tokenizer) if template.name == "text" else []
+    return f"task.template holds {', '.join(absent)}, which this tokenizer reads as pieces of text" if absent else ""
+
+
+def _in_pieces(template: Template, tokenizer) -> list[str]:
+    """The markers of a template that are no single tokens."""
+    marks = dict.fromkeys(MARKER.findall(template.text))
+    return [mark for mark, ids in zip(marks, encode(tokenizer, list(marks)) if marks else ())
+            if ids != [tokenizer.convert_tokens_to_ids(mark)] or ids == [tokenizer.unk_token_id]]
 
 
 def flaw_of(text: str, example: Example) -> str | None:

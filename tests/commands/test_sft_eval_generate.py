@@ -161,7 +161,8 @@ def test_sft_without_a_solution_that_fits_is_refused(command, tmp_path, capsys, 
         flags = (*flags, "--task.path", str(data), "--task.template", "{problem}", "--task.heldout_size", "1")
     assert command("sft", "--sft.steps", "2", "--run.dir", str(tmp_path / "runs"), *flags) == 2
     error = capsys.readouterr().err
-    assert "problems has a solution that fits into max_length" in error and error.count("\n") == 1
+    said = "none of the 7 problems has a solution; " if "math" in flags else "has a solution that fits into max_length"
+    assert said in error and error.count("\n") == 1
     assert not (tmp_path / "runs").exists()
 
 
@@ -225,6 +226,8 @@ def test_generate_prints_a_group_for_each_prompt(command, capsys):
     assert command("generate", "--generate.prompts", '["1+2=", "7+7="]') == 0
     said = capsys.readouterr().out
     assert len(re.findall("^> ", said, flags=re.MULTILINE)) == 2 and "> 1+2=\n" in said and "   [" not in said
+    alone = ("--task.name", "math", "--task.path", "absent.jsonl", "--task.reward_file", "absent.py")   # are not read
+    assert command("generate", "--generate.prompts", '["1+2="]', *alone, "--task.template", "none") == 0
 
 
 @pytest.mark.parametrize("name, flags, message", [
@@ -232,8 +235,10 @@ def test_generate_prints_a_group_for_each_prompt(command, capsys):
     ("eval", (*SETS, "--resume", "somewhere"), "eval reads no run folder; allowed: --model.path somewhere/model"),
     ("generate", ("--resume", "somewhere"), "generate reads no run folder"),
     ("generate", ("--generate.prompts", '["1+1+1+1="]'), "'1+1+1+1=' is longer than training.max_prompt_tokens = 6"),
+    ("generate", ("--task.template", "chat"), "task: template 'chat' needs a tokenizer with a chat template; this one"),
+    ("eval", (*SETS, "--task.template", "chat"), "template 'chat' needs a tokenizer with a chat template; this one"),
     ("export", (), "export needs --resume RUN_FOLDER"),
-    ("export", ("--resume", "somewhere"), "somewhere has no config.yaml; allowed: the folder of an earlier run"),
+    ("export", ("--resume", "somewhere"), "resume: somewhere does not exist; allowed: the folder of an earlier run"),
     ("eval", ("--evaluation.sets", "[{name: a, path: absent.jsonl}]"), "evaluation: absent.jsonl: no such data file"),
 ])
 def test_what_is_refused(command, capsys, name, flags, message):

@@ -3,7 +3,7 @@
 import gzip
 import json
 import sys
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import pytest
 
@@ -93,8 +93,10 @@ class FakeParquet:
 
 
 class FakeBatch(list):
+    schema = SimpleNamespace(names=["problem", "answer", "raw", "picture", "when"])
+
     def to_pylist(self):
-        return [{**row, "raw": b"x", "when": complex(1)} for row in self]
+        return [{**row, "raw": b"x", "picture": b"\xff", "when": complex(1)} for row in self]
 
 
 def test_parquet_through_its_package(tmp_path, monkeypatch):
@@ -103,10 +105,13 @@ def test_parquet_through_its_package(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "pyarrow", package)
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", parquet)
     found = list(read_rows(put(tmp_path, b"PAR1" + LIST)))
-    assert [row for _, row in found] == [{**row, "raw": "b'x'", "when": "(1+0j)"} for row in ROWS]
+    assert [row for _, row in found] == [{**row, "raw": "x", "picture": None, "when": "(1+0j)"} for row in ROWS]
     assert found[1][0].endswith("data.jsonl, row 2")
     with pytest.raises(ValueError, match="data.jsonl: a parquet file that cannot be read"):
         rows_of(put(tmp_path, b"PAR1" + LIST[:-1]))
+    monkeypatch.setattr(FakeBatch, "schema", SimpleNamespace(names=["problem", "answer", "answer"]))
+    with pytest.raises(ValueError, match="cannot be read .column 'answer' is there twice; allowed: once"):
+        rows_of(put(tmp_path, b"PAR1" + LIST))
 
 
 def test_real_parquet(tmp_path):
@@ -116,6 +121,10 @@ def test_real_parquet(tmp_path):
     rows = [{"prompt": [{"role": "user", "content": "1+1?"}], "reward_model": {"ground_truth": "2"}}]
     parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "data.parquet")
     assert rows_of(tmp_path / "data.parquet") == rows
+    twice = pyarrow.Table.from_arrays([pyarrow.array([b"a"])] * 2, names=["answer", "answer"])
+    parquet.write_table(twice, tmp_path / "data.parquet")
+    with pytest.raises(ValueError, match="column 'answer' is there twice"):
+        rows_of(tmp_path / "data.parquet")
 
 
 def test_parquet_without_its_package_names_the_extra(tmp_path, monkeypatch):

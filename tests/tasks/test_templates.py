@@ -9,6 +9,7 @@ import time
 import pytest
 
 from jaxrl_fp16.tasks import TEMPLATES, Example, TaskConfig, check_template, flaw_of, get_template, read_answer, render
+from jaxrl_fp16.tasks.templates import remark_on
 from jaxrl_fp16.tasks.grading.readers import last_boxed
 from jaxrl_fp16.tasks.messages import asks_for_date
 from jaxrl_fp16.tokenizer import character_tokenizer, encode
@@ -113,6 +114,7 @@ def test_other_places_to_read_from():
     ("\\frac{1,200}{7}", "1200/7"), ("24 / 7", "24/7"), ("2 1/3 cups", "2 1/3"), ("2\\frac{1}{3}", "2 1/3"),
     ("step 2 7/3", "7/3"), ("on 12/25/2024", "2024"), ("1,2,3", "3"), ("[1, 2, -3]", "-3"), ("1,234, 5,678", "5678"),
     ("1,234,5", "5"), ("1{,}234", "1234"), ("x = .5", ".5"), ("1.2.3", "3"), ("6.02e23", "6.02e23"),
+    ("3 -7", "-7"), ("3 - 7", "7"), ("10-7", "7"), ("$-7$", "-7"), ("3, -7", "-7"),
     ("1.5e-3.", "1.5e-3"), ("3 \\times 10^{8} m", "3e8"), ("3×10^-5", "3e-5"), ("<think> 5", ""),
     ("<think>4</think> 5", "5"), ("it is 5 <think> or 6", "5"),
 ])
@@ -214,6 +216,15 @@ def test_a_published_template_needs_its_markers_as_tokens(name):
     check_template(get_template(name), ASKED, tokenizer)
     for free in ("none", "r1", "<|user|>{q}"):
         check_template(get_template(free), ASKED, character_tokenizer("1+?"))
+
+
+def test_markers_of_a_text_of_ones_own_that_are_no_tokens_are_told():
+    tokenizer = character_tokenizer("1+?<|>aeinrsudt")
+    tokenizer.add_tokens(["<|user|>"])
+    assert remark_on(get_template("<|user|>{q}"), tokenizer) == ""
+    assert remark_on(get_template("<|user|>{q}<|assistant|>"), tokenizer) == (
+        "task.template holds <|assistant|>, which this tokenizer reads as pieces of text")
+    assert remark_on(get_template("r1"), tokenizer) == remark_on(get_template("chat"), tokenizer) == ""
 
 
 def test_options_reach_the_chat_template():

@@ -11,7 +11,9 @@ import re
 import warnings
 
 from jaxrl_fp16.tasks.grading.rewrites import FONTS, plain_fonts, tidy
+from jaxrl_fp16.tasks.grading.solutions import lists_alike, ratios_alike, regions_alike
 from jaxrl_fp16.tasks.grading.units import agree, split_unit
+from jaxrl_fp16.tasks.grading.words import number_of_words
 
 # The longest gold answer of MATH, AIME, AMC and Minerva has 159. Longer ones are wrong without a look.
 MAX_ANSWER_CHARS = 1000
@@ -26,6 +28,7 @@ _LOOKS = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\^\s*(?:\\circ|\{\s*\\circ\s*\})(?![A-Za-z])", ""),
     (r"\\(?:le|leqslant)(?![A-Za-z])", r"\\leq"),
     (r"\\(?:ge|geqslant)(?![A-Za-z])", r"\\geq"),
+    (r"(?i)^\s*(\d{1,2}(?::\d\d){0,2})\s*([ap])\.?\s?m\.?\s*$", lambda time: f"{time[1]}{time[2].lower()}m"),
     # Spaces go, save between two digits, and where a list would become a number: `1 2`, `1, 234`.
     (r"(?<![\d,])\s+|(?<=,)\s+(?!\d{3}(?!\d))|\s+(?![\d\s])", ""),
 )]
@@ -83,21 +86,27 @@ def settle(gold: str, answer: str) -> bool | None:
         return same if same or as_word else None
     if (same := _in_bases(*values)) is not None:
         return same
-    # One percent sign may mean a factor of 100: numbers settle nothing then.
-    both = all("%" in value for value in values)
-    numbers = [as_number(text if both else value) for text, value in zip(texts, values)]
-    return None if None in numbers else _same_number(*numbers)
+    numbers = [as_number(text) for text in texts]
+    if None in numbers:
+        return None
+    if _same_number(*numbers):
+        return True
+    # One percent sign may mean a factor of 100.
+    percent = ["%" in value for value in values]
+    return percent[0] != percent[1] and _same_number(*(
+        (value / 100 if marked else value, exact) for (value, exact), marked in zip(numbers, percent)))
 
 
 def comparable(gold: str, answer: str) -> tuple[str, str] | None:
     """The two tidied, without what one names and the other need not: `x=`, a unit, the letter of a choice.
 
-    None where both name a unit, or a choice, and not the same.
+    None where both name a unit, or a choice, and not the same, and for a ratio beside a number.
     """
     gold, answer = tidy(gold), tidy(answer)
     choices = _choices(gold, answer)
     if choices is not None:
         gold, answer = choices
+    gold, answer = regions_alike(*lists_alike(gold, answer))
     named = [_NAMED.fullmatch(text) or _NAMED.fullmatch(plain_fonts(text).strip()) for text in (gold, answer)]
     if named[1] and "=" not in gold + named[1][1]:
         answer = tidy(named[1][1])
@@ -105,10 +114,20 @@ def comparable(gold: str, answer: str) -> tuple[str, str] | None:
         gold = tidy(named[0][1])
     elif named[1] and normalise(named[1][1]) == normalise(gold):
         answer = gold
+    pair = ratios_alike(gold, answer)
+    if pair is None:
+        return None
+    gold, answer = pair
     (gold_value, gold_unit), (value, unit) = split_unit(gold), split_unit(answer, letters=True)
     if not agree(gold_unit, unit):
         return None
-    return gold_value, value
+    return _in_digits(gold_value, value), _in_digits(value, gold_value)
+
+
+def _in_digits(text: str, other: str) -> str:
+    """A number in words as digits, beside a number in digits."""
+    number = number_of_words(plain_fonts(text))
+    return text if number is None or as_number(_without_marks(normalise(other))) is None else str(number)
 
 
 def _choices(gold: str, answer: str) -> tuple[str, str] | None:

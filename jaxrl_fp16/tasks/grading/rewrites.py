@@ -25,8 +25,9 @@ _CHARACTERS = str.maketrans({
 
 # Each pair of marks that may stand around a whole answer.
 _WRAPPED = re.compile(r"(\*{1,3}|_{2}|`{1,3})(?=[^\s*_`])(.+?)\1[.,;:]*", re.DOTALL)
-_BRACKETS = re.compile(r"(?<!\\)\\[()\[\]]|\$\$")
+_BRACKETS = re.compile(r"(?<!\\)\\[()\[\]]|\$\$|\\(?:begin|end)\{(?:align|equation|gather)(?:ed)?\*?\}")
 _DOLLAR = re.compile(r"(?<!\\)\$")
+_BRACE = re.compile(r"\\.|[{}]", re.DOTALL)
 _TRAILING = " \n\t.,;:。"
 
 _FACTORS = {"dozen": "12", "hundred": "10^{2}", "thousand": "10^{3}", "million": "10^{6}", "billion": "10^{9}",
@@ -34,7 +35,7 @@ _FACTORS = {"dozen": "12", "hundred": "10^{2}", "thousand": "10^{3}", "million":
 _LATEX = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\[dtc]frac(?![A-Za-z])", r"\\frac"),
     (r"\\frac\s*(\d)", r"\\frac{\1}"),
-    (r"(\\frac\{[^{}]*\})\s*(\d)", r"\1{\2}"),
+    (r"(\\frac\{[^{}]*\})(?:\s|\\[,;:!])*(\d)", r"\1{\2}"),
     (r"\\(?:displaystyle|textstyle|limits|thinspace)(?![A-Za-z])", " "),
     (r"\\(?:text)?(?:degrees?|°)(?![A-Za-z])", r"^\\circ"),
     (r"√\s*(\d+|[A-Za-z])", r"\\sqrt{\1}"),
@@ -42,7 +43,7 @@ _LATEX = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"\\infin(?![A-Za-z])", r"\\infty"),
     (r"&(?:nbsp|thinsp);", " "),
     # Groups of three digits: by braces or thin spaces anywhere, by plain spaces and marks where groups alone stand.
-    (r"(?<=\d)(?<!\d{4})(?:\{,\}|,\\!\s*|\\[!,:; ]|(?<=\d)')(?=\d{3}(?!\d))", ""),
+    (r"(?<=\d)(?<!\d{4})(?:\{,\}|\s*,\s*\\!\s*|\\[!,:; ]|(?<=\d)')(?=\d{3}(?!\d))", ""),
     (r"(?<![\d.,])(?<!\d )([1-9]\d{0,2}(?: \d{3})+)(?![\d/]|[ ]\d|\s*/)", lambda found: found[1].replace(" ", "")),
     # Mixed numbers: the fraction is a proper one.
     (r"(?<![\d.,])(\d+)\s+(\d{1,4})/(\d{1,4})(?![\d/])",
@@ -50,7 +51,7 @@ _LATEX = [(re.compile(pattern), replacement) for pattern, replacement in (
     (r"(?<=\d)(?:\s|\\[,; ])*(\\(?:text|mathrm|mbox)\s*\{)?\s*(hundred|thousand|million|billion|trillion|dozen)"
      r"(?![A-Za-z])", lambda found: f"\\cdot {_FACTORS[found[2]]}{found[1] or ''}"),
     (r"\\(?:text|mathrm|mbox)\s*\{\s*\}", ""),
-    (r"(?<=\d)\s*(?:\\%|%|(?:\\text\s*\{)?\s*per\s?cent(?:age)?\s*\}?|pct)(?=[\s.,;:]*$)", r"\\%"),
+    (r"(?<=[\d}])\s*(?:\\%|%|(?:\\text\s*\{)?\s*per\s?cent(?:age)?\s*\}?|pct)(?=[\s.,;:]*$)", r"\\%"),
 )]
 _REPEATING = re.compile(
     r"(?<![\d.])(\d*)\.(\d*)(?:\\dot\s*\{?(\d)\}?(\d*)\\dot\s*\{?(\d)\}?"
@@ -114,6 +115,8 @@ def _unwrap(text: str) -> str:
     if len(_DOLLAR.findall(text)) % 2 == 0:  # else one of them is money
         text = _DOLLAR.sub("", text)
     text = text.strip(" \n\t")
+    if _is_braced(text):
+        text = text[1:-1].strip()
     if text.endswith(tuple(_TRAILING)) and not text.endswith(("...", "\\,", "\\;", "\\:")):
         text = text.rstrip(_TRAILING)
     if wrapped := _WRAPPED.fullmatch(text):
@@ -123,6 +126,16 @@ def _unwrap(text: str) -> str:
             text = bare[led.end():].strip("*_ ")
             break
     return re.sub(r"^\s*(?:=|\\approx(?![A-Za-z])|\\implies|\\Rightarrow)\s*", "", text)
+
+
+def _is_braced(text: str) -> bool:
+    """Whether one pair of bare braces stands around the whole."""
+    depth = 0
+    for mark in _BRACE.finditer(text) if text.startswith("{") else ():
+        depth += {"{": 1, "}": -1}.get(mark[0], 0)
+        if depth == 0:
+            return mark.end() == len(text)
+    return False
 
 
 def _fraction(whole: str, fixed: str, block: str) -> str | None:

@@ -15,7 +15,7 @@ from jaxrl_fp16.telemetry.ranges import make_peaks
 from jaxrl_fp16.tokenizer import encode_completions
 from jaxrl_fp16.training.loops.follow import Step
 from jaxrl_fp16.training.loops.nonfinite import name_in_parts
-from jaxrl_fp16.training.rollouts.collect import fitting_rows, rendered, set_aside
+from jaxrl_fp16.training.rollouts.collect import NO_SOLUTION, fitting_rows, rendered, set_aside
 from jaxrl_fp16.training.runs.learner import Learner
 from jaxrl_fp16.training.runs.run import announced
 from jaxrl_fp16.training.updates.optimizer import make_optimizer
@@ -36,7 +36,7 @@ def next_solutions(task, tokenizer, position, rows, length, seed, packing=False,
     """
     pairs = fitting_rows(task, position, rows, seed, solution_encoder(task, tokenizer, length, ends), (
         f"none of the {len(task.train)} problems has a solution that fits into max_length = {length} tokens; "
-        "allowed: data with task.solution_field, or a larger limit"
+        "allowed: a larger limit, or data with shorter ones in the field task.solution_field"
     ))
     places, chosen = zip(*(_up_to(rows * length, pairs) if packing else islice(pairs, rows)))
     arrays = map(np.stack, zip(*chosen))
@@ -60,7 +60,7 @@ def solution_encoder(task, tokenizer, length, ends=None):
 
 def _without(flaw, example, fits, length):
     if not example.solution:
-        return "without a solution"
+        return NO_SOLUTION
     return flaw or (None if fits else f"longer than sft.max_length = {length}")
 
 

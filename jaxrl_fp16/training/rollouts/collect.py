@@ -61,11 +61,14 @@ def fitting_rows(task, position, chunk, seed, encode, nothing):
     if reasons.keys() & ASK_NOTHING:
         nothing = (f"none of the {size} problems makes a prompt: {_counted(reasons)}; allowed: problems with a text, "
                    "and a template that shows it")
+    if set(reasons) == {NO_SOLUTION}:
+        nothing = f"none of the {size} problems has a solution; allowed: data with one in the field task.solution_field"
     raise ValueError(nothing)
 
 
 # What `flaw_of` finds.
 ASK_NOTHING = {"without a token", "without the problem's text"}
+NO_SOLUTION = "without a solution"
 LOOKED_AT = 1000  # of generated problems, which are alike
 
 

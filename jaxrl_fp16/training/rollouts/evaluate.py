@@ -12,7 +12,7 @@ import numpy as np
 from jaxrl_fp16.parallel import row_shards
 from jaxrl_fp16.tasks import check_template, flaw_of, get_template, load_examples, render
 from jaxrl_fp16.tokenizer import encode_prompts
-from jaxrl_fp16.training.rollouts.collect import PromptBatch, rendered, sample_and_grade
+from jaxrl_fp16.training.rollouts.collect import LOOKED_AT, PromptBatch, rendered, sample_and_grade
 from jaxrl_fp16.training.rollouts.engine import make_engine
 
 
@@ -62,11 +62,12 @@ def _evaluator_of(bench, section):
 def make_evaluator(bench, name, task, sampling):
     """An Evaluator of `task.heldout` under a SamplingConfig, `evaluation.rows` responses at once."""
     setup = bench.setup
-    flaws = (flaw_of(render(task.template, example, setup.tokenizer), example) for example in task.heldout)
-    flaw = next(flaws, None)    # the others are looked at where the first has one
-    if flaw is not None and None not in flaws:
-        raise ValueError(f"no problem of {name!r} makes a prompt: the first is {flaw}; allowed: problems with a text, "
-                         "and a template that shows it")
+    read = isinstance(task.heldout, (list, tuple))  # a chat template may fail on any row; generated ones are alike
+    flaws = [flaw_of(render(task.template, example, setup.tokenizer), example)
+             for example in (task.heldout if read else task.heldout[:LOOKED_AT])]
+    if None not in flaws:
+        raise ValueError(f"no problem of {name!r} makes a prompt: the first is {flaws[0]}; allowed: problems with a "
+                         "text, and a template that shows it")
     parts, samples = row_shards(setup.mesh), sampling.group_size
     at_once = min(max(1, setup.config.evaluation.rows // samples), len(task.heldout))
     return Evaluator(name, task, make_engine(setup, bench.model, sampling), math.ceil(at_once / parts) * parts, samples)

@@ -27,7 +27,7 @@ from jaxrl_fp16.training.runs.inputs import Inputs, check_inputs, inputs_of
 from jaxrl_fp16.training.runs.learner import critic_model
 from jaxrl_fp16.training.runs.positions import check_positions
 from jaxrl_fp16.training.runs.run_folder import check_resumed, new_folder, write_record
-from jaxrl_fp16.training.runs.setup import Setup, opened, set_up
+from jaxrl_fp16.training.runs.setup import Setup, check_models_beside, opened, set_up
 from jaxrl_fp16.training.safety.deadlines import Signals, Watchdog, caught_signals, leaving_on_abort
 from jaxrl_fp16.training.safety.folder_lock import only_writer
 from jaxrl_fp16.training.safety.guards import Guard, ending_in_order
@@ -179,6 +179,7 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
     Raises ConfigError for whatever can be refused before the start; `check(setup, task)`
     may raise more of them, before the run folder is made, and gives lines to say at the start.
     """
+    check_models_beside(config, critic, rewarded)
     setup = set_up(config)
     config = setup.config
     if config.resume is not None:
@@ -190,7 +191,7 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
             check_inputs(config.resume, inputs, exporting=command is None)
         with naming("evaluation"):
             evaluators = make_evaluators(bench) if command is not None else []
-        others = dict(reference=reference and config.training.reference == "device",
+        others = dict(command=command, reference=reference and config.training.reference == "device",
                       critic=critic_model(config, model) if critic else None)
         needs = _check_memory(setup, model, **others)   # before `check` makes rows: as many as the config asks for
         if command is not None:
@@ -222,7 +223,7 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
 
 
 def _check_memory(setup, model, **others):
-    """The estimate, `{what: bytes}` on a device; refuses a run that cannot fit. others: the models beside `model`."""
+    """The estimate, `{what: bytes}` on a device; refuses a run that cannot fit. others: as `estimate` takes them."""
     needs = estimate(setup.config, model, setup.mesh, setup.precision.policy.compute_dtype, **others)
     with naming("memory"):
         check_fits(needs, device_bytes(setup.mesh.local_devices[0]))

@@ -36,18 +36,23 @@ def new_folder(config):
         raise ConfigError(f"run.dir: {base.parent} cannot be written to ({error.strerror})") from error
 
 
+def check_run_folder(folder):
+    """Refuses a folder of `resume` that is no run's."""
+    if not (Path(folder) / "config.yaml").is_file():
+        what = "has no config.yaml" if Path(folder).exists() else "does not exist"
+        raise ConfigError(f"resume: {folder} {what}; allowed: the folder of an earlier run")
+
+
 def check_resumed(config, folder, command=None):
     """Refuses to resume `folder` under a config that would not have led there, naming what differs; and by
     another command, where one is given."""
-    path = Path(folder) / "config.yaml"
-    if not path.is_file():
-        raise ConfigError(f"resume: {folder} has no config.yaml; allowed: the folder of an earlier run")
+    check_run_folder(folder)
     started_by = _command_of(folder)
     if command is not None and started_by not in (None, command):
         raise ConfigError(
             f"resume: {folder} is a run of the command {started_by}; allowed: that command, or a folder of {command}'s"
         )
-    before = load_unchecked(Config, path)
+    before = load_unchecked(Config, Path(folder) / "config.yaml")
     known = [key for key in PATHS if key in recorded_inputs(folder)]     # their content is compared, wherever it lies
     changed = {
         key: pair for key, pair in diff(before, config, ignore=(*MAY_CHANGE, *known)).items()

@@ -21,9 +21,10 @@ from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, load_pretrain
 from jaxrl_fp16.models.families.config_json import read_json
 from jaxrl_fp16.parallel import check_same_config, from_first_process, initialize_distributed, make_mesh
 from jaxrl_fp16.precision import Precision, get_precision_on
-from jaxrl_fp16.tasks import TASKS, Task, asks_for_date, check_template, open_task
+from jaxrl_fp16.tasks import TASKS, Task, asks_for_date, check_template, open_task, remark_on
 from jaxrl_fp16.tokenizer import character_tokenizer, check_vocabulary, end_ids, load_tokenizer, pad_id, vocabulary_size
 from jaxrl_fp16.training.runs.run_config import Config, check_mesh_rows
+from jaxrl_fp16.training.runs.run_folder import check_run_folder
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
 RECORDED = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "transformers", "jmp", "numpy")
@@ -71,17 +72,19 @@ class Opened:
 
 
 @contextlib.contextmanager
-def opened(setup, prompts=True):
+def opened(setup, prompts=True, problems=None):
     """Gives `Opened`; the task's grading processes end with the context. Raises ConfigError.
 
-    prompts: whether the command makes any, by the task's template.
+    prompts: whether the command makes any, by the task's template.  problems: as for `open_task`.
     """
-    with naming_at_entry("task", open_task(setup.config.task)) as task:
+    with naming_at_entry("task", open_task(setup.config.task, problems)) as task:
+        remark = ""
         if prompts:
             with naming("task"):
                 check_template(task.template, task.train[0], setup.tokenizer)
-        if task.note:
-            Console(quiet=jax.process_index() != 0).say(task.note)
+                remark = remark_on(task.template, setup.tokenizer)
+        for line in filter(None, (remark, task.note)):
+            Console(quiet=jax.process_index() != 0).say(line)
         yield Opened(setup, task, make_model(setup))
 
 
@@ -105,7 +108,7 @@ def set_up(config):
             # A folder of compiled programs may be each host's own.
             check_same_config(dataclasses.replace(config, run=dataclasses.replace(config.run, compile_cache=None)))
     config = _at_home(config)
-    _check_folders(config.model)
+    _check_folders(config)
     found = _platform(wanted)
     if config.run.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.run.compile_cache))
@@ -146,15 +149,33 @@ def _at_home(config):
     )
 
 
-def _check_folders(model):
-    """Refuses folders of section `model` that are none, or no model's, before JAX looks for devices."""
-    for key, kind in (("path", "model"), ("tokenizer", "tokenizer")):
-        if getattr(model, key) is not None:
-            with naming(f"model.{key}"):
-                local_folder(getattr(model, key), kind)
+def _check_folders(config):
+    """Refuses folders of the run and of section `model` that are none, or no model's, before JAX looks for devices."""
+    if config.resume is not None:
+        check_run_folder(config.resume)
+    model = config.model
+    _check_there({"model.path": (model.path, "model"), "model.tokenizer": (model.tokenizer, "tokenizer")})
     if model.path is not None:
         with _naming_model():
             read_config(model.path)
+
+
+def check_models_beside(config, critic, rewarded):
+    """The same for folders of the models beside the policy; critic, rewarded: whether the command will open them."""
+    judge = config.task.reward_model
+    if critic:
+        _check_there({"critic.path": (config.critic.path, "model")})
+    if rewarded and judge.path is not None:
+        _check_there({"task.reward_model.path": (judge.path, "model"),
+                      "task.reward_model.tokenizer": (judge.tokenizer, "tokenizer")})
+
+
+def _check_there(folders):
+    """Refuses folders, as `{key: (folder or None, whose)}`, that are not there."""
+    for key, (folder, kind) in folders.items():
+        if folder is not None:
+            with naming(key):
+                local_folder(folder, kind)
 
 
 def _platform(wanted):

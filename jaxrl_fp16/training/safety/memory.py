@@ -22,32 +22,55 @@ def is_out_of_memory(error):
     return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
 
 
-def estimate(config, model, mesh, compute_dtype, *, reference=False, critic=None, reward_model=None):
-    """`{what: bytes}` on one device, by what takes room. critic: its module, or None; reward_model: likewise."""
+def estimate(config, model, mesh, compute_dtype, *, command="train", reference=False, critic=None, reward_model=None):
+    """`{what: bytes}` on one device, by what takes room. critic: its module, or None; reward_model: likewise.
+
+    command: whose rows there are; None for one that only holds a state. What evaluation samples is not counted.
+    """
     c = model.config
     count = parameter_count(model)
     trained = count + (parameter_count(critic) if critic is not None else 0)
     shared = mesh.shape["fsdp"] * mesh.shape["tensor"]
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     half = compute_dtype.itemsize
-    columns = config.training.max_prompt_tokens + config.sampling.max_new_tokens
-    rows = config.training.prompts_per_step * config.sampling.group_size
-    decoded = min(rows, config.sampling.max_rows or rows) / parts
-    learnt = config.training.microbatch_size / parts
+    decoded, learnt = (tokens / parts for tokens in TOKENS[command](config))
     kept = c.num_layers if config.model.remat else 12 * c.num_layers  # a layer keeps about 12 arrays like its input
     attention = FAMILIES[c.family].attention(c)
     inside = 4 * (3 * c.intermediate_size + 4 * attention.heads * attention.head_dim)  # float32, of the layer at work
-    return {
+    needs = {
         "parameters": 4 * trained // shared,
         "Adam's moments": 8 * trained // shared,
-        "gradients": 4 * count // shared,
-        "compute copy": half * count // shared,
-        **({"reference": 4 * count // shared} if reference else {}),
-        **({"reward model": (4 + half) * parameter_count(reward_model) // shared} if reward_model else {}),
-        "key-value cache": int(half * c.num_layers * attention.cached * columns * decoded),
-        "activations": int(columns * learnt * (kept * c.hidden_size * half + inside)),
-        "logits": 3 * LOGIT_BYTES,
+        "gradients": 4 * count // shared if learnt else 0,
+        "compute copy": half * count // shared if learnt else 0,
+        "reference": 4 * count // shared if reference else 0,
+        "reward model": (4 + half) * parameter_count(reward_model) // shared if reward_model else 0,
+        "key-value cache": int(half * c.num_layers * attention.cached * decoded),
+        "activations": int(learnt * (kept * c.hidden_size * half + inside)),
+        "logits": 3 * LOGIT_BYTES if learnt else 0,
     }
+    return {what: size for what, size in needs.items() if size}
+
+
+def _of_rollouts(config, prompts=None):
+    t, s = config.training, config.sampling
+    columns, rows = t.max_prompt_tokens + s.max_new_tokens, min(prompts or t.prompts_per_step, t.prompts_per_step)
+    return min(rows * s.group_size, s.max_rows or rows * s.group_size) * columns, t.microbatch_size * columns
+
+
+def _of_solutions(config):
+    return 0, config.sft.microbatch_size * config.sft.max_length
+
+
+def _of_pairs(config):
+    warm = _of_solutions(config)[1] if config.sft.steps else 0
+    return 0, max(2 * config.dpo.microbatch_size * config.dpo.max_length, warm)
+
+
+# What makes rows -> `config -> (tokens decoded at once, tokens learnt from at once)`, on all devices.
+TOKENS = {
+    "train": _of_rollouts, "sft": _of_solutions, "warmup": _of_solutions, "dpo": _of_pairs,
+    "mismatch": lambda config: _of_rollouts(config, config.mismatch.prompts), None: lambda config: (0, 0),
+}
 
 
 def parameter_count(model):

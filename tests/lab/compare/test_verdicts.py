@@ -27,8 +27,8 @@ def test_quantiles_of_the_printed_table(degrees, quantile):
 def test_closed_forms_of_the_tail():
     """One degree: 1 - 2 atan(t) / pi; two: 1 - t / sqrt(2 + t²)."""
     for t in (0.0, 0.3, 2.0, 50.0):
-        assert paired_t(with_t(t, 2))[3] == pytest.approx(1 - 2 * math.atan(t) / math.pi, abs=1e-9)
-        assert paired_t(with_t(t, 3))[3] == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-9)
+        assert paired_t(with_t(t, 2))[3] == pytest.approx(1 - 2 * math.atan(t) / math.pi, abs=1e-12)
+        assert paired_t(with_t(t, 3))[3] == pytest.approx(1 - t / math.sqrt(2 + t * t), abs=1e-12)
 
 
 def test_a_paired_t_by_hand():
@@ -36,7 +36,7 @@ def test_a_paired_t_by_hand():
     mean, error, half, p = paired_t([1.0, 2.0, 3.0])
     assert (mean, error) == pytest.approx((2, 1 / math.sqrt(3)))
     assert half == pytest.approx(4.30265 / math.sqrt(3), abs=1e-4)
-    assert p == pytest.approx(1 - math.sqrt(12) / math.sqrt(14), abs=1e-9)
+    assert p == pytest.approx(1 - math.sqrt(12) / math.sqrt(14), abs=1e-12)
 
 
 def test_a_level_of_five_percent_is_one():

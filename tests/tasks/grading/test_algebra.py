@@ -198,6 +198,50 @@ x_1 ; x₁
 D ; \boxed{D}
 D ; \textbf{(D)}\ 30\%
 30\% ; \textbf{(D)}\ 30\%
+(-\infty,-1)\cup(1,\infty) ; x<-1 or x>1
+(-\infty,-1)\cup(1,\infty) ; x>1 \text{ or } x<-1
+(-\infty,-1)\cup(1,\infty) ; (-\infty,-1) \text{ or } (1,\infty)
+x<-1 or x>1 ; (-\infty,-1)\cup(1,\infty)
+x<-1 or x>1 ; x>1 or x<-1
+(-\infty,-1]\cup(1,\infty) ; x\le-1 \lor x>1
+(-\infty,1)\cup[2,3) ; x<1 or 3>x\geq 2
+(-\infty,\frac{1}{2})\cup(\sqrt{2},\infty) ; x<\frac12 or \sqrt 2<x
+\{0\}\cup(2\pi,\infty) ; x=0 or x > 2 \pi
+1,2 ; x=1, x=2
+1,2 ; x = 1 \text{ and } x = 2
+1,2 ; x_1=1, x_{2}=2
+x=1 \text{ or } x=2 ; 1, 2
+x=1, x=2 ; x=2 or 1
+(1,2),(3,4) ; (x,y)=(1,2) \text{ or } (x,y)=(3,4)
+1000,2 ; x=1,000, x=2
+(-1,0)\cup[\frac12,\infty) ; x=(-1,0) \cup [\tfrac12, \infty)
+9:24 ; x=9:24
+4\!:\!51\!:\!06 \text{ p.m.} ; x=4:51:06 p.m.
+10,\!080 ; 10 , \! 080
+3/8 ; \dfrac 3\, 8
+42 ; \begin{align*}x=42\end{align*}
+11:30\text{ a.m.} ; 11:30 AM
+5 p.m. ; 5 PM
+\frac{3\pm\sqrt{5}}{2} ; x=\frac{3+\sqrt5}{2}, x=\frac{3-\sqrt5}{2}
+2-\sqrt3, 2+\sqrt3 ; 2\pm\sqrt{3}
+3+\sqrt5, 3-\sqrt5 ; x=3\pm\sqrt5
+x=3\pm\sqrt5 ; x=3+\sqrt5 \text{ or } x=3-\sqrt5
+x=3\pm\sqrt5 ; 3\pm\sqrt{5}
+(1,3) ; x>1 and x<3
+[1,3) ; x<3 \text{ and } 1\leq x
+12 ; twelve
+\text{twelve} ; 12
+21 ; The answer is twenty-one.
+-1234 ; minus one thousand two hundred and thirty-four
+\frac{1}{3} ; 33\frac13\%
+33\frac13\% ; 1/3
+33\frac13\% ; \frac{100}{3}
+33\frac{1}{3}\% ; 33 1/3 percent
+7:1 ; 7 to 1
+7:1 ; \frac{7}{1}
+5/3 ; 5:3
+(1,2) ; {(1,2)}
+2007 + \frac\pi 2 ; {2007 + \frac\pi 2}
 E ; E. None of the above
 45^\circ ; 45 degrees
 45 ; 45^{\circ}
@@ -492,6 +536,46 @@ e^{-100} ; e^{-101}
 3 \text{ dozen} ; 3
 1 \text{ hour} ; 1 \text{ min}
 2\text{ L} ; 2\text{ mL}
+(-\infty,-1)\cup(1,\infty) ; x<-1 or x>2
+(-\infty,-1)\cup(1,\infty) ; x<-1 or x\geq 1
+(-\infty,-1)\cup(1,\infty) ; x<-1 and x>1
+(-\infty,-1)\cup(1,\infty) ; y<-1 or x>1
+x<-1 or x>1 ; y<-1 or y>1
+(-\infty,1)\cup[2,3) ; x<1 or 2<x\leq 3
+1,2 ; x=1, x=3
+1,2 ; x=1
+1,2 ; a=1, b=2
+x=1, x=2 ; y=1, y=2
+x=1, x=2 ; x=1
+5 ; x=5 or x=6
+1,2 ; x=1,000, x=2
+12 ; twenty
+12 ; twelve or thirteen
+1 ; one cannot say
+24 ; four twenty
+22 ; two two
+5 ; minus five
+11:30\text{ a.m.} ; 11:30 PM
+\frac{3\pm\sqrt{5}}{2} ; \frac{3+\sqrt5}{2}
+\frac{3\pm\sqrt{5}}{2} ; \frac{3+\sqrt5}{2}, \frac{3+\sqrt5}{2}
+\frac{3\pm\sqrt{5}}{2} ; \frac{3+\sqrt5}{2}, \frac{3-\sqrt7}{2}
+(1,3) ; x>1 and x<4
+(1,3) ; x>1 and x>3
+(1,3) ; x\geq 1 and x<3
+(1,3) ; x>1 and y<3
+(1,3) ; x>1 or x<3
+\text{seven} ; 8
+33\frac13\% ; 33
+33\frac13\% ; 33.33\%
+\frac{1}{3} ; 33\%
+50 ; 0.5\%
+7 ; 7:1
+7:1 ; 7
+7:1 ; 1:7
+1:2 ; 0.5
+\sqrt{2}:1 ; \sqrt{2}
+12 ; 12:00
+{1}{2} ; 12
 """
 
 

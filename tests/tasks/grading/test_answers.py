@@ -15,7 +15,7 @@ from jaxrl_fp16.tasks.grading.answers import as_number, gold_answers, normalise,
     ("\\frac{14}{3}", "4.6666667"), ("76^\\circ", "76"), ("\\$18.90", "18.90"), ("84\\%", "84"),
     ("$5$", "5."), ("\\text{Saturday}", "Saturday"), ("4\\!:\\!51 \\text{ p.m.}", "4:51 p.m."),
     ("2", "x=2"), ("\\frac{7}{3}", "2 1/3"), ("\\text{Saturday}", "x=\\text{saturday}"),
-    ("(3, 4)", "\\left(3,4\\right)"),
+    ("(3, 4)", "\\left(3,4\\right)"), ("84\\%", "0.84"), ("12", "twelve"), ("1,2", "x=1, x=2"),
     ("\\begin{pmatrix} 1 \\\\ 2 \\end{pmatrix}", "\\begin{pmatrix}1\\\\2\\end{pmatrix}"),
 ])
 def test_same(gold, answer):
@@ -32,7 +32,7 @@ def test_different(gold, answer):
 
 
 @pytest.mark.parametrize("gold, answer", [
-    ("84\\%", "0.84"), ("12", "1 2"), ("1, 234", "1234"), ("\\sqrt{4}", "2"), ("1/0", "5"), ("5t", "5"),
+    ("12", "1 2"), ("1, 234", "1234"), ("\\sqrt{4}", "2"), ("1/0", "5"), ("5t", "5"),
     ("9^{387420489}", "5"), ("7" * 200, "5"), ("1e999999999", "5"), ("5", "__import__('os')"), ("²", "2"),
 ])
 def test_left_to_algebra(gold, answer):
@@ -56,7 +56,8 @@ def test_gold_answers_of_a_list():
 def test_hostile_texts_cost_nothing_here():
     start = time.perf_counter()
     for text in ("1" * 10**6, "{" * 3000 + "}" * 3000, "\\frac" * 200, " " * 10**6, "10^{9}" * 150,
-                 ",\\ " * 300, "½" * 999, "²" * 999, "5 m " * 250, "\\text{" * 160, "x=" * 499, "1.1" * 333):
+                 ",\\ " * 300, "½" * 999, "²" * 999, "5 m " * 250, "\\text{" * 160, "x=" * 499, "1.1" * 333,
+                 "x=1," * 250, "x<1or" * 200, "one hundred " * 90, "{" * 999, "1:" * 499):
         settle("5", text)
         settle("5", text[:1000])
     assert time.perf_counter() - start < 1

@@ -73,3 +73,9 @@ def test_packed_rows_hold_more():
 def test_data_without_a_pair_that_fits_is_refused(packing):
     with pytest.raises(ValueError, match="none of the 40 problems has a solution that fits into max_length = 4 tokens"):
         next_solutions(TASK, TOKENIZER, 7, ROWS, 4, SEED, packing)
+
+
+def test_data_without_a_solution_is_told_so():
+    task = SimpleNamespace(train=[Example("1+1=", "2")] * 3, template=TASK.template)
+    with pytest.raises(ValueError, match="none of the 3 problems has a solution; allowed: .* task.solution_field"):
+        next_solutions(task, TOKENIZER, 0, ROWS, LENGTH, SEED)

@@ -129,6 +129,13 @@ def test_sets_at_fault(toy, task, section, message):
         evaluators(toy, task, section)
 
 
+def test_a_later_row_that_its_template_cannot_show_is_refused_at_the_start(toy, task, tmp_path):
+    path = tmp_path / "sums.jsonl"
+    path.write_text('{"problem": "1+1", "answer": "2", "hint": "it is even"}\n{"problem": "1+2", "answer": "3"}\n')
+    with pytest.raises(ValueError, match="template names the field 'hint'; known: problem"):
+        evaluators(toy, task, {"name": "a", "path": str(path), "template": "{problem} {hint}"})
+
+
 def test_a_set_without_problems(toy, task):
     with pytest.raises(ValueError, match="set 'a' has no problems; allowed: a path, or task.heldout_size above 0"):
         evaluators(toy, dataclasses.replace(task, heldout=()), {"name": "a"})

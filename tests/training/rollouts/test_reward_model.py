@@ -153,7 +153,7 @@ def refused(tiny, folder, compile_cache, tmp_path, monkeypatch, capsys):
     (["--training.truncated", "zero"], "training.truncated is 'zero' with task.reward_model: .*allowed: keep, mask"),
     (["--task.reward_model.template", "{problem}"], "task.reward_model: template is '{problem}'; allowed: a text with"),
     (["--task.reward_model.template", "{a}{response}"], "task.reward_model: template names the field 'a'; known: kind"),
-    (["--task.reward_model.tokenizer", "absent"], "task.reward_model: tokenizer folder absent does not exist; "),
+    (["--task.reward_model.tokenizer", "absent"], "task.reward_model.tokenizer: tokenizer folder absent does not"),
     (["--task.reward_model.precision", "fp17"], "task.reward_model: precision 'fp17' is unknown; allowed: fp16, bf16"),
     (["--task.reward_model.max_length", "0"], "task.reward_model.max_length: 0 is not allowed; allowed: integer >= 1"),
 ])
@@ -164,7 +164,7 @@ def test_settings_are_refused(refused, flags, message):
 
 
 def test_folders_are_refused(refused, folder, tmp_path):
-    assert "task.reward_model: model folder absent does not exist" in refused(path="absent")
+    assert "task.reward_model.path: model folder absent does not exist" in refused(path="absent")
     save_pretrained(tmp_path / "lm", DECODER, init_params(DECODER, jax.random.key(0)), tokenizer=TOKENIZER)
     line = refused(path=tmp_path / "lm")
     assert 'architectures is ["LlamaForCausalLM"]; allowed: ["LlamaForSequenceClassification"]' in line

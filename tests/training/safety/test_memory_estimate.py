@@ -72,3 +72,14 @@ def test_what_cannot_fit_is_refused_with_what_lowers_it():
 
 def test_a_device_has_memory():
     assert device_bytes(jax.devices()[0]) > 64 * MIB
+
+
+def test_a_command_counts_its_own_rows(toy):
+    sections = dict(training={"prompts_per_step": 64, "max_prompt_tokens": 1000},
+                    sft={"microbatch_size": 4, "max_length": 32}, dpo={"microbatch_size": 4, "max_length": 32})
+    whole = needs(toy, **sections)
+    solutions, pairs, held = (needs(toy, models={"command": command}, **sections) for command in ("sft", "dpo", None))
+    assert "key-value cache" not in (solutions | pairs) and list(held) == ["parameters", "Adam's moments"]
+    assert pairs["activations"] == 2 * solutions["activations"] < whole["activations"] and "reference" not in whole
+    few = needs(toy, models={"command": "mismatch"}, mismatch={"prompts": 4}, **sections)
+    assert few["key-value cache"] == whole["key-value cache"] // 16 and few["activations"] == whole["activations"]

@@ -58,6 +58,7 @@ class Console:
         self._steps, self._every, self._line = steps, every, line
         self._live: rich.live.Live | None = None
         self._ends: collections.deque[float] = collections.deque(maxlen=20)     # when the latest steps ended
+        self._done: int | None = None       # the latest of these steps
         self._said = self._counted = time.monotonic()       # when status or progress, and progress, last took a line
 
     def __enter__(self):
@@ -104,6 +105,7 @@ class Console:
         """Shows that `step` iterations are done: redraws the live line; where there is none, prints one for the first
         and the last, one where PATIENCE has passed since, and one for each `every` of them."""
         self._ends.append(time.monotonic())
+        self._done = step
         text = self._describe(step, numbers)
         if self._is_live():
             self._redraw(text)
@@ -112,15 +114,20 @@ class Console:
             self._said = self._counted = self._ends[-1]
             self.say(text)
 
-    def status(self, text: str, seconds: float = PATIENCE, live: bool = True) -> None:
-        """What goes on now, in the live line unless `live` is false; where there is none, a line every `seconds` at
-        most."""
+    def status(self, text: str, seconds: float = PATIENCE) -> None:
+        """What goes on now, in the live line; where there is none, a line every `seconds` at most."""
         if self._is_live():
-            if live:
-                self._redraw(text)
+            self._redraw(text)
         elif time.monotonic() - self._said >= seconds:
             self._said = time.monotonic()
             self.say(text)
+
+    def stage(self, text: str) -> None:
+        """What a long step is at now, and since when; a line where there is no live one, and neither a line nor a
+        step's end came within PATIENCE. Shorter steps are told by their progress alone."""
+        spent = time.monotonic() - (self._ends[-1] if self._ends else self._said)
+        if not self._is_live() and spent >= PATIENCE:
+            self.status(text if self._done is None else f"{text}, {spent:.0f} s after step {self._done}")
 
     def _is_live(self) -> bool:
         return self._console.is_terminal and not self._console.is_dumb_terminal

@@ -1,10 +1,11 @@
 """docs/algorithms.md says of each preset what PRESETS holds, docs/precision.md names the terms that are logged, and
-docs/reliability.md has the figures of the result files."""
+docs/reliability.md and docs/gpu.md have the figures of the result files."""
 
 import dataclasses
 import importlib
 from pathlib import Path
 import re
+import runpy
 import subprocess
 import sys
 
@@ -89,6 +90,14 @@ def test_the_figures_of_reliability_are_those_of_the_results(monkeypatch):
     figures = importlib.import_module("figures")
     written = (DOCS / "reliability.md").read_text()
     assert figures.table(figures.RESULTS) in written, "python benchmarks/reliability/figures.py"
+
+
+def test_the_figures_of_the_gpu_are_those_of_the_results():
+    figures = runpy.run_path(str(DOCS.parent / "benchmarks" / "gpu" / "figures.py"))
+    page = (DOCS / "gpu.md").read_text()
+    assert figures["filled"](page) == page, "python benchmarks/gpu/figures.py"
+    assert re.findall(r"<!-- (\w+): start -->", page) == list(figures["PASSAGES"])
+    assert "not explained" not in page
 
 
 def test_the_table_of_faults_has_every_row():

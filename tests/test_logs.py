@@ -234,7 +234,7 @@ def test_what_goes_on_in_a_long_step_is_told_into_a_file(monkeypatch):
         log = RunLog(None, QUIET, console=console)
         for stage in range(1, 10):
             now[0] += 8.0
-            log.status(f"step 1: {stage}", live=False)
+            log.stage(f"step 1: {stage}")
         assert console.file.getvalue().splitlines() == wanted
 
 
@@ -245,12 +245,32 @@ def test_a_line_of_what_goes_on_takes_no_steps_place(monkeypatch, tmp_path):
     with RunLog(tmp_path, LoggingConfig(tensorboard=False), steps=6, console=console) as log:
         for step in range(1, 7):
             now[0] += 35.0
-            log.status(f"step {step}: learning", live=False)
+            log.stage(f"step {step}: learning")
             now[0] += 5.0
             log.metrics(step, {"reward": 0.5})
     said = [line.partition("  ")[0] for line in console.file.getvalue().splitlines()]
     assert [text for text in said if "/" in text] == [f"step {step}/6" for step in range(1, 7)]
-    assert "step 2: learning" in said
+    assert "step 2: learning, 35 s after step 1" in said
+
+
+def test_a_long_step_says_how_long_and_a_short_one_leaves_the_line_to_progress(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr("jaxrl_fp16.console.time", types.SimpleNamespace(monotonic=lambda: now[0]))
+
+    def lines(steps, sampling, learning):
+        console = plain_console()
+        log = RunLog(None, QUIET, steps=steps, console=console)
+        for step in range(1, steps + 1):
+            log.stage(f"step {step}: sampling")
+            now[0] += sampling
+            log.stage(f"step {step}: learning")
+            now[0] += learning
+            log.metrics(step, {})
+        return [line.partition("  left")[0] for line in console.file.getvalue().splitlines()]
+
+    assert lines(3, 40, 35) == ["step 1: learning", "step 1/3", "step 2: learning, 40 s after step 1", "step 2/3",
+                                "step 3: learning, 40 s after step 2", "step 3/3"]
+    assert lines(130, 0.25, 0.25) == [f"step {step:>3}/130" for step in (1, 61, 121, 130)]
 
 
 def test_what_would_steer_a_terminal_is_not_shown():

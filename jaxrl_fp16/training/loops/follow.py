@@ -39,7 +39,7 @@ def follow(run, learner, steps, last, optimizer, evaluate, *, frozen=False):
     run.stage("the first step")
     for step in steps:
         number, learner, metrics = step.number, step.learner, dict(step.metrics)
-        run.stage(f"what follows step {number}")
+        run.stage(f"the work after step {number}")
         metrics["learning_rate"] = 0.0 if frozen else float(schedule(learner.actor.step))
         if (number == last or run.evaluation_due(number)) and not frozen:
             metrics |= evaluate(learner)
@@ -54,6 +54,8 @@ def follow(run, learner, steps, last, optimizer, evaluate, *, frozen=False):
             run.checkpoints.save(number, learner.saved(), {"position": step.position}, metrics)
         if stops:
             return run.end_by_signal(number, "a probe saves nothing" if frozen else None)
+        if number < last:
+            run.stage(f"step {number + 1}")
     if run.config.run.export and not frozen:
         run.export(learner.sampling_params)
     return 0

@@ -39,7 +39,7 @@ def iterations(run, algorithm, start):
         learner = learner.replace(actor=learner.actor.replace(key=key))
 
         # Prompts, a group of responses to each, and what they earn.
-        run.stage(f"step {step}: sampling and grading")
+        run.stage(f"step {step}: sampling and grading", told=True)
         draw = partial(draw_batch, run, engine, learner.sampling_params, sample_key)
         with announced(run.log, first, "compiling the sampler"):
             prompts, graded, draws = sample_unequal(draw, position, rounds, config.training.truncated, setup.mesh)
@@ -47,7 +47,7 @@ def iterations(run, algorithm, start):
         said = said or say_cut_reward(run, step, graded)
 
         # Log-probs, advantages, optimizer steps.
-        run.stage(f"step {step}: learning")
+        run.stage(f"step {step}: learning", told=True)
         critic_alone = critic is not None and step <= config.critic.warmup_steps
         with announced(run.log, first, "compiling scorer and update"):
             learner, metrics, taken = learn(programs, learner, graded, order_key, critic_alone, watch.keep)

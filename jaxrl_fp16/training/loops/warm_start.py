@@ -76,7 +76,7 @@ def warm_start(run, params):
         run.stage("warm start")
         for taken in supervise(run, learner.actor, known.get("position", 0), start):
             step, learner = taken.number, taken.learner
-            run.stage(f"warm start, after step {step}")
+            run.stage(f"the work after step {step} of the warm start")
             guard.check(taken.metrics, taken.cause)
             accuracy = _accuracy_when_due(run, step, learner.sampling_params)
             done = step == section.steps or (accuracy is not None and accuracy >= section.until_accuracy)
@@ -93,6 +93,7 @@ def warm_start(run, params):
                 checkpoints.save(step, learner.saved(), extra)
             if done or stops:
                 break
+            run.stage(f"warm start, step {step + 1} of at most {section.steps}", told=True)
     code = run.end_by_signal(0, f"saved in the warm start, after step {step}") if stops else 0
     return learner.sampling_params, metrics, code
 

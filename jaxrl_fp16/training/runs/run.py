@@ -77,10 +77,11 @@ class Run:
         self.log.say(f"resumed after step {step}")
         return state, extra["position"], step
 
-    def stage(self, name):
-        """A stage begins; the one before has ended. One that takes too long ends the run; into a file, where no line
-        lives, those of long steps are told."""
-        self.log.status(name, live=False)
+    def stage(self, name, told=False):
+        """A stage begins; the one before has ended. One that takes too long ends the run. told: whether a long step
+        says into a file, where no line lives, that it is there."""
+        if told:
+            self.log.stage(name)
         self.watchdog.start(name, self.checkpoints.describe())
 
     def start_log(self, start, steps, **console):
@@ -119,7 +120,7 @@ class Run:
                     evaluator, params, self.setup, self.config.training.max_prompt_tokens, self.setup.keys.evaluation,
                     self.log.status,
                 )
-            self.stage(f"what follows evaluating {evaluator.name}")
+            self.stage(f"the work after evaluating {evaluator.name}")
         return metrics
 
     def evaluation_due(self, step):

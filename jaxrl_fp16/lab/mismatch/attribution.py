@@ -27,7 +27,7 @@ from jaxrl_fp16.models.taps import by_name, tap_names, tapped_decode_step, tappe
 from jaxrl_fp16.objectives import mismatch_metrics
 from jaxrl_fp16.precision import get_precision
 
-TAP_BYTES = 2**29  # float32 activations of one program, of which three exist at once; a row takes what it takes
+TAP_BYTES = 2**30  # float32 activations of one program, of which two exist at once; a row takes what it takes
 KINDS = {"attention_norm": "norm", "mlp_norm": "norm", "final_norm": "norm"}
 
 
@@ -60,16 +60,16 @@ def attribute(model, params, rollout, policy, *, temperature=1.0, literal=False,
         raise ValueError("the rollout has a support, of top-k or top-p; allowed: top_k 0 and top_p 1")
     batch, names = _aligned(rollout), tap_names(model.config.num_layers)
     cast, half = cast_to_compute(params, policy, model.numerics), in_compute_dtype(model, policy)
-    exact = _in_float32(model)
+    exact, (parts, group) = _in_float32(model), _in_parts(batch, model.config)
+    decode = partial(_decode, columns=_prompt_columns(rollout), group=group)
     programs = {
         "reference": _program(_full, exact, cast_to_compute(params, get_precision("fp32").policy), temperature),
         "full": _program(_full, half, cast, temperature),
-        "decode": _program(partial(_decode, columns=_prompt_columns(rollout)), half, cast, temperature),
+        "decode": _program(decode, half, cast, temperature),
     }
     upcast = jax.tree.map(lambda x: x.astype(jnp.float32), cast)
     carriers = {"shares": (exact, upcast)} | ({"literal": (half, cast)} if literal else {})
     shares_of = make_shares(exact, upcast, carriers, half.dtype, _extent(batch), temperature)
-    parts = _in_parts(batch, model.config)
     tell = _teller(progress, len(parts), model.config.num_layers)
     parts = [_measure(programs, shares_of, part, tell) for part in parts]
     rows = len(batch["tokens"])
@@ -127,39 +127,45 @@ def _teller(progress, parts, depth):
 
 
 def _in_parts(batch, config):
-    """Parts of the batch's rows, all of one size, whose taps take at most TAP_BYTES a program; the last ones are filled
-    with the first row."""
+    """`(parts, group)`: parts of the batch's rows, all of one size, whose taps take at most TAP_BYTES a program, and
+    how many rows next to each other share a prompt in them. The last part is filled with the first rows."""
     rows, columns = batch["tokens"].shape
-    a_row = 4 * columns * config.hidden_size * len(tap_names(config.num_layers))
-    count = -(-rows // int(np.clip(TAP_BYTES // a_row, 1, rows)))
-    size = -(-rows // count)
-    at = np.arange(-(-rows // size) * size)
-    at = np.where(at < rows, at, 0).reshape(-1, size)
-    return [{name: x[index] for name, x in batch.items()} | {"own": np.arange(size) + start < rows}
-            for start, index in zip(range(0, rows, size), at)]
+    fit = int(np.clip(TAP_BYTES // (4 * columns * config.hidden_size * len(tap_names(config.num_layers))), 1, rows))
+    group = _group(batch)
+    group = group if group <= fit else 1
+    size = -(-rows // -(-rows // (fit - fit % group)))
+    size = -(-size // group) * group
+    at = np.arange(-(-rows // size) * size).reshape(-1, size)
+    return [{name: x[index % rows] for name, x in batch.items()} | {"own": index < rows} for index in at], group
+
+
+def _group(batch):
+    """The largest number of rows next to each other that share a prompt, all over."""
+    tokens, lengths = np.asarray(batch["tokens"]), np.asarray(batch["lengths"])[:, None]
+    prompts = np.where(np.arange(tokens.shape[1]) < lengths, tokens, -1)
+    first = np.flatnonzero([True, *(prompts[1:] != prompts[:-1]).any(axis=1)])
+    return int(np.gcd.reduce(np.diff([*first, len(prompts)])))
 
 
 def _measure(programs, shares_of, batch, tell):
     """Of one part: log-probs of the programs and shares by name [B,T], and sums of squares by tap."""
-    own_rows, found = batch.pop("own"), {}
-    for name, program in programs.items():
-        found[name] = program(batch)
+    own_rows = batch.pop("own")
+    predicts, response = (np.asarray(batch[name]) & own_rows[:, None] for name in ("predicts", "response"))
+
+    def run(name):
+        """(log-probs, Taps), and by tap what of them predicts a response token."""
+        logprobs, taps = programs[name](batch)
+        seen = {tap: x[predicts] for tap, x in by_name(*jax.tree.map(np.asarray, taps)).items()}
         tell(0, 0)
-    squares = _squares(found, np.asarray(batch["predicts"]) & own_rows[:, None])
-    squares["head"] = _apart(*(np.asarray(found[name][0], np.float64)[np.asarray(batch["response"]) & own_rows[:, None]]
-                               for name in PROGRAMS))
-    logprobs = {name: np.asarray(value) for name, (value, _) in found.items()}
-    del found["reference"]
-    return {"logprobs": logprobs, "squares": squares, **shares_of(batch, found["decode"], found["full"], tell)}
+        return (logprobs, taps), seen | {"head": np.asarray(logprobs)[response]}
 
-
-PROGRAMS = ("decode", "full", "reference")
-
-
-def _squares(found, seen):
-    """By tap, `_apart` where it predicts a response token."""
-    taps = [by_name(*jax.tree.map(np.asarray, found[program][1])) for program in PROGRAMS]
-    return {name: _apart(*(np.asarray(one[name], np.float64)[seen] for one in taps)) for name in taps[0]}
+    _, exact = run("reference")
+    (full, seen_full), (decode, seen_decode) = run("full"), run("decode")
+    squares = {tap: _apart(*(np.asarray(seen[tap], np.float64) for seen in (seen_decode, seen_full, exact)))
+               for tap in exact}
+    logprobs = {"decode": np.asarray(decode[0]), "full": np.asarray(full[0])}
+    del exact, seen_full, seen_decode
+    return {"logprobs": logprobs, "squares": squares, **shares_of(batch, decode, full, tell)}
 
 
 def _apart(decode, full, reference):
@@ -190,34 +196,40 @@ def _full(model, params, batch, temperature):
     return scored(hidden, params["head"], batch, temperature), taps
 
 
-def _decode(model, params, batch, columns, temperature):
-    """The same as the sampler comes to them: the prompts at once, then a stored token at a time through the cache."""
+def _decode(model, params, batch, columns, temperature, group=1):
+    """The same as the sampler comes to them: the prompts at once, one for each `group` of rows, then a stored token at
+    a time through the cache."""
     tokens, lengths = batch["tokens"], batch["lengths"]
     rows, width = jnp.arange(len(tokens)), tokens.shape[1]
     slots = -(-width // BLOCK) * BLOCK
     prompt = jnp.where(jnp.arange(columns) < lengths[:, None], tokens[:, :columns], 0)
-    _, taps, caches = tapped_forward(model, params, prompt, keep_cache=True)
-    longer = lambda x, more: jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, more), (0, 0)))
-    caches = jax.tree.map(lambda x: longer(x, slots - x.shape[-2]), caches)
-    taps = jax.tree.map(lambda x: longer(x, width - columns), taps)
+    _, taps, caches = tapped_forward(model, params, prompt[::group], keep_cache=True)
+
+    def spread(x, axis, length):
+        """`x` [...,P,D], its rows along `axis` as often as they are shared, with `length` columns."""
+        return jnp.repeat(jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, length - columns), (0, 0))), group, axis=axis)
+
+    caches = jax.tree.map(lambda x: spread(x, -4, slots), caches)
+    taps = jax.tree.map(lambda x: spread(x, -3, width), taps)
 
     def predict(hidden, at):
         """Log-prob [B] of the token after position `at`."""
-        target = tokens[rows, jnp.minimum(at + 1, width - 1)]
+        target = tokens[rows, at + 1]
         return logprob_of(tempered(logits_of(hidden, params["head"])[:, 0], temperature or 1.0), target)
 
     def step(carry, number):
         caches, taps, logprobs = carry
-        at = jnp.minimum(lengths + number, width - 1)
+        at = lengths + number
         hidden, caches, new = tapped_decode_step(model, params, tokens[rows, at], caches, at)
         taps = jax.tree.map(lambda x, new: x.at[..., rows, at, :].set(new[..., 0, :]), taps, new)
-        logprobs = logprobs.at[rows, jnp.minimum(at + 1, width - 1)].set(predict(hidden, at))
+        logprobs = logprobs.at[rows, at + 1].set(predict(hidden, at))
         return (caches, taps, logprobs), None
 
     last = jnp.maximum(lengths - 1, 0)
     first = predict(taps.outside["final_norm"][rows, last][:, None], last)
-    logprobs = jnp.zeros(tokens.shape).at[rows, jnp.minimum(last + 1, width - 1)].set(first)
-    (_, taps, logprobs), _ = lax.scan(step, (caches, taps, logprobs), jnp.arange(width - columns))
+    logprobs = jnp.zeros(tokens.shape).at[rows, last + 1].set(first)
+    # The last token predicts none.
+    (_, taps, logprobs), _ = lax.scan(step, (caches, taps, logprobs), jnp.arange(width - columns - 1))
     return jnp.where(batch["response"], logprobs, 0.0), taps
 
 

@@ -17,8 +17,9 @@ from jaxrl_fp16.models.taps import IN_A_LAYER, tapped_layer
 
 
 def make_shares(exact, params, carriers, dtype, extent, temperature):
-    """`(batch, decode, full, tell) -> {key: {name: change of the log-probs float32 [B,T]}}`, a name each but of norms'
-    sums: "embedding", "layers.0.mlp", ..., "final_norm", "head".
+    """`(batch, decode, full, tell) -> {key: {name: change of the log-probs, float32 [B,T]}}`.
+
+    The names are "embedding", "layers.0.attention_norm", ..., "layers.0.mlp", ..., "final_norm", "head".
 
     Args:
       exact, params: the model in float32 and the weights as cast, by which a module's own error is measured.
@@ -27,8 +28,8 @@ def make_shares(exact, params, carriers, dtype, extent, temperature):
       extent: (C, tokens of the longest response).
       temperature: of the log-probs.
 
-    The function's arguments are arrays [B,T] as `attribution` aligns them; `(log-probs, Taps)` of the two programs;
-    and `tell(modules, layers)`, called as so many more modules were carried through so many layers.
+    The function's arguments are arrays [B,T] as `attribution` aligns them; `(log-probs, Taps)` of each of the two
+    programs; and `tell(modules, layers)`, called when so many more modules were carried on, through so many layers.
     """
     columns, responses = extent
     outside = jax.jit(lambda *given: _errors_outside(exact, *given, temperature))

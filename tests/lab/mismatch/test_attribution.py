@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxrl_fp16.forward import cast_to_compute, in_compute_dtype
+from jaxrl_fp16.forward import cast_to_compute, in_compute_dtype, token_logprobs
 from jaxrl_fp16.lab.mismatch import attribution, carried
 from jaxrl_fp16.lab.mismatch.attribution import attribute, shares_by
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params
@@ -47,6 +47,23 @@ def test_the_decode_program_is_the_samplers():
     logprobs, response = np.asarray(decode(batch)), np.asarray(batch["response"])
     np.testing.assert_allclose(logprobs[response], rollout.logprobs[rollout.response_mask], atol=2e-2)
     assert not logprobs[~response].any() and attribution._prompt_columns(rollout) == 8
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_the_programs_are_the_samplers_and_the_scorers_to_the_last_bit(precision):
+    """Where a prompt has two rows, too, which the sampler prefills once."""
+    policy, sampling = get_precision(precision).policy, SamplingConfig(max_new_tokens=12, group_size=2)
+    params, _ = setting()
+    rollout = make_sampler(MODEL, policy, sampling, eos_id=1, pad_id=0)(params, PROMPTS, MASK, jax.random.key(1))
+    batch = attribution._aligned(rollout)
+    assert attribution._group(batch) == 2
+    model, cast = in_compute_dtype(MODEL, policy), cast_to_compute(params, policy)
+    response = np.asarray(batch["response"])
+    decode = jax.jit(lambda batch: attribution._decode(model, cast, batch, 8, 1.0, group=2))(batch)[0]
+    full = jax.jit(lambda batch: attribution._full(model, cast, batch, 1.0))(batch)[0]
+    scored = token_logprobs(MODEL, params, rollout.tokens, rollout.mask, policy=policy)
+    np.testing.assert_array_equal(decode[response], rollout.logprobs[rollout.response_mask])
+    np.testing.assert_array_equal(full[response], scored[rollout.response_mask])
 
 
 def test_shares_add_up_in_squares():
@@ -99,8 +116,8 @@ def test_rows_may_be_measured_in_parts(monkeypatch):
     """Six at once, then four and two that are filled up; nothing but last bits may differ. It says how far it is."""
     (params, rollout), at_once, said = setting(), found("fp16"), []
     parts = [{name: x[index] for name, x in attribution._aligned(rollout).items()} | {"own": np.arange(4) < own}
-             for index, own in ((np.arange(4), 4), (np.array([4, 5, 0, 0]), 2))]
-    monkeypatch.setattr(attribution, "_in_parts", lambda batch, config: parts)
+             for index, own in ((np.arange(4), 4), (np.array([4, 5, 0, 1]), 2))]
+    monkeypatch.setattr(attribution, "_in_parts", lambda batch, config: (parts, 1))
     result = attribute(MODEL, params, rollout, FP16, progress=lambda *given: said.append(given))
     for part, one in zip(result["modules"], at_once["modules"]):
         assert part["name"] == one["name"]
@@ -111,18 +128,28 @@ def test_rows_may_be_measured_in_parts(monkeypatch):
     assert said == sorted(said) and said[0] == (0, 20, 0) and said[-1] == (20, 20, 1)
 
 
-@pytest.mark.parametrize("fit, expected", [(6, [6]), (5, [3, 3]), (3, [3, 3]), (2, [2, 2, 2]), (0.5, [1] * 6)])
-def test_parts_are_of_one_size(monkeypatch, fit, expected):
+def parts_of(monkeypatch, batch, fit):
     monkeypatch.setattr(attribution, "TAP_BYTES", int(fit * 4 * 20 * 32 * len(tap_names(2))))
-    parts = attribution._in_parts(attribution._aligned(setting()[1]), MODEL.config)
-    assert [int(part["own"].sum()) for part in parts] == expected
-    assert [len(part["tokens"]) for part in parts] == expected
+    return attribution._in_parts(batch, MODEL.config)
+
+
+@pytest.mark.parametrize("fit, expected", [(9, [6]), (5, [3, 3]), (3, [3, 3]), (2, [2, 2, 2]), (0.5, [1] * 6)])
+def test_parts_are_of_one_size(monkeypatch, fit, expected):
+    parts, group = parts_of(monkeypatch, attribution._aligned(setting()[1]), fit)
+    assert [int(part["own"].sum()) for part in parts] == [len(part["tokens"]) for part in parts] == expected
+    assert group == 1
+
+
+@pytest.mark.parametrize("fit, size, group", [(12, 12, 3), (11, 6, 3), (8, 6, 3), (3, 3, 3), (2, 2, 1)])
+def test_parts_keep_a_prompts_rows_together(monkeypatch, fit, size, group):
+    batch = {name: jnp.repeat(x, 3, axis=0)[:12] for name, x in attribution._aligned(setting()[1]).items()}
+    parts, shared = parts_of(monkeypatch, batch, fit)
+    assert shared == group and {len(part["tokens"]) for part in parts} == {size}
 
 
 def test_the_last_part_is_filled_up(monkeypatch):
-    monkeypatch.setattr(attribution, "TAP_BYTES", 4 * 4 * 20 * 32 * len(tap_names(2)))
     batch = {name: x[:5] for name, x in attribution._aligned(setting()[1]).items()}
-    first, last = attribution._in_parts(batch, MODEL.config)
+    (first, last), _ = parts_of(monkeypatch, batch, 4)
     assert first["own"].tolist() == [True] * 3 and last["own"].tolist() == [True, True, False]
     np.testing.assert_array_equal(last["tokens"][2], batch["tokens"][0])
 

@@ -10,11 +10,12 @@ import dataclasses
 from functools import partial
 import json
 import signal
+import time
 
 import jax
 
 from jaxrl_fp16.config import ConfigError, naming, to_dict
-from jaxrl_fp16.console import Console
+from jaxrl_fp16.console import Console, clock
 from jaxrl_fp16.lab.mismatch.attribution import attribute
 from jaxrl_fp16.lab.mismatch.report import console_tables, measure, write_report
 from jaxrl_fp16.lab.mismatch.rollout_files import load_rollouts, save_rollout
@@ -30,7 +31,7 @@ from jaxrl_fp16.training.safety.deadlines import caught_signals
 from jaxrl_fp16.training.safety.memory import parameter_count
 
 REPORT = "report.json"
-ATTRIBUTED = 16  # responses of each precision, whose every activation is in memory at once
+ATTRIBUTED = 16  # responses of each precision: attribution costs as much for each as some hundred forwards
 
 
 def run_mismatch(config):
@@ -61,10 +62,12 @@ def run_mismatch(config):
                 console.say(f"{folder}: all figures from {section.rollouts}, where every score is"
                             + ("" if programs else "; no model is loaded"))
             else:
-                rollouts, state = _fill(*programs, precisions, reference, rollouts, folder)
-                programs = (programs[0], state, None)
+                programs, rollouts = _fill(*programs, precisions, reference, rollouts, folder)
             facts = _facts(setup, folder, rollouts, programs[0].model if not scored else None)
-            shares = _attribute(*programs[:2], precisions, rollouts) if section.attribution else {}
+            shares = {}
+            if section.attribution:
+                laboratory, params, programs = programs[0], programs[1].sampling_params, None  # the moments go
+                shares = _attribute(laboratory, params, precisions, rollouts)
         except Stopped:
             console.say(f"stopped by {signal.Signals(signals.received).name}; --mismatch.rollouts "
                         f"{folder} continues from what was sampled")
@@ -111,7 +114,8 @@ def _open_programs(setup, console, signals, rollouts):
 def _fill(laboratory, state, prompts, precisions, reference, rollouts, folder):
     """Samples, unless there are rollouts, and scores them all; what is there is kept as it comes.
 
-    Returns the rollouts and a state with the same parameters: the one that came is donated.
+    Returns what `_open_programs` does, the state with the same parameters, as the one that came is donated; and the
+    rollouts.
     """
     say, config = laboratory.console.say, laboratory.setup.config
     keep = partial(save_rollout, folder / "rollouts") if jax.process_index() == 0 else lambda rollout: None
@@ -134,10 +138,10 @@ def _fill(laboratory, state, prompts, precisions, reference, rollouts, folder):
         state, rollouts = score_rollouts(laboratory, precision, state, rollouts, gradient=precision in precisions)
     for rollout in rollouts:
         keep(rollout)
-    return rollouts, state
+    return (laboratory, state, prompts), rollouts
 
 
-def _attribute(laboratory, state, precisions, rollouts):
+def _attribute(laboratory, params, precisions, rollouts):
     """By precision, what `attribute` finds in its first responses."""
     found, tally = {}, laboratory.tally
     tally.total = max(tally.total, len(rollouts))
@@ -147,10 +151,17 @@ def _attribute(laboratory, state, precisions, rollouts):
         text = f"attribution in {precision.name}"
         with tally.counted(laboratory.console, text), naming("mismatch.attribution"):
             found[precision.name] = attribute(
-                laboratory.model, state.sampling_params, dataclasses.replace(rollout, **first), precision.policy,
-                temperature=rollout.temperature,
+                laboratory.model, params, dataclasses.replace(rollout, **first), precision.policy,
+                temperature=rollout.temperature, progress=partial(_tell_modules, laboratory, time.monotonic()),
             )
     return found
+
+
+def _tell_modules(laboratory, began, done, total, part):
+    """How far attribution is, from time to time; ends it at a signal."""
+    laboratory.check_signals()
+    left = f", about {clock((time.monotonic() - began) / part * (1 - part))} left" if part else ""
+    laboratory.console.status(f"    {done} of {total} modules{left}")
 
 
 def _facts(setup, folder, rollouts, model):

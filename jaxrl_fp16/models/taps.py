@@ -1,18 +1,33 @@
-"""The decoder with its layers unrolled, so that every module's output can be read, replaced or added to.
+"""The decoder with every module's output read, and changed on its way where asked.
 
-B: rows.  T: columns.  D: hidden size.  L: layers.
-For looking inside, not for training: every layer is compiled by itself, nothing is
-computed again, and what a program returns changes its fusions, hence its last bits.
+B: rows.  T: columns.  S: cache slots.  D: hidden size.  L: layers.  K: key-value heads.  E: head dim.
+For looking inside, not for training: nothing is computed again, and what a program returns changes its fusions, hence
+its last bits. The layers are scanned, so that no program grows with the depth.
 """
 
+from typing import NamedTuple
+
 from flax import linen as nn
+import jax
+from jax import lax
 import jax.numpy as jnp
 
 from jaxrl_fp16.masking import segment_positions
-from jaxrl_fp16.models.decoder import angles_of, block_of, embed, unstack_layers
+from jaxrl_fp16.models.decoder import angles_of, block_of, embed
 from jaxrl_fp16.models.layers import RMSNorm
 
 IN_A_LAYER = ("attention_norm", "attention", "mlp_norm", "mlp")
+
+
+class Taps(NamedTuple):
+    """What modules give: each as it is, and as the rest of the program uses it.
+
+    Attention, MLP and the norms inside a layer give float32, which is rounded after the tap; the others are in the
+    dtype of the residual stream, and the last norm in that of the hidden state.
+    """
+
+    outside: dict[str, jax.Array]   # "embedding" and "final_norm": [B,T,D]
+    inside: dict[str, jax.Array]    # of IN_A_LAYER, and "", the residual stream after a layer: [L,B,T,D]
 
 
 def tap_names(num_layers):
@@ -26,87 +41,92 @@ def tap_names(num_layers):
     return ["embedding", *sum(layers, []), "final_norm"]
 
 
-def tapped_forward(model, params, tokens, replace=None, add=None, segments=None, keep_cache=False):
-    """The decoder on left-aligned `tokens` int32 [B,T] -> (hidden [B,T,D], taps).
+def by_name(outside, inside):
+    """A dict name -> array of `Taps`' two dicts, or of others with such keys: names as `tap_names` has them."""
+    layers = {
+        f"layers.{index}" + (name and f".{name}"): value
+        for name, values in inside.items() for index, value in enumerate(values)
+    }
+    return outside | layers
+
+
+def tapped_forward(model, params, tokens, change=None, segments=None, keep_cache=False):
+    """The decoder on left-aligned `tokens` int32 [B,T] -> (hidden [B,T,D], Taps).
 
     Args:
       model: a Decoder in the policy's compute dtype (`forward.in_compute_dtype`); of a Critic, its body.
       params: as `forward.cast_to_compute` gives them.
-      replace: arrays [B,T,D] by tap name that stand in for what the module gives.
-      add: likewise, added to what the module gives; zeros, to differentiate by.
+      change: `(module, layer, value) -> value`, what stands in for that which the module gives: a name as in `Taps`,
+        an int32 [] (None outside of layers), [B,T,D].
       segments: int32 [B,T], of packed rows.
 
-    Returns:
-      hidden, the decoder's own result; and taps, a dict name -> [B,T,D] of every
-      name in `tap_names`, each as the module gives it and as the rest of the program
-      uses it. Attention, MLP and the norms inside a layer give float32, which
-      is rounded after the tap; the others are in the dtype of the residual stream, and
-      the last norm in that of the hidden state. With `keep_cache` also the caches, a
-      list of one `Cache` [B,K,T,E] a layer.
-
-    Raises:
-      ValueError: a name that is no tap.
+    Returns hidden, the decoder's own result, and the `Taps`. With `keep_cache` also a `Cache` [L,B,K,T,E].
     """
-    see = _Taps(model, replace, add)
     positions = jnp.arange(tokens.shape[1])[None] if segments is None else segment_positions(segments)
-    layers = unstack_layers(params["layers"], model.config.num_layers)
-    nothing = [None] * len(layers)
-    hidden, caches = _run(see, model, params, layers, tokens, positions, nothing, None, segments, keep_cache)
-    return (hidden, see.taps, caches) if keep_cache else (hidden, see.taps)
+    hidden, taps, caches = _run(model, params, tokens, positions, None, None, segments, keep_cache, change)
+    return (hidden, taps, caches) if keep_cache else (hidden, taps)
 
 
-def tapped_decode_step(model, params, layers, token, caches, positions, replace=None, add=None):
-    """`decode_step` with taps, arrays [B,1,D] -> (hidden [B,1,D], caches, taps). See `tapped_forward`."""
-    see = _Taps(model, replace, add)
-    tokens, at = token[:, None], positions[:, None]
-    hidden, written = _run(see, model, params, layers, tokens, at, caches, positions, None, True)
-    return hidden, written, see.taps
+def tapped_decode_step(model, params, token, caches, positions, change=None):
+    """`decode_step` with taps, arrays [B,1,D], and caches a `Cache` [L,B,K,S,E] -> (hidden [B,1,D], caches, Taps).
+
+    See `tapped_forward`.
+    """
+    hidden, taps, written = _run(
+        model, params, token[:, None], positions[:, None], caches, positions, None, True, change
+    )
+    return hidden, written, taps
 
 
-class _Taps:
-    """Reads, replaces and adds to values by name while a program is traced."""
+def tapped_layer(model, params, x, angles, cache=None, positions=None, segments=None, keep=False, change=None):
+    """One layer, for its parameters without the leading axis -> (x [B,T,D], what its modules give by name, cache).
 
-    def __init__(self, model, replace, add):
-        self.replace, self.add, self.taps = replace or {}, add or {}, {}
-        allowed = tap_names(model.config.num_layers)
-        for name in [*self.replace, *self.add]:
-            if name not in allowed:
-                raise ValueError(f"tap {name!r} is unknown; allowed: {', '.join(allowed)}")
+    change: `(module, value) -> value`; also of "", what the layer gives.
+    """
+    found = {}
 
-    def __call__(self, name, value):
-        dtype, shape = value.dtype, value.shape
-        if name in self.replace:
-            value = jnp.broadcast_to(self.replace[name], shape).astype(dtype)
-        if name in self.add:
-            value = value + jnp.broadcast_to(self.add[name], shape).astype(dtype)
-        self.taps[name] = value
-        return value
+    def see(module, value):
+        found[module] = value if change is None else change(module, value)
+        return found[module]
 
-    def inside(self, layer):
-        """A flax interceptor for the modules of one layer."""
-
-        def intercept(call, args, kwargs, context):
-            result = call(*args, **kwargs)
-            if context.method_name != "__call__" or context.module.name not in IN_A_LAYER:
-                return result
-            name = f"{layer}.{context.module.name}"
-            if isinstance(result, tuple):  # attention, with its cache
-                return self(name, result[0]), *result[1:]
-            return self(name, result)
-
-        return intercept
+    with nn.intercept_methods(at_modules(see)):
+        x, cache = block_of(model, keep).apply({"params": params}, x, angles, cache, positions, segments)
+    return see("", x), found, cache
 
 
-def _run(see, model, params, layers, tokens, angles_at, caches, positions, segments, keep):
-    """Embedding, one block after the other, last norm: hidden and the written caches."""
-    c = model.config
-    x = see("embedding", embed(params["embedding"], tokens, model.residual_dtype))
+def at_modules(see):
+    """A flax interceptor: `see(name, output)` stands in for what each module of a layer gives."""
+
+    def intercept(call, args, kwargs, context):
+        result, name = call(*args, **kwargs), context.module.name
+        if context.method_name != "__call__" or name not in IN_A_LAYER:
+            return result
+        if isinstance(result, tuple):  # attention, with its cache
+            return see(name, result[0]), *result[1:]
+        return see(name, result)
+
+    return intercept
+
+
+def _run(model, params, tokens, angles_at, caches, positions, segments, keep, change):
+    """Embedding, one layer after the other, last norm: hidden, taps and the written caches."""
+    c, change = model.config, change or _as_it_is
+
+    def up(x, given):
+        index, layer, cache = given
+        x, found, cache = tapped_layer(
+            model, layer, x, angles, cache, positions, segments, keep,
+            lambda module, value: change(module, index, value),
+        )
+        return x, (found, cache)
+
+    first = change("embedding", None, embed(params["embedding"], tokens, model.residual_dtype))
     angles = angles_of(c, angles_at)
-    block, written = block_of(model, keep), []
-    for index, (layer, cache) in enumerate(zip(layers, caches, strict=True)):
-        with nn.intercept_methods(see.inside(f"layers.{index}")):
-            x, cache = block.apply({"params": layer}, x, angles, cache, positions, segments)
-        x = see(f"layers.{index}", x)
-        written.append(cache)
-    normed = RMSNorm(c.norm_eps).apply({"params": params["final_norm"]}, x)
-    return see("final_norm", normed.astype(model.hidden_dtype)), written
+    last, (inside, caches) = lax.scan(up, first, (jnp.arange(c.num_layers), params["layers"], caches))
+    normed = RMSNorm(c.norm_eps).apply({"params": params["final_norm"]}, last).astype(model.hidden_dtype)
+    hidden = change("final_norm", None, normed)
+    return hidden, Taps({"embedding": first, "final_norm": hidden}, inside), caches
+
+
+def _as_it_is(module, layer, value):
+    return value

@@ -19,7 +19,7 @@ from jaxrl_fp16.masking import align, segment_positions
 from jaxrl_fp16.models.attention import kind_for
 from jaxrl_fp16.models.decoder import angles_of, block_of, embed
 from jaxrl_fp16.models.layers import Projection, RMSNorm
-from jaxrl_fp16.models.taps import IN_A_LAYER
+from jaxrl_fp16.models.taps import IN_A_LAYER, at_modules
 
 # A projection's name -> what is called after it. The MLP's product, which goes into `down`, is the largest of most.
 INSIDE = {"q": "attention.q", "k": "attention.k", "v": "attention.v", "down": "mlp.product"}
@@ -38,7 +38,12 @@ class Program:
     def layer(self, params, x, angles, segments, add):
         """One layer on `x` [B,T,D] -> what follows, and what its modules give by name; `add` by name is added to it."""
         found = {}
-        with nn.intercept_methods(_reader(found, add)):
+
+        def see(name, value):
+            found[name] = value + add[name] if name in add else value
+            return found[name]
+
+        with nn.intercept_methods(at_modules(see)), nn.intercept_methods(_inside(found)):
             weights = {"params": cast_kernels(params, self.policy)}
             x, _ = block_of(self.model).apply(weights, x, angles, None, None, segments)
         return x, found
@@ -141,21 +146,16 @@ def walk(programs, params, scale, rows, total, *, see, compare, cotangents=False
     return list(found), compare(*gradients) | {"layers": layers}
 
 
-def _reader(found, add):
-    """A flax interceptor that adds `add` to what the modules of a layer give, and notes it in `found`.
+def _inside(found):
+    """A flax interceptor that notes in `found` what is rounded to the compute dtype inside attention and MLP.
 
-    Also what is rounded to the compute dtype inside attention and MLP: queries and keys before their rotation, which
-    keeps the length of each pair.
+    Queries and keys are those before their rotation, which keeps the length of each pair.
     """
 
     def intercept(call, args, kwargs, context):
         result, name = call(*args, **kwargs), context.module.name
         if isinstance(context.module, Projection) and name in INSIDE:
             found[INSIDE[name]] = args[0] if name == "down" else result
-        if context.method_name != "__call__" or name not in IN_A_LAYER:
-            return result
-        value, *cache = result if isinstance(result, tuple) else (result,)  # attention's comes with its cache
-        value = found[name] = value + add[name] if name in add else value
-        return (value, *cache) if cache else value
+        return result
 
     return intercept

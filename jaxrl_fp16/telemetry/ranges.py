@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jaxrl_fp16.finite import peak
 from jaxrl_fp16.forward import in_compute_dtype
-from jaxrl_fp16.models.taps import tap_names
+from jaxrl_fp16.models.taps import by_name, tap_names
 from jaxrl_fp16.telemetry.by_layer import INSIDE, make_program, walk
 
 LARGEST = float(jnp.finfo(jnp.float16).max)  # 65,504
@@ -99,7 +99,7 @@ def make_ranges(model, policy, loss_of, *, temperature=1.0, with_entropy=False):
             return jax.tree.map(partial(_gradient_range, scale), given, given if true is None else true)
 
         found, gradients = walk(programs, params, scale, rows, total, see=_peak_of_real, compare=compare)
-        activations, *others = [by_name(model, each.outside, each.inside) for each in found]
+        activations, *others = [by_name(each.outside, each.inside) for each in found]
         return Ranges(found[0].loss, activations, *(others or [activations]), gradients)
 
     return jax.jit(ranges)
@@ -122,20 +122,11 @@ def make_peaks(model, policy, loss_of, *, temperature=1.0, with_entropy=False):
             [program], params, scale, rows, total, see=lambda x, real: peak(x), compare=partial(jax.tree.map, peak),
             cotangents=True,
         )
-        activations = by_name(model, found.outside, found.inside)
-        cotangents = by_name(model, found.pulled_outside, found.pulled_inside)
+        activations = by_name(found.outside, found.inside)
+        cotangents = by_name(found.pulled_outside, found.pulled_inside)
         return Peaks(found.loss, activations, cotangents, gradients, _peaks_of_params(params))
 
     return jax.jit(peaks)
-
-
-def by_name(model, outside, inside):
-    """A dict name -> array of what `walk` has seen: "embedding", "layers.0", "layers.0.mlp", ..., "final_norm"."""
-    layers = {
-        f"layers.{index}" + (name and f".{name}"): values[index]
-        for name, values in inside.items() for index in range(model.config.num_layers)
-    }
-    return outside | layers
 
 
 def _peak_of_real(x, real):

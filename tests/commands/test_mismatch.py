@@ -10,6 +10,7 @@ import pytest
 
 from jaxrl_fp16 import cli
 from jaxrl_fp16.commands import mismatch
+from jaxrl_fp16.console import Console
 from jaxrl_fp16.lab.mismatch import scoring
 from jaxrl_fp16.lab.mismatch.rollout_files import load_rollout, save_rollout
 from jaxrl_fp16.lab.mismatch.stats import by_length, distances, probabilities, verdict
@@ -352,16 +353,33 @@ def test_rollouts_of_another_model_are_not_scored(start, whole, tmp_path, capsys
     assert (code, folder) == (2, None) and message in error and error.count("\n") == 1
 
 
-def test_attribution_is_a_section_of_the_page(whole, start):
-    """From stored rollouts, whose model is then loaded all the same."""
+def test_attribution_is_a_section_of_the_page(whole, start, monkeypatch, capsys):
+    """From stored rollouts, whose model is then loaded all the same. What is done and left is said on the way."""
+    monkeypatch.setattr(Console, "status", Console.say)
     code, folder = start("--mismatch.rollouts", str(whole / "rollouts"), "--mismatch.attribution", "true",
                          "--mismatch.precisions", "[bf16]")
     assert code == 0
+    said = capsys.readouterr().out.splitlines()
+    told = [re.fullmatch(r"    (\d+) of 10 modules(, about \d:\d\d:\d\d left)?", line) for line in said]
+    told = [match for match in told if match]
+    assert [int(match[1]) for match in told] == [0, 0, 0, 1, 5, 9, 10] and not told[0][2] and told[3][2]
     found = report_of(folder)["attribution"]
     assert list(found) == ["bf16"] and found["bf16"]["modules"][0]["name"] == "embedding"
     page = (folder / "report.html").read_text()
     assert "Where the difference arises" in page and "layers.1.mlp" in page
     assert "Where the difference arises" not in (whole / "report.html").read_text()
+
+
+def test_a_signal_ends_attribution(whole, start, monkeypatch, capsys):
+    find = mismatch.attribute
+
+    def interrupted(*arguments, **options):
+        signal.raise_signal(signal.SIGINT)
+        return find(*arguments, **options)
+
+    monkeypatch.setattr(mismatch, "attribute", interrupted)
+    code, folder = start("--mismatch.rollouts", str(whole / "rollouts"), "--mismatch.attribution", "true")
+    assert code == 130 and "stopped by SIGINT" in capsys.readouterr().out and not (folder / "report.json").exists()
 
 
 def test_attribution_of_a_truncated_distribution_is_refused(start, capsys):

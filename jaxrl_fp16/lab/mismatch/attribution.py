@@ -17,22 +17,21 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_fp16.forward import (
-    align_rows, cast_to_compute, in_compute_dtype, logits_of, logprob_of, score_hidden, tempered, token_logprobs,
+    align_rows, cast_to_compute, in_compute_dtype, logits_of, logprob_of, tempered, token_logprobs,
 )
+from jaxrl_fp16.lab.mismatch.carried import make_shares, scored
 from jaxrl_fp16.masking import align
 from jaxrl_fp16.models.attention import BLOCK, PACKABLE
-from jaxrl_fp16.models.decoder import angles_of, attention_of, mlp_of, unstack_layers
-from jaxrl_fp16.models.layers import RMSNorm
 from jaxrl_fp16.models.numerics import jit
-from jaxrl_fp16.models.taps import IN_A_LAYER, tap_names, tapped_decode_step, tapped_forward
+from jaxrl_fp16.models.taps import by_name, tap_names, tapped_decode_step, tapped_forward
 from jaxrl_fp16.objectives import mismatch_metrics
 from jaxrl_fp16.precision import get_precision
 
-TAP_BYTES = 2**27  # float32 activations of one program that exist at once; a row's take what they take
+TAP_BYTES = 2**30  # float32 activations of one program, of which two exist at once; a row takes what it takes
 KINDS = {"attention_norm": "norm", "mlp_norm": "norm", "final_norm": "norm"}
 
 
-def attribute(model, params, rollout, policy, *, temperature=1.0, literal=False):
+def attribute(model, params, rollout, policy, *, temperature=1.0, literal=False, progress=None):
     """Differences and shares of every module, for a small batch of rollouts.
 
     Args:
@@ -40,6 +39,8 @@ def attribute(model, params, rollout, policy, *, temperature=1.0, literal=False)
       rollout: a `Rollout` that the sampler drew with these weights, of whole
         distributions (no top-k, no top-p).
       literal: also the shares carried on in the compute dtype, for comparison.
+      progress: `(modules, of all, part of the work from 0 to 1)`, called as errors are carried on; what it raises ends
+        it.
 
     Returns a dict of plain numbers:
       modules: a list of dicts, in the forward's order: name, kind (embedding, norm, attention,
@@ -57,9 +58,20 @@ def attribute(model, params, rollout, policy, *, temperature=1.0, literal=False)
     """
     if rollout.support is not None:
         raise ValueError("the rollout has a support, of top-k or top-p; allowed: top_k 0 and top_p 1")
-    programs = _programs(model, params, policy, _prompt_columns(rollout), temperature, literal)
     batch, names = _aligned(rollout), tap_names(model.config.num_layers)
-    parts = [_measure(*programs, part) for part in _in_parts(batch, model.config)]
+    cast, half = cast_to_compute(params, policy, model.numerics), in_compute_dtype(model, policy)
+    exact, (parts, group) = _in_float32(model), _in_parts(batch, model.config)
+    decode = partial(_decode, columns=_prompt_columns(rollout), group=group)
+    programs = {
+        "reference": _program(_full, exact, cast_to_compute(params, get_precision("fp32").policy), temperature),
+        "full": _program(_full, half, cast, temperature),
+        "decode": _program(decode, half, cast, temperature),
+    }
+    upcast = jax.tree.map(lambda x: x.astype(jnp.float32), cast)
+    carriers = {"shares": (exact, upcast)} | ({"literal": (half, cast)} if literal else {})
+    shares_of = make_shares(exact, upcast, carriers, half.dtype, _extent(batch), temperature)
+    tell = _teller(progress, len(parts), model.config.num_layers)
+    parts = [_measure(programs, shares_of, part, tell) for part in parts]
     rows = len(batch["tokens"])
     join = lambda key: {name: np.concatenate([part[key][name] for part in parts])[:rows] for name in parts[0][key]}
     logprobs, shares = join("logprobs"), join("shares")
@@ -67,9 +79,9 @@ def attribute(model, params, rollout, policy, *, temperature=1.0, literal=False)
     rms = lambda x: float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)[seen]))))
     whole = logprobs["decode"] - logprobs["full"]
     shares = {name: shares.get(name, np.zeros_like(whole)) for name in (*names, "head")}
-    scored = token_logprobs(model, params, rollout.tokens, rollout.mask, policy=policy, temperature=temperature)
+    trained = token_logprobs(model, params, rollout.tokens, rollout.mask, policy=policy, temperature=temperature)
     response = np.asarray(rollout.response_mask).astype(bool)
-    untapped = np.asarray(rollout.logprobs - scored, np.float64)[response]
+    untapped = np.asarray(rollout.logprobs - trained, np.float64)[response]
     squares = lambda parts: sum(rms(x) ** 2 for x in parts.values()) / max(rms(whole) ** 2, 1e-300)
     kl = lambda *given: float(mismatch_metrics(*given)["mismatch/kl_k3"])
     found = {
@@ -79,74 +91,81 @@ def attribute(model, params, rollout, policy, *, temperature=1.0, literal=False)
         "unexplained": rms(whole - sum(shares.values())),
         "squares": squares(shares),
         "token_kl": {"tapped": kl(logprobs["decode"], logprobs["full"], seen),
-                     "untapped": kl(rollout.logprobs, scored, rollout.response_mask)},
+                     "untapped": kl(rollout.logprobs, trained, rollout.response_mask)},
     }
     if literal:
         found["literal_squares"] = squares(join("literal"))
     return found
 
 
-def _programs(model, params, policy, columns, temperature, literal):
-    """`(programs by name, how errors are carried on by key)`: jitted functions of a batch, compiled once."""
-    cast = cast_to_compute(params, policy, model.numerics)
-    half = in_compute_dtype(model, policy)
-    # A vendor's kernel computes in half precision alone.
-    exact = model.clone(dtype=jnp.float32, attention=model.attention if model.attention in PACKABLE else "blockwise")
-    upcast = jax.tree.map(lambda x: x.astype(jnp.float32), cast)
+def _program(function, model, params, temperature):
+    """A jitted function of a batch."""
+    return partial(jit(partial(function, model, temperature=temperature), model.numerics), params)
 
-    def program(function, *given):
-        run = jit(partial(function, temperature=temperature), model.numerics)
-        return lambda *batch: run(*given, *batch)
 
-    programs = {
-        "reference": program(partial(_full, exact), cast_to_compute(params, get_precision("fp32").policy)),
-        "full": program(partial(_full, half), cast),
-        "decode": program(partial(_decode, half, columns=columns), cast),
-    }
-    errors = jax.jit(partial(_own_errors, exact, dtype=half.dtype, temperature=temperature))
-    carried = {"shares": (exact, upcast)} | ({"literal": (half, cast)} if literal else {})
-    runs = {
-        key: jax.jit(lambda params, batch, add, model=model: _full(model, params, batch, temperature, add)[0])
-        for key, (model, _) in carried.items()
-    }
-    return programs, partial(errors, upcast), {key: partial(run, carried[key][1]) for key, run in runs.items()}
+def _in_float32(model):
+    """The model that computes in float32, which a vendor's kernel does not."""
+    return model.clone(dtype=jnp.float32, attention=model.attention if model.attention in PACKABLE else "blockwise")
+
+
+def _extent(batch):
+    """(columns up to the last token of all, tokens of the longest response)."""
+    return tuple(int(np.asarray(batch[name]).sum(axis=1).max()) for name in ("mask", "response"))
+
+
+def _teller(progress, parts, depth):
+    """`tell(modules, layers)`, which adds up and calls `progress`."""
+    modules, layers = parts * (4 * depth + 2), parts * depth * (depth + 3) // 2
+    done = np.zeros(2, int)
+
+    def tell(*more):
+        done[:] += more
+        if progress is not None:
+            progress(int(done[0]), modules, done[1] / layers)
+
+    return tell
 
 
 def _in_parts(batch, config):
-    """Parts of the batch's rows, all of one size, whose taps take at most TAP_BYTES a program; the last one is filled
-    with the first row."""
+    """`(parts, group)`: parts of the batch's rows, all of one size, whose taps take at most TAP_BYTES a program, and
+    how many rows next to each other share a prompt in them. The last part is filled with the first rows."""
     rows, columns = batch["tokens"].shape
-    a_row = 4 * columns * config.hidden_size * len(tap_names(config.num_layers))
-    size = int(np.clip(TAP_BYTES // a_row, 1, rows))
-    at = np.arange(-(-rows // size) * size)
-    at = np.where(at < rows, at, 0).reshape(-1, size)
-    return [{name: x[index] for name, x in batch.items()} | {"own": np.arange(size) + start < rows}
-            for start, index in zip(range(0, rows, size), at)]
+    fit = int(np.clip(TAP_BYTES // (4 * columns * config.hidden_size * len(tap_names(config.num_layers))), 1, rows))
+    group = _group(batch)
+    group = group if group <= fit else 1
+    size = -(-rows // -(-rows // (fit - fit % group)))
+    size = -(-size // group) * group
+    at = np.arange(-(-rows // size) * size).reshape(-1, size)
+    return [{name: x[index % rows] for name, x in batch.items()} | {"own": index < rows} for index in at], group
 
 
-def _measure(programs, errors, carried, batch):
+def _group(batch):
+    """The largest number of rows next to each other that share a prompt, all over."""
+    tokens, lengths = np.asarray(batch["tokens"]), np.asarray(batch["lengths"])[:, None]
+    prompts = np.where(np.arange(tokens.shape[1]) < lengths, tokens, -1)
+    first = np.flatnonzero([True, *(prompts[1:] != prompts[:-1]).any(axis=1)])
+    return int(np.gcd.reduce(np.diff([*first, len(prompts)])))
+
+
+def _measure(programs, shares_of, batch, tell):
     """Of one part: log-probs of the programs and shares by name [B,T], and sums of squares by tap."""
     own_rows = batch.pop("own")
-    found = {name: program(batch) for name, program in programs.items()}
-    squares = _squares(found, np.asarray(batch["predicts"]) & own_rows[:, None])
-    squares["head"] = _apart(*(np.asarray(found[name][0], np.float64)[np.asarray(batch["response"]) & own_rows[:, None]]
-                               for name in PROGRAMS))
-    logprobs = {name: np.asarray(value) for name, (value, _) in found.items()}
-    own = errors(batch, *found.pop("full"))
-    own = jax.tree.map(jnp.subtract, errors(batch, *found.pop("decode")), own)
-    return {"logprobs": logprobs, "squares": squares} | {
-        key: _carried(partial(run, batch), own) | {"head": np.asarray(own["head"])} for key, run in carried.items()
-    }
+    predicts, response = (np.asarray(batch[name]) & own_rows[:, None] for name in ("predicts", "response"))
 
+    def run(name):
+        """(log-probs, Taps), and by tap what of them predicts a response token."""
+        logprobs, taps = programs[name](batch)
+        seen = {tap: x[predicts] for tap, x in by_name(*jax.tree.map(np.asarray, taps)).items()}
+        tell(0, 0)
+        return (logprobs, taps), seen | {"head": np.asarray(logprobs)[response]}
 
-PROGRAMS = ("decode", "full", "reference")
-
-
-def _squares(found, seen):
-    """By tap, `_apart` where it predicts a response token."""
-    names = found["full"][1]
-    return {name: _apart(*(np.asarray(found[program][1][name], np.float64)[seen] for program in PROGRAMS))
-            for name in names}
+    _, exact = run("reference")
+    (full, seen_full), (decode, seen_decode) = run("full"), run("decode")
+    squares = {tap: _apart(*(np.asarray(seen[tap], np.float64) for seen in (seen_decode, seen_full, exact)))
+               for tap in exact}
+    logprobs = {"decode": np.asarray(decode[0]), "full": np.asarray(full[0])}
+    del exact, seen_full, seen_decode
+    return {"logprobs": logprobs, "squares": squares, **shares_of(batch, decode, full, tell)}
 
 
 def _apart(decode, full, reference):
@@ -171,96 +190,47 @@ def _prompt_columns(rollout):
     return int(columns[0]) if len(columns) else rollout.tokens.shape[1]
 
 
-def _scored(hidden, head, batch, temperature):
-    return score_hidden(hidden, align_rows(batch["tokens"], batch["mask"])[2], head, batch["tokens"], batch["mask"],
-                        temperature)[0]
+def _full(model, params, batch, temperature):
+    """(log-probs [B,T], Taps) of the full-sequence program; 0 where there is no earlier token."""
+    hidden, taps = tapped_forward(model, params, batch["tokens"])
+    return scored(hidden, params["head"], batch, temperature), taps
 
 
-def _full(model, params, batch, temperature, add=None):
-    """(log-probs [B,T], taps) of the full-sequence program; 0 where there is no earlier token."""
-    hidden, taps = tapped_forward(model, params, batch["tokens"], add=add)
-    return _scored(hidden, params["head"], batch, temperature), taps
-
-
-def _decode(model, params, batch, columns, temperature):
-    """The same as the sampler comes to them: the prompts at once, then a stored token at a time through the cache."""
+def _decode(model, params, batch, columns, temperature, group=1):
+    """The same as the sampler comes to them: the prompts at once, one for each `group` of rows, then a stored token at
+    a time through the cache."""
     tokens, lengths = batch["tokens"], batch["lengths"]
     rows, width = jnp.arange(len(tokens)), tokens.shape[1]
     slots = -(-width // BLOCK) * BLOCK
     prompt = jnp.where(jnp.arange(columns) < lengths[:, None], tokens[:, :columns], 0)
-    _, taps, caches = tapped_forward(model, params, prompt, keep_cache=True)
-    caches = jax.tree.map(lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0))), caches)
-    taps = {name: jnp.pad(x, ((0, 0), (0, width - columns), (0, 0))) for name, x in taps.items()}
-    layers = unstack_layers(params["layers"], model.config.num_layers)
+    _, taps, caches = tapped_forward(model, params, prompt[::group], keep_cache=True)
+
+    def spread(x, axis, length):
+        """`x` [...,P,D], its rows along `axis` as often as they are shared, with `length` columns."""
+        return jnp.repeat(jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, length - columns), (0, 0))), group, axis=axis)
+
+    caches = jax.tree.map(lambda x: spread(x, -4, slots), caches)
+    taps = jax.tree.map(lambda x: spread(x, -3, width), taps)
 
     def predict(hidden, at):
         """Log-prob [B] of the token after position `at`."""
-        target = tokens[rows, jnp.minimum(at + 1, width - 1)]
+        target = tokens[rows, at + 1]
         return logprob_of(tempered(logits_of(hidden, params["head"])[:, 0], temperature or 1.0), target)
 
     def step(carry, number):
         caches, taps, logprobs = carry
-        at = jnp.minimum(lengths + number, width - 1)
-        hidden, caches, new = tapped_decode_step(model, params, layers, tokens[rows, at], caches, at)
-        taps = {name: x.at[rows, at].set(new[name][:, 0]) for name, x in taps.items()}
-        logprobs = logprobs.at[rows, jnp.minimum(at + 1, width - 1)].set(predict(hidden, at))
+        at = lengths + number
+        hidden, caches, new = tapped_decode_step(model, params, tokens[rows, at], caches, at)
+        taps = jax.tree.map(lambda x, new: x.at[..., rows, at, :].set(new[..., 0, :]), taps, new)
+        logprobs = logprobs.at[rows, at + 1].set(predict(hidden, at))
         return (caches, taps, logprobs), None
 
     last = jnp.maximum(lengths - 1, 0)
-    first = predict(taps["final_norm"][rows, last][:, None], last)
-    logprobs = jnp.zeros(tokens.shape).at[rows, jnp.minimum(last + 1, width - 1)].set(first)
-    (_, taps, logprobs), _ = lax.scan(step, (caches, taps, logprobs), jnp.arange(width - columns))
+    first = predict(taps.outside["final_norm"][rows, last][:, None], last)
+    logprobs = jnp.zeros(tokens.shape).at[rows, last + 1].set(first)
+    # The last token predicts none.
+    (_, taps, logprobs), _ = lax.scan(step, (caches, taps, logprobs), jnp.arange(width - columns - 1))
     return jnp.where(batch["response"], logprobs, 0.0), taps
-
-
-def _own_errors(model, params, batch, logprobs, taps, *, dtype, temperature):
-    """A program's output less the float32 module's on the same input, by name of the tap that it is added to.
-
-    model, params: in float32, the weights as cast; dtype: the program's compute dtype. The head's is of the log-probs.
-    """
-    layers = unstack_layers(params["layers"], model.config.num_layers)
-    stream, table = taps["embedding"], jnp.take(params["embedding"], batch["tokens"], axis=0)
-    errors = {"embedding": jnp.where(batch["mask"][..., None], _wide(stream) - table, 0.0)}
-    for index, layer in enumerate(layers):
-        inside = {module: taps[f"layers.{index}.{module}"] for module in IN_A_LAYER}
-        after = taps[f"layers.{index}"]
-        found = _errors_of_layer(model, layer, dtype, stream, inside, after)
-        errors.update({f"layers.{index}.{module}": error for module, error in found.items()})
-        stream = after
-    errors["final_norm"] = _wide(taps["final_norm"]) - _norm(model, params["final_norm"], stream)
-    exact = _scored(_wide(taps["final_norm"]), params["head"], batch, temperature)
-    return {**errors, "head": jnp.where(batch["response"], logprobs - exact, 0.0)}
-
-
-def _errors_of_layer(model, layer, dtype, before, taps, after):
-    """The same of one layer, from the residual stream before and after it."""
-    c = model.config
-    angles = angles_of(c, jnp.arange(before.shape[1])[None])
-    seen, looked = (_wide(taps[norm].astype(dtype)) for norm in ("attention_norm", "mlp_norm"))
-    middle = (before + taps["attention"]).astype(before.dtype)
-    mixed, _ = attention_of(c, model.attention).apply({"params": layer["attention"]}, seen, angles, None, None, None)
-    made = mlp_of(c).apply({"params": layer["mlp"]}, looked)
-    return {
-        "attention_norm": seen - _norm(model, layer["attention_norm"], before),
-        "attention": _wide(middle) - _wide(before) - mixed,
-        "mlp_norm": looked - _norm(model, layer["mlp_norm"], middle),
-        "mlp": _wide(after) - _wide(middle) - made,
-    }
-
-
-def _wide(x):
-    return x.astype(jnp.float32)
-
-
-def _norm(model, weights, x):
-    return RMSNorm(model.config.norm_eps).apply({"params": weights}, _wide(x))
-
-
-def _carried(run, own):
-    """By name, the change of the log-probs [B,T] when that error alone is added to the module's output."""
-    nothing = {name: jnp.zeros_like(x) for name, x in own.items() if name != "head"}
-    base = run(nothing)
-    return {name: np.asarray(run({**nothing, name: own[name]}) - base) for name in nothing}
 
 
 def _rows(names, parts, shares):

@@ -288,5 +288,5 @@ class MismatchConfig:
     ] = None
     bins: Annotated[int, Ge(1), Doc("most bins on the axis of a figure of `mismatch`")] = 12
     attribution: Annotated[
-        bool, Doc("let `mismatch` measure by module too, on some responses; takes the memory of every activation")
+        bool, Doc("let `mismatch` measure by module too, on some responses; costs some hundred forwards of them")
     ] = False

@@ -149,7 +149,7 @@ def names():
              ("--model.family", "gpt2")),
         model_folder(4, "family of a folder", f"model_type is 'gpt2'; allowed: {', '.join(FAMILIES)}",
                      edit_json("model/config.json", model_type="gpt2")),
-        Case(4, "attention", 'model.attention: "flash" is not allowed; allowed: blockwise | plain',
+        Case(4, "attention", 'model.attention: "flash" is not allowed; allowed: auto | blockwise | plain',
              ("--model.attention", "flash")),
         Case(4, "template", "template 'nonsense' is neither a text with a field name", ("--task.template", "nonsense")),
         Case(5, "FP16 on a TPU",

@@ -37,8 +37,8 @@ def lay_out(folder):
     (folder / "data.jsonl").write_text('{"problem": "1+1=", "answer": "2"}\n' * 8)
     # As `train` on a CPU would resolve it.
     started = load_config(Config, folder / "folder.yaml",
-                          ["--precision", "fp16", "--run.platform", "cpu", "--model.attention", "blockwise", "--run.name",
-                           "folder"])
+                          ["--precision", "fp16", "--run.platform", "cpu", "--run.name", "folder",
+                           "--model.attention", "blockwise"])
     (folder / "run").mkdir()
     (folder / "run" / "config.yaml").write_text(to_yaml(started))
 

@@ -68,7 +68,11 @@ ModelConfig = dataclasses.make_dataclass(
             Doc("attention of sampler, scorer and update alike; auto: cudnn in half precision on an NVIDIA GPU, where "
                 "nothing forbids it, else blockwise")
         ], "auto"),
-        ("remat", Annotated[bool, Doc("keep only layer inputs for the backward pass; compute the rest again")], True),
+        ("remat", Annotated[
+            Literal["auto"] | bool,
+            Doc("keep only layer inputs for the backward pass, and compute the rest again; auto: not on a CPU where the "
+                "estimate of memory without it is below an eighth of what is there")
+        ], "auto"),
         ("allow_longer", Annotated[
             bool, Doc("allow prompts with responses beyond the positions that the model's weights were made for")
         ], False),

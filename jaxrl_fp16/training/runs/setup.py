@@ -24,6 +24,7 @@ from jaxrl_fp16.precision import Precision, get_precision_on
 from jaxrl_fp16.tasks import TASKS, Task, asks_for_date, check_template, open_task, remark_on
 from jaxrl_fp16.tokenizer import character_tokenizer, check_vocabulary, end_ids, load_tokenizer, pad_id, vocabulary_size
 from jaxrl_fp16.training.runs.run_config import Config, check_mesh_rows
+from jaxrl_fp16.training.safety.memory import device_bytes, estimate
 from jaxrl_fp16.training.runs.run_folder import check_run_folder
 
 PLATFORMS = {"cpu": "cpu", "gpu": "cuda,cpu", "tpu": "tpu,cpu"}
@@ -241,7 +242,16 @@ def make_model(setup):
         else:
             config = _decoder_config(section, setup.tokenizer)
         check_vocabulary(setup.tokenizer, config.vocab_size)
-        return Decoder(config, attention=section.attention, remat=section.remat, numerics=setup.config.numerics)
+        model = Decoder(config, attention=section.attention, remat=False, numerics=setup.config.numerics)
+        return model.clone(remat=_needs_remat(setup, model) if section.remat == "auto" else section.remat)
+
+
+def _needs_remat(setup, model):
+    """Whether an update keeps layer inputs alone: unless all would fit with room to spare. On an H200 an update was
+    slower without (benchmarks/results/gpu_speed_without_remat.json)."""
+    device = setup.mesh.devices.flatten()[0]
+    needs = estimate(setup.config, model, setup.mesh, setup.precision.policy.compute_dtype)
+    return device.platform != "cpu" or sum(needs.values()) > device_bytes(device) / 8
 
 
 def load_params(setup, model, any_weights=False):

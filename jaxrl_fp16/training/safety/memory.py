@@ -33,19 +33,24 @@ def estimate(config, model, mesh, compute_dtype, *, command="train", reference=F
     shared = mesh.shape["fsdp"] * mesh.shape["tensor"]
     parts = mesh.shape["data"] * mesh.shape["fsdp"]
     half = compute_dtype.itemsize
+    # A CPU multiplies half precision in float32: XLA keeps such a copy beside.
+    upcast = 4 if half < 4 and mesh.devices.flatten()[0].platform == "cpu" else 0
     decoded, learnt = (tokens / parts for tokens in TOKENS[command](config))
-    kept = c.num_layers if config.model.remat else 12 * c.num_layers  # a layer keeps about 12 arrays like its input
     attention = FAMILIES[c.family].attention(c)
-    inside = 4 * (3 * c.intermediate_size + 4 * attention.heads * attention.head_dim)  # float32, of the layer at work
+    heads = attention.heads * attention.head_dim
+    inside = 4 * (3 * c.intermediate_size + 4 * heads)  # float32, of the layer at work
+    # Without remat the compiled updates of two shapes in three precisions kept 5 to 6 such arrays of a layer's MLP and
+    # 10 to 11 of its width, most of them in float32.
+    kept = c.hidden_size * half if model.remat else 4 * (6 * c.intermediate_size + 7 * c.hidden_size + 4 * heads)
     needs = {
         "parameters": 4 * trained // shared,
         "Adam's moments": 8 * trained // shared,
-        "gradients": 4 * count // shared if learnt else 0,
-        "compute copy": half * count // shared if learnt else 0,
+        "gradients": 8 * count // shared if learnt else 0,  # their sum, and those of the rows at work
+        "compute copy": (half + upcast) * count // shared if learnt else 0,
         "reference": 4 * count // shared if reference else 0,
         "reward model": (4 + half) * parameter_count(reward_model) // shared if reward_model else 0,
         "key-value cache": int(half * c.num_layers * attention.cached * decoded),
-        "activations": int(learnt * (kept * c.hidden_size * half + inside)),
+        "activations": int(learnt * (c.num_layers * kept + inside)),
         "logits": 3 * LOGIT_BYTES if learnt else 0,
     }
     return {what: size for what, size in needs.items() if size}

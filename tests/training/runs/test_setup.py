@@ -14,7 +14,7 @@ from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, save_pretrain
 from jaxrl_fp16.precision import get_precision
 from jaxrl_fp16.tokenizer import character_tokenizer
 from jaxrl_fp16.training.runs.run_config import Config
-from jaxrl_fp16.training.runs.setup import attention_of_run, dated, set_up
+from jaxrl_fp16.training.runs.setup import attention_of_run, dated, make_model, set_up
 
 TOKENIZER = character_tokenizer("0123456789+=")
 
@@ -130,3 +130,12 @@ def test_the_kernel_that_auto_stands_for(kind, changes, expected):
     precisions = [get_precision(name or "fp16") for name in (changes.get("precision"), config.rollout_precision)]
     mesh = SimpleNamespace(devices=np.array([SimpleNamespace(device_kind=kind)]))
     assert attention_of_run(config, mesh, precisions) == expected
+
+
+@pytest.mark.parametrize("wanted, available, expected", [
+    ("auto", 2**40, False), ("auto", 2**20, True), (True, 2**40, True), (False, 2**20, False),
+])
+def test_layers_are_computed_again_where_memory_is_short(folder, monkeypatch, wanted, available, expected):
+    monkeypatch.setattr("jaxrl_fp16.training.runs.setup.device_bytes", lambda device: available)
+    config = parse_config(Config, {"model": {"path": str(folder), "remat": wanted}})
+    assert make_model(set_up(config)).remat is expected

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from jaxrl_fp16.config import parse_config
@@ -15,10 +16,11 @@ from jaxrl_fp16.training.updates.optimizer import OptimizerConfig, make_optimize
 HALF, FULL = jnp.dtype("float16"), jnp.dtype("float32")
 
 
-def needs(toy, data=1, fsdp=1, tensor=1, dtype=HALF, models=None, **sections):
+def needs(toy, data=1, fsdp=1, tensor=1, dtype=HALF, models=None, platform="cpu", **sections):
     shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
     config = parse_config(Config, sections)
-    return estimate(config, toy.model, SimpleNamespace(shape=shape), dtype, **(models or {}))
+    mesh = SimpleNamespace(shape=shape, devices=np.array([SimpleNamespace(platform=platform)]))
+    return estimate(config, toy.model, mesh, dtype, **(models or {}))
 
 
 def size(tree):
@@ -29,7 +31,9 @@ def test_parameters_and_moments_are_those_of_a_state(toy):
     found = needs(toy)
     opt_state = make_optimizer(OptimizerConfig()).init(toy.params)
     counters = sum(leaf.nbytes for leaf in jax.tree.leaves(opt_state) if leaf.ndim == 0)
-    assert found["parameters"] == found["gradients"] == 2 * found["compute copy"] == size(toy.params)
+    assert found["parameters"] == size(toy.params) and found["gradients"] == 2 * size(toy.params)
+    assert found["compute copy"] == 1.5 * size(toy.params), "half precision, and float32 beside it on a CPU"
+    assert needs(toy, platform="gpu")["compute copy"] == size(toy.params) / 2
     assert found["Adam's moments"] == size(opt_state) - counters
     assert needs(toy, dtype=FULL)["compute copy"] == size(toy.params)
 
@@ -59,7 +63,10 @@ def test_a_mesh_divides_what_it_shares(toy):
 
 
 def test_keeping_activations_takes_more(toy):
-    assert needs(toy, model={"remat": False})["activations"] > needs(toy)["activations"]
+    toy.model = toy.model.clone(remat=True)
+    kept = needs(toy)
+    toy.model = toy.model.clone(remat=False)
+    assert needs(toy)["activations"] > kept["activations"]
 
 
 def test_what_cannot_fit_is_refused_with_what_lowers_it():

@@ -33,7 +33,7 @@ if [[ "${DETERMINISTIC:-1}" != 0 ]]; then
     # The same program gives the same bits in each run: no atomic additions in scatters and
     # reductions, and no kernel chosen by a race between candidates. Without it, sampler and update
     # may take other kernels in each process, and with them another mismatch; a resumed run is then
-    # not the run that was never stopped. Its price is slower scatters and untuned matmuls.
+    # not the run that was never stopped. Its price is slower scatters and untuned matmuls (docs/gpu.md).
     flags+=(--xla_gpu_deterministic_ops=true)
 fi
 if [[ "$count" -gt 1 ]]; then

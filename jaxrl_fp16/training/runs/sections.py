@@ -70,7 +70,7 @@ ModelConfig = dataclasses.make_dataclass(
         ], "auto"),
         ("remat", Annotated[
             Literal["auto"] | bool,
-            Doc("keep only layer inputs for the backward pass, and compute the rest again; auto: not on a CPU where the "
+            Doc("keep only layer inputs for the backward pass and compute the rest again; auto: not on a CPU where the "
                 "estimate of memory without it is below an eighth of what is there")
         ], "auto"),
         ("allow_longer", Annotated[

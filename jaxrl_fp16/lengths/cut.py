@@ -67,10 +67,10 @@ def cut(lengths, columns, rows, tokens=None, shards=1):
     return None if all(part.width == columns for part in parts) else parts
 
 
-def row_lengths(mask):
-    """int [B], on the host: real tokens of each row of a mask [B,T]; of [B,2,T] those of the longer of two."""
-    sizes = to_host(mask).astype(bool).sum(axis=-1)
-    return sizes.max(axis=tuple(range(1, sizes.ndim)))
+def row_lengths(*masks):
+    """int [B], on the host: real tokens of each row of masks [B,T] or [B,2,T]; of several those of the longest."""
+    sizes = [to_host(mask).astype(bool).sum(axis=-1) for mask in masks]
+    return np.max([size.reshape(len(size), -1).max(axis=1) for size in sizes], axis=0)
 
 
 def row_sharding(mask):

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 
 from jaxrl_fp16.forward import LOGIT_BYTES
+from jaxrl_fp16.lengths import rows_at
 from jaxrl_fp16.models import FAMILIES, param_shapes
 
 MIB = 2**20
-LOWERS_MEMORY = "sampling.max_rows, training.microbatch_size, model.remat, mesh.fsdp"
+LOWERS_MEMORY = "sampling.max_rows, training.microbatch_size, training.microbatch_tokens, model.remat, mesh.fsdp"
 
 
 def is_out_of_memory(error):
@@ -33,7 +34,7 @@ def estimate(config, model, mesh, compute_dtype, *, reference=False, critic=None
     columns = config.training.max_prompt_tokens + config.sampling.max_new_tokens
     rows = config.training.prompts_per_step * config.sampling.group_size
     decoded = min(rows, config.sampling.max_rows or rows) / parts
-    learnt = config.training.microbatch_size / parts
+    learnt = rows_at(columns, config.training.microbatch_size, config.training.microbatch_tokens, parts) / parts
     kept = c.num_layers if config.model.remat else 12 * c.num_layers  # a layer keeps about 12 arrays like its input
     attention = FAMILIES[c.family].attention(c)
     inside = 4 * (3 * c.intermediate_size + 4 * attention.heads * attention.head_dim)  # float32, of the layer at work

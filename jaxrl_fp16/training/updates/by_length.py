@@ -26,8 +26,10 @@ class Objective:
     """What an update minimises, as functions of its batch, a tree of arrays [B,...]."""
 
     loss: Callable  # batch -> `(params, rows) -> (share, (metrics' shares, float32 [R,W] to be kept or None))`
-    empty: Callable = lambda batch: False       # batch -> bool []: there is nothing to learn from
-    masks: Callable = lambda batch: batch.mask  # batch -> its mask of real tokens, [B,T] or [B,2,T]
+    empty: Callable = lambda batch: False           # batch -> bool []: there is nothing to learn from
+    masks: Callable = lambda batch: (batch.mask,)   # batch -> its masks of real tokens, [B,T] or [B,2,T]
+    # (batch, `mask -> Places`) -> the part's rows
+    rows: Callable = lambda batch, place: place(batch.mask).take(batch)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,14 +78,9 @@ def make_step(model, optimizer, objective, microbatches, *, keep=None, state_sha
         )
         return state, {**merge_metrics(shares), **metrics, **({keep: join_rows(kept)} if keep else {})}
 
-    def part_loss(batch, index, width, sharding):
-        at = places(objective.masks(batch), index, width, sharding)
-        return objective.loss(batch), at, at.take(batch)
-
-    def begin(state, batch, index, width, sharding):
-        loss_fn, _, rows = part_loss(batch, index, width, sharding)
-        _, (shares, kept) = jax.eval_shape(loss_fn, state.sampling_params, rows)
-        shape = objective.masks(batch).shape
+    def begin(state, batch, sharding):
+        _, (shares, kept) = jax.eval_shape(objective.loss(batch), state.sampling_params, batch)
+        shape = objective.masks(batch)[0].shape
         sums = Sums(
             jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained_params), no_shares(shares),
             None if kept is None else jnp.zeros(shape, kept.dtype),
@@ -91,32 +88,35 @@ def make_step(model, optimizer, objective, microbatches, *, keep=None, state_sha
         return _pinned(sums, state_shardings, sharding)
 
     def add(sums, state, batch, index, width, sharding):
-        loss_fn, at, rows = part_loss(batch, index, width, sharding)
-        (loss, grads), (shares, kept) = add_gradient(loss_fn, state, (sums.loss, sums.grads), rows)
-        kept = None if kept is None else at.put(sums.kept, kept)
+        def place(mask):
+            return places(mask, index, width, sharding)
+
+        rows, given = objective.rows(batch, place), (sums.loss, sums.grads)
+        (loss, grads), (shares, kept) = add_gradient(objective.loss(batch), state, given, rows)
+        kept = None if kept is None else place(*objective.masks(batch)).put(sums.kept, kept)
         return _pinned(Sums(loss, grads, add_shares(sums.shares, shares), kept), state_shardings, sharding)
 
     def finish(state, sums, batch):
         state, metrics = take_step(optimizer, state, sums.loss, sums.grads, objective.empty(batch), frozen)
         return state, {**finish_metrics(sums.shares), **metrics, **({keep: sums.kept} if keep else {})}
 
-    static = dict(static_argnames=("width", "sharding"))
     whole = jit_update(whole, model, state_shardings, static_argnames="size")
-    begin, add = jit(begin, numerics, **static), jit(add, numerics, donate_argnums=0, **static)
+    begin = jit(begin, numerics, static_argnames="sharding")
+    add = jit(add, numerics, donate_argnums=0, static_argnames=("width", "sharding"))
     finish = jit_update(finish, model, state_shardings)
 
     def update(state, batch, lengths=None):
-        mask = objective.masks(batch)
-        count, columns = mask.shape[0], mask.shape[-1]
-        sharding, shards = row_sharding(mask)
+        masks = objective.masks(batch)
+        count, columns = masks[0].shape[0], masks[0].shape[-1]
+        sharding, shards = row_sharding(masks[0])
         at_once = size if budget is None else dividing(count, rows_at(columns, size, budget, shards), shards)
         if traced(state, batch) or count % size:    # which `split_rows` refuses
             return whole(state, batch, size=at_once if count % size == 0 else size)
-        parts = cut(row_lengths(mask) if lengths is None else lengths, columns, size, budget, shards)
+        parts = cut(row_lengths(*masks) if lengths is None else lengths, columns, size, budget, shards)
         if parts is None:
             return whole(state, batch, size=at_once)
         batch = jax.device_put(batch)   # once, and not for each part
-        sums = begin(state, batch, parts[0].index, width=parts[0].width, sharding=sharding)
+        sums = begin(state, batch, sharding=sharding)
         for part in parts:
             with told.of(part):
                 sums = add(sums, state, batch, part.index, width=part.width, sharding=sharding)

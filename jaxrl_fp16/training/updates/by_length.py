@@ -78,6 +78,20 @@ def make_step(model, optimizer, objective, microbatches, *, keep=None, state_sha
         )
         return state, {**merge_metrics(shares), **metrics, **({keep: join_rows(kept)} if keep else {})}
 
+    def alone(state, batch, index, width, sharding):
+        def place(mask):
+            return places(mask, index, width, sharding)
+
+        state, metrics, (shares, kept) = guarded_step(
+            objective.loss(batch), optimizer, state, objective.rows(batch, place), len(index),
+            empty=objective.empty(batch), frozen=frozen,
+        )
+        metrics = {**merge_metrics(shares), **metrics}
+        if keep:
+            mask, = objective.masks(batch)
+            metrics[keep] = place(mask).put(jnp.zeros(mask.shape, kept.dtype), join_rows(kept))
+        return state, metrics
+
     def begin(state, batch, sharding):
         _, (shares, kept) = jax.eval_shape(objective.loss(batch), state.sampling_params, batch)
         shape = objective.masks(batch)[0].shape
@@ -101,6 +115,7 @@ def make_step(model, optimizer, objective, microbatches, *, keep=None, state_sha
         return state, {**finish_metrics(sums.shares), **metrics, **({keep: sums.kept} if keep else {})}
 
     whole = jit_update(whole, model, state_shardings, static_argnames="size")
+    alone = jit_update(alone, model, state_shardings, static_argnames=("width", "sharding"))
     begin = jit(begin, numerics, static_argnames="sharding")
     add = jit(add, numerics, donate_argnums=0, static_argnames=("width", "sharding"))
     finish = jit_update(finish, model, state_shardings)
@@ -115,6 +130,9 @@ def make_step(model, optimizer, objective, microbatches, *, keep=None, state_sha
         parts = cut(row_lengths(*masks) if lengths is None else lengths, columns, size, budget, shards)
         if parts is None:
             return whole(state, batch, size=at_once)
+        if count == size and budget is None:    # always one part: no sums beside its gradient
+            with told.of(parts[0]):
+                return alone(state, batch, parts[0].index, width=parts[0].width, sharding=sharding)
         batch = jax.device_put(batch)   # once, and not for each part
         sums = begin(state, batch, sharding=sharding)
         for part in parts:
@@ -122,8 +140,9 @@ def make_step(model, optimizer, objective, microbatches, *, keep=None, state_sha
                 sums = add(sums, state, batch, part.index, width=part.width, sharding=sharding)
         return finish(state, sums, batch)
 
-    update.lower = partial(whole.lower, size=size)
-    update._cache_size = lambda: sum(program._cache_size() for program in (whole, begin, add, finish))
+    programs = dict(whole=whole, alone=alone, begin=begin, add=add, finish=finish)
+    update.lower, update.programs = partial(whole.lower, size=size), programs
+    update._cache_size = lambda: sum(program._cache_size() for program in programs.values())
     return update
 
 

@@ -84,6 +84,15 @@ def test_a_step_is_that_of_all_rows_at_once(bigrams, toy, name, budget):
     assert_same(step(make, bigrams.params, toy, batch, microbatch_size=size, microbatch_tokens=budget), expected)
 
 
+@pytest.mark.parametrize("name", ["grpo", "dr_grpo"])
+def test_a_minibatch_that_is_one_part_is_as_wide_as_its_longest_row(bigrams, toy, name):
+    batch, short = make_batch(toy), np.arange(COLUMNS) < 60
+    batch = batch.replace(mask=batch.mask & short, response_mask=batch.response_mask & short)
+    make = functools.partial(make_update, bigrams.model, FP32.policy, get_algorithm(name), keep_logprobs=True)
+    expected = step(make, bigrams.params, toy, batch, whole=True, microbatch_size=ROWS)
+    assert_same(step(make, bigrams.params, toy, batch, microbatch_size=ROWS), expected)
+
+
 @pytest.mark.parametrize("budget", [None, 3 * COLUMNS])
 def test_a_critics_step_is_that_of_all_rows_at_once(bigrams, toy, budget):
     make = functools.partial(make_value_update, Critic(bigrams.model), FP32.policy, get_algorithm("ppo"))

@@ -5,19 +5,21 @@ N: max_new_tokens.  K: kept ids of a truncated distribution.
 The only cast of parameters to the compute dtype is here.
 """
 
-from functools import partial
+from functools import lru_cache, partial
 
 import jax
 from jax import lax
 import jax.numpy as jnp
 
+from jaxrl_fp16.lengths import by_parts, cut, row_lengths, row_sharding, traced
 from jaxrl_fp16.masking import align, left_align, segment_positions, zero_where_masked
 from jaxrl_fp16.models.critic import Critic, decoder_of
 from jaxrl_fp16.models.layers import matmul
-from jaxrl_fp16.models.numerics import DEFAULT, jit_by_model
+from jaxrl_fp16.models.numerics import DEFAULT, jit, jit_by_model
 from jaxrl_fp16.types import Decisions
 
 NONE = Decisions()
+PARTS, PART_ROWS = 8, 8  # parts that `token_logprobs` cuts its rows into at most, of so many rows at least
 COLD = 1e-4  # below this temperature a quotient's rounding, of a logit of 20 and more, exceeds 0.01
 LOGIT_BYTES = 2**26  # float32 logits that exist at once; larger gained no speed, smaller starves the matmul
 
@@ -129,7 +131,6 @@ def entropy_of(logits):
     return -jnp.sum(jnp.exp(logprobs) * logprobs, axis=-1)
 
 
-@jit_by_model(numerics_of, static_argnames=("model", "policy", "temperature"))
 def token_logprobs(model, params, tokens, mask, *, policy, temperature=1.0, support=None, segments=None):
     """Log-prob of `tokens[:, t]` given the row's earlier real tokens, float32 [B,T].
 
@@ -141,9 +142,33 @@ def token_logprobs(model, params, tokens, mask, *, policy, temperature=1.0, supp
     segments int32 [B,T], for packed rows: 0 at padding, else which of the row's
     examples a token is of; an example's tokens are adjacent. Each example is then
     scored as if it were alone, with 0 at its first token.
+
+    It looks at the mask, on the host, and works on rows of like length together, as wide as the longest of them, in
+    one jitted program for each of at most seven widths. Inside a function that is traced all T columns are worked on.
     """
-    logprobs, _ = score(model, params, tokens, mask, policy, temperature, Decisions(support), segments=segments)
-    return logprobs
+    arrays = tokens, mask, Decisions(support), segments
+    parts = None
+    if not traced(params, arrays) and mask.shape[0]:
+        sharding, shards = row_sharding(mask)
+        rows = max(PART_ROWS, -(-mask.shape[0] // PARTS))
+        parts = cut(row_lengths(mask), mask.shape[1], min(-(-rows // shards) * shards, mask.shape[0]), shards=shards)
+    if parts is None:
+        return _all_logprobs(model, params, arrays, policy=policy, temperature=temperature)
+    return _logprobs_by_parts(model, policy, temperature)(params, arrays, parts, sharding)
+
+
+def _logprobs(model, params, arrays, policy, temperature):
+    tokens, mask, decisions, segments = arrays
+    return score(model, params, tokens, mask, policy, temperature, decisions, segments=segments)[0]
+
+
+_all_logprobs = jit_by_model(numerics_of, static_argnames=("model", "policy", "temperature"))(_logprobs)
+
+
+@lru_cache(maxsize=64)
+def _logprobs_by_parts(model, policy, temperature):
+    function = partial(_logprobs, model, policy=policy, temperature=temperature)
+    return by_parts(function, partial(jit, numerics=numerics_of(model)))[0]
 
 
 def score(

@@ -19,7 +19,8 @@ models/numerics models/layers models/families
 models/attention models/decoder models/critic models/init models/taps
 models/hf
 models
-packing forward
+packing lengths
+forward
 sampling
 objectives
 tasks

@@ -25,13 +25,14 @@ class Rule:
 
     microbatches: Callable  # of shares stacked on axis 0, into the minibatch's
     steps: Callable         # of a list of numbers, one an optimizer step or an iteration, in order
+    start: float = 0.0      # of no microbatch at all
 
 
 MEAN = Rule(jnp.sum, lambda values: float(np.mean(values)))  # shares add up to the mean
 # By the whole name behind its last slash, or by its ending; every other metric is a MEAN.
 RULES = {
-    "_max": Rule(largest, np.max),
-    "_min": Rule(smallest, np.min),
+    "_max": Rule(largest, np.max, -np.inf),
+    "_min": Rule(smallest, np.min, np.inf),
     "skipped": Rule(jnp.sum, sum),
     "empty": Rule(jnp.sum, sum),
     "loss_scale": Rule(jnp.max, itemgetter(-1)),  # one for all microbatches of a step
@@ -107,6 +108,16 @@ def importance_metrics(importance, mask, normalizer):
 def merge_metrics(stacked):
     """The minibatch's metrics out of its microbatches', stacked on axis 0 as `lax.scan` stacks them."""
     return finish_metrics({name: rule_of(name).microbatches(x, axis=0) for name, x in stacked.items()})
+
+
+def no_shares(names):
+    """What `add_shares` begins with."""
+    return {name: jnp.asarray(rule_of(name).start, jnp.float32) for name in names}
+
+
+def add_shares(total, shares):
+    """The shares of several microbatches out of those before and of one more; `finish_metrics` ends it."""
+    return {name: rule_of(name).microbatches(jnp.stack([total[name], x]), axis=0) for name, x in shares.items()}
 
 
 def finish_metrics(metrics):

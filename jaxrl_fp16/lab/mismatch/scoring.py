@@ -137,6 +137,7 @@ def score_rollouts(laboratory, precision, state, rollouts, gradient=True):
     scorer = make_scorer(
         model_for(laboratory.model, precision), precision.policy,
         microbatch_size=laboratory.setup.config.training.microbatch_size,
+        microbatch_tokens=laboratory.setup.config.training.microbatch_tokens,
         temperature=laboratory.setup.config.sampling.temperature, with_entropy=True,
     )
     done = []
@@ -184,7 +185,8 @@ def _score_by_gradient(laboratory, precision, state, rollouts):
     state = state.replace(loss_scale=scale)
     update = make_update(
         model_for(laboratory.model, precision), precision.policy, algorithm, make_optimizer(config.optimizer),
-        microbatch_size=config.training.microbatch_size, temperature=config.sampling.temperature,
+        microbatch_size=config.training.microbatch_size, microbatch_tokens=config.training.microbatch_tokens,
+        temperature=config.sampling.temperature,
         max_new_tokens=config.sampling.max_new_tokens, keep_logprobs=True, state_shardings=shardings_of(state),
     )
 

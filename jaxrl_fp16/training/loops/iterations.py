@@ -29,7 +29,7 @@ def iterations(run, algorithm, start):
     """The RL iterations after `start`: sample, grade, score, update. Yields a Step after each."""
     config, setup, learner, position = run.config, run.setup, start.learner, start.position
     critic = critic_model(config, run.model) if needs_critic(algorithm) else None
-    programs = make_programs(setup, algorithm, run.model, critic, learner)
+    programs = make_programs(setup, algorithm, run.model, critic, learner, run.log.announce)
     engine = make_engine(setup, run.model)
     watch, rounds = Watch(run, algorithm), config.training.max_sampling_rounds if algorithm.dynamic_sampling else 1
     said = False

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from jaxrl_fp16.lengths import row_lengths
 from jaxrl_fp16.masking import masked_mean
 from jaxrl_fp16.objectives import (
     combine_steps, gae, group_advantages, host_floats, kl_penalized_rewards, mismatch_metrics, needs_critic,
@@ -28,7 +29,7 @@ from jaxrl_fp16.types import Batch
 
 @dataclasses.dataclass(frozen=True)
 class Programs:
-    """The jitted functions of an iteration, each compiled once, and what they were made for."""
+    """The jitted functions of an iteration, and what they were made for; those of a model compile once a width."""
 
     config: Any
     algorithm: Any
@@ -43,15 +44,19 @@ class Programs:
     take: Any             # rows of a tree of arrays [B,...]
 
 
-def make_programs(setup, algorithm, model, critic, learner):
-    """`Programs` for a policy `model` and a `critic` or None; `learner`'s arrays stay where they lie."""
-    config, policy = setup.config, setup.precision.policy
-    size, temperature, limit = config.training.microbatch_size, config.sampling.temperature, _limit(config)
-    shared = dict(microbatch_size=size, max_new_tokens=limit, frozen=config.training.probe)
+def make_programs(setup, algorithm, model, critic, learner, announce=None):
+    """`Programs` for a policy `model` and a `critic` or None; `learner`'s arrays stay where they lie.
+
+    announce: a text to a context manager, which is told what compiles; None: nothing is said.
+    """
+    config, policy, t = setup.config, setup.precision.policy, setup.config.training
+    temperature, limit = config.sampling.temperature, _limit(config)
+    sizes = dict(microbatch_size=t.microbatch_size, microbatch_tokens=t.microbatch_tokens, announce=announce)
+    shared = dict(max_new_tokens=limit, frozen=t.probe, **sizes)
     valuer = value_update = None
     if critic is not None:
         critic_policy = setup.critic_precision.policy
-        valuer = make_valuer(critic, critic_policy, microbatch_size=size)
+        valuer = make_valuer(critic, critic_policy, **sizes)
         value_update = make_value_update(
             critic, critic_policy, algorithm, make_optimizer(config.critic.optimizer),
             state_shardings=shardings_of(learner.critic), **shared,
@@ -59,7 +64,7 @@ def make_programs(setup, algorithm, model, critic, learner):
     rows = batch_sharding(setup.mesh)
     return Programs(
         config, algorithm, setup.mesh,
-        scorer=make_scorer(model, policy, microbatch_size=size, temperature=temperature, with_entropy=True),
+        scorer=make_scorer(model, policy, temperature=temperature, with_entropy=True, **sizes),
         update=make_update(
             model, policy, algorithm, make_optimizer(config.optimizer),
             temperature=temperature, keep_logprobs=True, state_shardings=shardings_of(learner.actor), **shared,
@@ -104,14 +109,15 @@ def learn(programs, learner, graded, key, critic_alone=False, keep=None):
     t, rows = programs.config.training, graded.rollout.tokens.shape[0]
     orders = [_minibatches(jax.random.fold_in(key, epoch), rows, t.minibatch_size) for epoch in range(t.epochs)]
     minibatches = [index for order in orders for index in order]
-    old, first_pi, metrics = _score(programs, learner, graded.rollout, minibatches[0])
-    batch = _make_batch(programs, learner, graded, old)
+    lengths = row_lengths(graded.rollout.mask)  # looked at once: at each step it would wait for the one before
+    old, first_pi, metrics = _score(programs, learner, graded.rollout, minibatches[0], lengths)
+    batch = _make_batch(programs, learner, graded, old, lengths)
     if keep is not None:
         keep(partial(programs.take, batch), minibatches)
     steps, drifts = [], []
     for index in minibatches:
         minibatch = programs.take(batch, index)
-        learner, step, logprobs = step_on(programs, learner, minibatch, critic_alone)
+        learner, step, logprobs = step_on(programs, learner, minibatch, lengths[index], critic_alone)
         steps.append(step)
         if logprobs is None:
             continue
@@ -123,18 +129,19 @@ def learn(programs, learner, graded, key, critic_alone=False, keep=None):
     return learner, {**host_floats(metrics), **staleness_terms(drifts), **combine_steps(steps)}, steps
 
 
-def step_on(programs, learner, minibatch, critic_alone=False):
+def step_on(programs, learner, minibatch, lengths, critic_alone=False):
     """`(learner, metrics, logprobs)` after one optimizer step of the critic, if there is one, and of the policy.
 
+    lengths: int [M], on the host: real tokens of the minibatch's rows.
     logprobs float32 [M,T]: the gradient program's own, before the step; None where the critic alone learns.
     """
     metrics, logprobs = {}, None
     if learner.critic is not None:
-        critic, found = programs.value_update(learner.critic, minibatch)
+        critic, found = programs.value_update(learner.critic, minibatch, lengths)
         learner = learner.replace(critic=critic)
         metrics |= {f"critic/{name}": value for name, value in found.items()}
     if not critic_alone:
-        actor, found = programs.update(learner.actor, minibatch)
+        actor, found = programs.update(learner.actor, minibatch, lengths)
         learner = learner.replace(actor=actor)
         logprobs = found.pop("logprobs")
         metrics |= found
@@ -146,7 +153,7 @@ def _minibatches(key, rows, size):
     return np.asarray(jax.random.permutation(key, rows)).reshape(-1, size)
 
 
-def _score(programs, learner, rollout, first):
+def _score(programs, learner, rollout, first, lengths):
     """What the weights that sampled say of the rollout: `(old, pi of the rows `first`, metrics)`.
 
     old float32 [B,T]: the scorer's log-probs of all rows, or the sampler's own where no loss reads them and
@@ -154,7 +161,8 @@ def _score(programs, learner, rollout, first):
     """
     score_all = programs.config.training.old_logprobs == "recompute" and needs_scorer(programs.algorithm)
     scored = rollout if score_all else programs.take(rollout, first)
-    pi, entropy = programs.scorer(learner.sampling_params, scored.tokens, scored.mask, scored.decisions)
+    lengths = lengths if score_all else lengths[first]
+    pi, entropy = programs.scorer(learner.sampling_params, scored.tokens, scored.mask, scored.decisions, lengths)
     metrics = programs.compare(scored.logprobs, pi, scored.response_mask, prefix="mismatch")
     metrics["entropy"] = masked_mean(entropy, scored.response_mask)
     metrics |= {"terms/numerics": metrics["mismatch/kl_k3"], "terms/truncation": truncation_term(rollout)}
@@ -163,7 +171,7 @@ def _score(programs, learner, rollout, first):
     return (pi, pi[first], metrics) if score_all else (rollout.logprobs, pi, metrics)
 
 
-def _make_batch(programs, learner, graded, old):
+def _make_batch(programs, learner, graded, old, lengths):
     """The iteration's rows as one `Batch`."""
     algorithm, rollout = programs.algorithm, graded.rollout
     rewards, counts = truncation_rule(programs.config.training.truncated, graded)
@@ -174,9 +182,11 @@ def _make_batch(programs, learner, graded, old):
     mask = rollout.response_mask & counts[:, None]
     reference = values = None
     if needs_reference(algorithm):
-        reference, _ = programs.scorer(learner.reference_params, rollout.tokens, rollout.mask, rollout.decisions)
+        reference, _ = programs.scorer(
+            learner.reference_params, rollout.tokens, rollout.mask, rollout.decisions, lengths
+        )
     if learner.critic is not None:
-        values = programs.valuer(learner.critic.sampling_params, rollout.tokens, rollout.mask)
+        values = programs.valuer(learner.critic.sampling_params, rollout.tokens, rollout.mask, lengths)
     advantages, returns = programs.advantages(rewards, lengths, valid, mask, old, reference, values)
     return Batch(
         tokens=rollout.tokens, mask=rollout.mask, response_mask=mask, rollout_logprobs=rollout.logprobs,

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxrl_fp16.lengths import dividing, rows_at
 from jaxrl_fp16.objectives import normalizer_of
 from jaxrl_fp16.parallel import row_shards, to_host
 from jaxrl_fp16.telemetry import name_not_finite, summarize
@@ -64,7 +65,7 @@ class Watch:
             return None
         params, scale, index = self._suspect
         rows_of, _ = self._batch
-        parts = len(index) // self.run.config.training.microbatch_size
+        parts = len(index) // _rows_of_a_look(self.run, rows_of(index).mask)
         total = normalizer_of(rows_of(index).response_mask)
         microbatches = (rows_of(index[part::parts]) for part in range(parts))  # as `split_rows` takes them
         return name_in_parts(self.run, self._peaks, params, scale, microbatches, total)
@@ -82,6 +83,12 @@ class Watch:
             found = self._ranges(state.sampling_params, state.loss_scale.loss_scale, rows_of(index[:count]), total)
             found, weights = jax.tree.map(to_host, (found, weight_ranges(state.sampling_params)))
         return summarize(self.run.model, self.run.setup.precision.policy, found, weights)
+
+
+def _rows_of_a_look(run, mask):
+    """Rows of full width in memory at once, a divisor of all."""
+    t, shards = run.config.training, row_shards(run.setup.mesh)
+    return dividing(len(mask), rows_at(mask.shape[1], t.microbatch_size, t.microbatch_tokens, shards), shards)
 
 
 def name_in_parts(run, peaks, params, scale, microbatches, total):

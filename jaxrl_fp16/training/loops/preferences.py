@@ -98,7 +98,7 @@ def optimize(run, learner, position=0, start=0):
     Yields a Step after each. Its metrics are the update's own, and `prompts_set_aside`, the pairs that it passed over.
     """
     section, setup = run.config.dpo, run.setup
-    sizes = dict(microbatch_size=section.microbatch_size)
+    sizes = dict(microbatch_size=section.microbatch_size, announce=run.log.announce)
     scorer = make_pair_scorer(run.model, setup.precision.policy, **sizes)
     update = make_dpo_update(
         run.model, setup.precision.policy, section, make_optimizer(section.optimizer),

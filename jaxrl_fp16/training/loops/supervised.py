@@ -101,7 +101,7 @@ def supervise(run, state, position=0, start=0):
     section, setup = run.config.sft, run.setup
     update = make_sft_update(
         run.model, setup.precision.policy, make_optimizer(section.optimizer),
-        microbatch_size=section.microbatch_size, state_shardings=shardings_of(state),
+        microbatch_size=section.microbatch_size, state_shardings=shardings_of(state), announce=run.log.announce,
     )
     peaks = make_peaks(run.model, setup.precision.policy, _loss_of)
     for step in range(start + 1, section.steps + 1):

@@ -11,6 +11,7 @@ import numpy as np
 
 from jaxrl_fp16.config import naming
 from jaxrl_fp16.forward import sequence_scores
+from jaxrl_fp16.lengths import widths
 from jaxrl_fp16.models import Critic, load_reward_model
 from jaxrl_fp16.models.attention import kind_for
 from jaxrl_fp16.models.families.config_json import read_json
@@ -75,8 +76,8 @@ def make_grader(opened, section, mesh):
     """A `Grade` by a reward model: `(template, prompts [n], responses [n][G], examples [n]) -> Rewards`.
 
     A text that is longer than `section.max_length` tokens, or has none, is not cut:
-    its reward is not valid, and neither is a score that is not finite. One program
-    of `rows` x `max_length` scores them all.
+    its reward is not valid, and neither is a score that is not finite. Programs of
+    `rows` x at most seven widths up to `max_length` score them all.
     """
     def grade(template, prompts, responses, examples) -> Rewards:
         texts = [
@@ -120,14 +121,17 @@ def encode_texts(tokenizer, texts, pad_token_id):
 def score_rows(model, params, ids, *, policy, columns, rows, mesh):
     """float32 [len(ids)]: a reward model's scores of lists of token ids, each of `columns` at most.
 
-    `rows` of them at once, in arrays [R,T] of one shape; what is missing in the last is empty rows.
+    `rows` of them at once, those of like length together, in arrays [R,T] of one of the `widths` of `columns`; what
+    is missing in the last is empty rows.
     """
-    scores = np.zeros(len(ids), np.float32)
+    scores, lengths = np.zeros(len(ids), np.float32), np.array([len(row) for row in ids], int)
+    order = np.argsort(-lengths, kind="stable")
     for start in range(0, len(ids), rows):
-        chunk = ids[start:start + rows]
-        tokens, mask = np.zeros((rows, columns), np.int32), np.zeros((rows, columns), bool)
-        for index, row in enumerate(chunk):
-            tokens[index, :len(row)], mask[index, :len(row)] = row, True
+        chosen = order[start:start + rows]
+        width = next(width for width in widths(columns) if width >= lengths[chosen[0]])
+        tokens, mask = np.zeros((rows, width), np.int32), np.zeros((rows, width), bool)
+        for index, row in enumerate(chosen):
+            tokens[index, :lengths[row]], mask[index, :lengths[row]] = ids[row], True
         found = sequence_scores(model, params, *shard_batch((tokens, mask), mesh), policy=policy)
-        scores[start:start + len(chunk)] = to_host(found)[: len(chunk)]
+        scores[chosen] = to_host(found)[: len(chosen)]
     return scores

@@ -130,6 +130,12 @@ class Config:
                 f"training.microbatch_size is {t.microbatch_size}; allowed: a divisor of minibatch_size, "
                 f"{t.minibatch_size}"
             )
+        longest = t.max_prompt_tokens + self.sampling.max_new_tokens
+        if t.microbatch_tokens is not None and t.microbatch_tokens < longest:
+            raise ValueError(
+                f"training.microbatch_tokens is {t.microbatch_tokens}; allowed: null, or at least max_prompt_tokens + "
+                f"max_new_tokens = {t.max_prompt_tokens} + {self.sampling.max_new_tokens} = {longest}"
+            )
 
     def _check_supervised(self):
         for name, section in (("sft", self.sft), ("dpo", self.dpo)):
@@ -218,3 +224,10 @@ def check_mesh_rows(config, mesh):
                 f"{key} is {rows}; allowed: multiples of mesh data x fsdp = "
                 f"{mesh.shape['data']} x {mesh.shape['fsdp']} = {parts}"
             )
+    tokens, longest = config.training.microbatch_tokens, config.training.max_prompt_tokens
+    longest += config.sampling.max_new_tokens
+    if tokens is not None and tokens < longest * parts:
+        raise ValueError(
+            f"training.microbatch_tokens is {tokens}; allowed: null, or at least max_prompt_tokens + max_new_tokens "
+            f"for each of mesh data x fsdp = {parts} devices, {longest * parts}"
+        )

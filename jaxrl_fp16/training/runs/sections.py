@@ -103,8 +103,13 @@ class TrainingConfig:
     ] = 64
     minibatch_size: Annotated[int, Ge(1), Doc("rows (responses) of an RL optimizer step")] = 128
     microbatch_size: Annotated[
-        int, Ge(1), Doc("rows scored or learnt from at once; divides training.minibatch_size")
+        int, Ge(1), Doc("most rows scored or learnt from at once; divides training.minibatch_size")
     ] = 8
+    microbatch_tokens: Annotated[
+        int | None, Ge(1),
+        Doc("most positions scored or learnt from at once, padding included: short rows then go training."
+            "microbatch_size at a time, and longer ones fewer; null: training.microbatch_size times the longest row"),
+    ] = None
     epochs: Annotated[int, Ge(1), Doc("passes over the rows of an iteration")] = 1
     max_prompt_tokens: Annotated[int, Ge(1), Doc("longest prompt, in tokens; longer ones are set aside")] = 1024
     old_logprobs: Annotated[

@@ -11,10 +11,11 @@ import jax
 import numpy as np
 
 from jaxrl_fp16.forward import LOGIT_BYTES
+from jaxrl_fp16.lengths import rows_at
 from jaxrl_fp16.models import FAMILIES, param_shapes
 
 MIB = 2**20
-LOWERS_MEMORY = "sampling.max_rows, training.microbatch_size, model.remat, mesh.fsdp"
+LOWERS_MEMORY = "sampling.max_rows, training.microbatch_size, training.microbatch_tokens, model.remat, mesh.fsdp"
 
 
 def is_out_of_memory(error):
@@ -59,7 +60,8 @@ def estimate(config, model, mesh, compute_dtype, *, command="train", reference=F
 def _of_rollouts(config, prompts=None):
     t, s = config.training, config.sampling
     columns, rows = t.max_prompt_tokens + s.max_new_tokens, min(prompts or t.prompts_per_step, t.prompts_per_step)
-    return min(rows * s.group_size, s.max_rows or rows * s.group_size) * columns, t.microbatch_size * columns
+    learnt = rows_at(columns, t.microbatch_size, t.microbatch_tokens)
+    return min(rows * s.group_size, s.max_rows or rows * s.group_size) * columns, learnt * columns
 
 
 def _of_solutions(config):

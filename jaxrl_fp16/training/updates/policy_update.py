@@ -3,41 +3,47 @@
 B: rows of a minibatch.  T: columns.
 """
 
+from functools import partial
+
 import jax.numpy as jnp
 
 from jaxrl_fp16.forward import score
-from jaxrl_fp16.objectives import merge_metrics, normalizer_of, policy_loss
-from jaxrl_fp16.training.updates.step import guarded_step, jit_update, join_rows
+from jaxrl_fp16.objectives import normalizer_of, policy_loss
+from jaxrl_fp16.training.updates.by_length import Microbatches, Objective, make_step
 
 
 def make_update(
     model, policy, algorithm, optimizer, *,
-    microbatch_size=8, temperature=1.0, max_new_tokens=None, keep_logprobs=False, state_shardings=None,
-    frozen=False,
+    microbatch_size=8, microbatch_tokens=None, temperature=1.0, max_new_tokens=None, keep_logprobs=False,
+    state_shardings=None, frozen=False, announce=None,
 ):
-    """A jitted `update(state, batch) -> (state, metrics)`: one optimizer step, or none (see `guarded_step`).
+    """`update(state, batch) -> (state, metrics)`, jitted: one optimizer step, or none (see `guarded_step`).
 
     Args:
       model: the policy's Decoder.
       policy: a `jmp.Policy`, the run's precision.
       algorithm: an `AlgorithmConfig`.
       optimizer: an `optax.GradientTransformation`.
-      microbatch_size: rows in memory at once, a divisor of B; the result is that of all rows at once.
+      microbatch_size: most rows in memory at once, a divisor of B; the result is that of all rows at once.
+      microbatch_tokens: most positions in memory at once, a longest row's at least; None: those of
+        `microbatch_size` rows of T columns.
       temperature: the sampler's.
       max_new_tokens: tokens, the constant of the aggregation `fixed_length`; None: T - 1.
       keep_logprobs: adds `logprobs` float32 [B,T] to the metrics: the gradient program's own, before the step.
       state_shardings: on a mesh, a tree like the state that keeps it where it lies.
       frozen: the parameters stay, and all else runs.
+      announce: a text to a context manager, which is told what compiles, as `Console.announce`; None: nothing is said.
 
     Returns:
       The update. It donates `state`, a `TrainState`, and takes the minibatch as a `Batch`. Its metrics are
-      those of `policy_loss` and of `guarded_step`.
+      those of `policy_loss` and of `guarded_step`. It works on rows of like length together, as `make_step` says;
+      `lengths` int [B] on the host, the mask's sums, spares it a look at the mask.
 
     Raises:
       ValueError: the update, where `microbatch_size` does not divide B or the batch lacks what the loss reads.
     """
 
-    def update(state, batch):
+    def loss_of(batch):
         limit = max_new_tokens or batch.tokens.shape[1] - 1
         normalizer = normalizer_of(batch.response_mask)
 
@@ -49,16 +55,13 @@ def make_update(
             loss, metrics = loss_of_rows(algorithm, logprobs, entropy, rows, limit, normalizer)
             return loss, (metrics, logprobs if keep_logprobs else None)
 
-        empty = _nothing_to_learn(algorithm, batch)
-        state, metrics, (shares, logprobs) = guarded_step(
-            loss_fn, optimizer, state, batch, microbatch_size, empty=empty, frozen=frozen
-        )
-        metrics = {**merge_metrics(shares), **metrics}
-        if keep_logprobs:
-            metrics["logprobs"] = join_rows(logprobs)
-        return state, metrics
+        return loss_fn
 
-    return jit_update(update, model, state_shardings)
+    return make_step(
+        model, optimizer, Objective(loss_of, partial(_nothing_to_learn, algorithm)),
+        Microbatches(microbatch_size, microbatch_tokens, announce), keep="logprobs" if keep_logprobs else None,
+        state_shardings=state_shardings, frozen=frozen,
+    )
 
 
 def loss_of_rows(algorithm, logprobs, entropy, rows, max_new_tokens, normalizer):

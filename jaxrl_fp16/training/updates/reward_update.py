@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_fp16.forward import sequence_scores
-from jaxrl_fp16.objectives import merge_metrics, pairwise_reward_loss
-from jaxrl_fp16.training.updates.step import guarded_step, jit_update
+from jaxrl_fp16.objectives import pairwise_reward_loss
+from jaxrl_fp16.training.updates.by_length import Microbatches, Objective, make_step
 
 
 @struct.dataclass
@@ -22,15 +22,15 @@ class RewardPairs:
     rejected_mask: jax.Array  # bool [B,T]
 
 
-def make_reward_update(model, policy, optimizer, *, microbatch_size=8, state_shardings=None):
-    """A jitted `update(state, pairs) -> (state, metrics)` by `pairwise_reward_loss`, for `RewardPairs`.
+def make_reward_update(model, policy, optimizer, *, microbatch_size=8, state_shardings=None, announce=None):
+    """`update(state, pairs) -> (state, metrics)`, jitted, by `pairwise_reward_loss`, for `RewardPairs`.
 
     Args:
       model: a Critic without a bias, whose gradient would be rounding alone.
       policy: a `jmp.Policy`, the run's precision.
       optimizer: an `optax.GradientTransformation`.
       microbatch_size: pairs in memory at once, a divisor of B; the result is that of all pairs at once.
-      state_shardings: on a mesh, a tree like the state that keeps it where it lies.
+      state_shardings, announce: as for `make_update`.
 
     Returns:
       The update. It donates `state`, a `TrainState`, and takes `RewardPairs`. Its metrics are those of
@@ -40,7 +40,7 @@ def make_reward_update(model, policy, optimizer, *, microbatch_size=8, state_sha
       ValueError: the update, where `microbatch_size` does not divide B.
     """
 
-    def update(state, pairs):
+    def loss_of(pairs):
         count = pairs.chosen.shape[0]
 
         def loss_fn(params, rows):
@@ -48,9 +48,19 @@ def make_reward_update(model, policy, optimizer, *, microbatch_size=8, state_sha
             mask = jnp.concatenate([rows.chosen_mask, rows.rejected_mask])
             scores = sequence_scores(model, params, tokens, mask, policy=policy)
             chosen, rejected = jnp.split(scores, 2)
-            return pairwise_reward_loss(chosen, rejected, pairs=count)
+            loss, metrics = pairwise_reward_loss(chosen, rejected, pairs=count)
+            return loss, (metrics, None)
 
-        state, metrics, shares = guarded_step(loss_fn, optimizer, state, pairs, microbatch_size)
-        return state, {**merge_metrics(shares), **metrics}
+        return loss_fn
 
-    return jit_update(update, model, state_shardings)
+    return make_step(
+        model, optimizer, Objective(loss_of, masks=lambda x: (x.chosen_mask, x.rejected_mask), rows=_rows_of_part),
+        Microbatches(microbatch_size, announce=announce, name="the reward model's step"),
+        state_shardings=state_shardings,
+    )
+
+
+def _rows_of_part(pairs, place):
+    """Both texts of a part's pairs, each with its first token in column 0."""
+    chosen = place(pairs.chosen_mask).take((pairs.chosen, pairs.chosen_mask))
+    return RewardPairs(*chosen, *place(pairs.rejected_mask).take((pairs.rejected, pairs.rejected_mask)))

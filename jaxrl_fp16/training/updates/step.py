@@ -37,6 +37,11 @@ def guarded_step(loss_fn, optimizer, state, batch, microbatch_size, *, empty=Fal
       ValueError: where `microbatch_size` does not divide B.
     """
     loss, grads, aux = _accumulate(loss_fn, state, split_rows(batch, microbatch_size))
+    return *take_step(optimizer, state, loss, grads, empty, frozen), aux
+
+
+def take_step(optimizer, state, loss, grads, empty=False, frozen=False):
+    """`(state, metrics)`: the rest of `guarded_step`, from a batch's loss and its scaled float32 gradients."""
     grads = state.loss_scale.unscale(grads)
     norm = optax.tree.norm(grads)
     finite, empty = jnp.isfinite(norm), jnp.asarray(empty)
@@ -51,7 +56,7 @@ def guarded_step(loss_fn, optimizer, state, batch, microbatch_size, *, empty=Fal
         loss=loss, grad_norm=norm, loss_scale=state.loss_scale.loss_scale,
         skipped=(~finite & ~empty).astype(jnp.float32), empty=empty.astype(jnp.float32),
     )
-    return kept.replace(loss_scale=scale), metrics, aux
+    return kept.replace(loss_scale=scale), metrics
 
 
 def _select(condition, new, old):
@@ -62,28 +67,34 @@ def _select(condition, new, old):
 def _accumulate(loss_fn, state, microbatches):
     """(loss, scaled float32 gradients, aux stacked) over microbatches, arrays [n,...], one after another."""
 
-    def scaled_loss(params, microbatch):
-        share, aux = loss_fn(state.with_trained(params).sampling_params, microbatch)
-        return state.loss_scale.scale(share), (share, aux)
-
-    def body(carry, microbatch):
-        total, grads = carry
-        new, (share, aux) = jax.grad(scaled_loss, has_aux=True)(state.trained_params, microbatch)
-        return (total + share, jax.tree.map(jnp.add, grads, new)), aux
+    def body(sums, microbatch):
+        return add_gradient(loss_fn, state, sums, microbatch)
 
     zeros = jax.tree.map(jnp.zeros_like, state.trained_params)
     (loss, grads), aux = lax.scan(body, (jnp.zeros(()), zeros), microbatches)
     return loss, grads, aux
 
 
-def jit_update(update, model, state_shardings=None):
+def add_gradient(loss_fn, state, sums, microbatch):
+    """`((loss, scaled float32 gradients), aux)`: `sums`, of the microbatches before, with those of this one."""
+
+    def scaled_loss(params):
+        share, aux = loss_fn(state.with_trained(params).sampling_params, microbatch)
+        return state.loss_scale.scale(share), (share, aux)
+
+    new, (share, aux) = jax.grad(scaled_loss, has_aux=True)(state.trained_params)
+    total, grads = sums
+    return (total + share, jax.tree.map(jnp.add, grads, new)), aux
+
+
+def jit_update(update, model, state_shardings=None, **settings):
     """`update(state, batch) -> (state, metrics)` jitted as `model` asks for, the state donated.
 
     On a mesh `state_shardings`, a tree like the state, keeps it where it lies:
-    XLA would choose anew, and the next call compile again.
+    XLA would choose anew, and the next call compile again. settings: others of `jax.jit`.
     """
     shardings = None if state_shardings is None else (state_shardings, None)
-    return jit(update, numerics_of(model), donate_argnums=0, out_shardings=shardings)
+    return jit(update, numerics_of(model), donate_argnums=0, out_shardings=shardings, **settings)
 
 
 def split_rows(batch, size):

@@ -102,9 +102,9 @@ class Iteration:
         learner = Learner(init_train_state(params or self.params, optimizer, self.precision.loss_scale, self.key))
         programs = make_programs(setup, algorithm, self.model, None, learner)
 
-        def update(state, batch):
+        def update(state, batch, lengths):
             before.append(jax.tree.map(np.array, state.params))
-            return programs.update(state, batch)
+            return programs.update(state, batch, lengths)
 
         watched = dataclasses.replace(programs, update=update)
         for _ in range(iterations):

@@ -10,6 +10,7 @@ from jaxrl_fp16.objectives import PRESETS, get_algorithm
 from jaxrl_fp16.training.runs.run_config import (
     MAY_CHANGE, USED, Config, check_mesh_rows, load_for, resolve_algorithm,
 )
+from jaxrl_fp16.training.runs.sections import TrainingConfig
 
 CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.yaml"))
 
@@ -18,6 +19,8 @@ CONFIGS = sorted((Path(__file__).resolve().parents[3] / "configs").glob("*.yaml"
     ({"training": {"minibatch_size": 100}},
      r"training.minibatch_size is 100; allowed: a divisor of prompts_per_step x group_size = 64 x 8 = 512"),
     ({"training": {"microbatch_size": 3}}, "training.microbatch_size is 3; allowed: a divisor of minibatch_size, 128"),
+    ({"training": {"microbatch_tokens": 1279}},
+     r"training.microbatch_tokens is 1279; allowed: null, or at least .* = 1024 \+ 256 = 1280"),
     ({"sft": {"microbatch_size": 5}}, "sft.microbatch_size is 5; allowed: a divisor of batch_size, 64"),
     ({"sft": {"until_accuracy": 0.5}}, "sft.until_accuracy is 0.5 and evaluation.sets is empty; allowed: null, or one"),
     ({"sft": {"packing": True}, "model": {"attention": "cudnn"}},
@@ -122,7 +125,11 @@ def test_rows_that_a_mesh_does_not_divide():
     message = "training.microbatch_size is 8; allowed: multiples of mesh data x fsdp = 3 x 2 = 6"
     with pytest.raises(ValueError, match=message):
         check_mesh_rows(Config(), mesh)
-    check_mesh_rows(Config(), SimpleNamespace(shape={"data": 2, "fsdp": 2, "tensor": 5}))
+    mesh = SimpleNamespace(shape={"data": 2, "fsdp": 2, "tensor": 5})
+    check_mesh_rows(Config(), mesh)
+    check_mesh_rows(Config(training=TrainingConfig(microbatch_tokens=4 * 1280)), mesh)
+    with pytest.raises(ValueError, match="training.microbatch_tokens is 5119; allowed: null, or .* = 4 devices, 5120"):
+        check_mesh_rows(Config(training=TrainingConfig(microbatch_tokens=5119)), mesh)
 
 
 def test_every_field_says_what_it_is():

@@ -19,6 +19,7 @@ from jaxrl_fp16.sampling import SamplingConfig, make_sampler
 from jaxrl_fp16.training.rollouts.reward_model import score_rows
 from jaxrl_fp16.training.updates.dpo_update import PreferencePairs, make_dpo_update
 from jaxrl_fp16.training.updates.policy_update import make_update
+from jaxrl_fp16.training.updates.scorer import make_scorer
 from jaxrl_fp16.training.updates.sft_update import SFTRows, make_sft_update
 from jaxrl_fp16.training.updates.state import create_train_state, shardings_of
 from jaxrl_fp16.types import Batch
@@ -59,6 +60,40 @@ def steps_on(mesh):
     for leaf, sharding in zip(jax.tree.leaves(state.params), jax.tree.leaves(shardings), strict=True):
         assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
     return metrics, update._cache_size()
+
+
+def ragged_batch(columns=96):
+    """Rows of all lengths, in three widths."""
+    generator, at = np.random.default_rng(5), np.arange(columns)
+    mask = at < np.array([96, 20, 9, 40, 96, 60, 30, 12])[:, None]
+    logprobs = -np.abs(generator.normal(size=(ROWS, columns))).astype(np.float32)
+    return Batch(
+        tokens=generator.integers(0, VOCAB, (ROWS, columns)).astype(np.int32), mask=mask,
+        response_mask=mask & (at >= 6), rollout_logprobs=logprobs, old_logprobs=logprobs,
+        advantages=generator.normal(size=ROWS).astype(np.float32),
+    )
+
+
+def ragged_steps_on(mesh, size=4):
+    """Metrics of two updates on rows of all lengths, the scorer's log-probs, and how many programs each took."""
+    shardings = param_shardings(MODEL, mesh)
+    optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
+    params = init_params(MODEL, jax.random.key(0), mesh)
+    scorer = make_scorer(MODEL, PRECISION.policy, microbatch_size=size)
+    batch = shard_batch(ragged_batch(), mesh)
+    logprobs = np.asarray(scorer(params, batch.tokens, batch.mask)[0])
+    state = create_train_state(params, optimizer, PRECISION.loss_scale, jax.random.key(1), shardings)
+    update = make_update(
+        MODEL, PRECISION.policy, get_algorithm("grpo_token_tis"), optimizer, microbatch_size=size,
+        keep_logprobs=True, state_shardings=shardings_of(state))
+    metrics = []
+    for _ in range(2):
+        state, found = update(state, batch)
+        assert found["logprobs"].sharding.is_equivalent_to(batch.tokens.sharding, 2)
+        metrics.append({name: float(np.sum(value)) for name, value in found.items()})
+    for leaf, sharding in zip(jax.tree.leaves(state.params), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    return metrics, logprobs, (scorer._cache_size(), update._cache_size())
 
 
 def packed_step_on(mesh):
@@ -102,6 +137,17 @@ def test_loss_and_gradient_norm_are_those_of_one_device(shape, expected):
         for name in ("loss", "grad_norm"):
             np.testing.assert_allclose(metrics[step][name], expected[step][name], rtol=1e-5)
     assert programs == 1
+
+
+@pytest.mark.parametrize("shape", [(4, 1, 1), (2, 2, 1), (1, 2, 2)], ids=str)
+def test_rows_of_all_lengths_give_what_they_give_on_one_device(shape):
+    expected, exact, _ = ragged_steps_on(single())
+    metrics, logprobs, programs = ragged_steps_on(make_mesh(MeshConfig(*shape)))
+    np.testing.assert_allclose(logprobs, exact, atol=1e-5)
+    for step in range(2):
+        for name in ("loss", "grad_norm", "logprobs"):
+            np.testing.assert_allclose(metrics[step][name], expected[step][name], rtol=1e-5)
+    assert programs == (3, 4)   # two widths and a start, for the update an end
 
 
 @pytest.mark.usefixtures("quick_compile")

@@ -1,18 +1,38 @@
-"""CPU time of programs that take turns, so that a machine's ups and downs affect all of them alike."""
+"""CPU time of programs that take turns on one core, so that a machine's ups and downs affect all of them alike."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import statistics
 import time
+from typing import NamedTuple
 
 PAUSE = 0.3  # seconds: OpenMP's threads spin for a while after their work, and the next program would pay
 
 
-def alternate(programs, repeats, tokens):
+class Spent(NamedTuple):
+    """What one run of a program took: its work in the benchmark's unit, seconds of CPU time and of wall time."""
+
+    work: float
+    cpu: float
+    wall: float
+
+
+def use_one_core():
+    """Keeps this process, its threads and its children on the last core that it may use, where it can be chosen.
+
+    To be called before a device of JAX or a thread of PyTorch is there: both count the cores when they start.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
+def alternate(programs, repeats, work=None, unit="tokens"):
     """`programs`, name -> function without arguments, run A B A B after one run each that compiles.
 
-    Returns a row a program: tokens per second of CPU time (median, least, most) and of wall time (median).
+    A function returns the work that it did, or None where it is always `work`, or a `Spent` of another process.
+    Returns a row a program: its work per second of CPU time (median, least, most) and of wall time (median).
     """
     for program in programs.values():
         program()
@@ -20,38 +40,46 @@ def alternate(programs, repeats, tokens):
     for _ in range(repeats):
         for name, program in programs.items():
             time.sleep(PAUSE)
-            cpu, wall = time.process_time(), time.perf_counter()
-            program()
-            spent[name].append((time.process_time() - cpu, time.perf_counter() - wall))
-    return [_row(name, times, tokens) for name, times in spent.items()]
+            spent[name].append(measure(program, work))
+    return [_row(name, times, unit) for name, times in spent.items()]
 
 
-def _row(name, times, tokens):
-    cpu, wall = zip(*times)
+def measure(program, work=None):
+    """A `Spent` of one run of `program`, which is as in `alternate`."""
+    cpu, wall = time.process_time(), time.perf_counter()
+    done = program()
+    if isinstance(done, Spent):
+        return done
+    return Spent(work if done is None else done, time.process_time() - cpu, time.perf_counter() - wall)
+
+
+def _row(name, times, unit):
+    rates = [spent.work / spent.cpu for spent in times]
     return {
         "program": name,
-        "tokens_per_cpu_second": tokens / statistics.median(cpu),
-        "least": tokens / max(cpu),
-        "most": tokens / min(cpu),
-        "tokens_per_second": tokens / statistics.median(wall),
+        f"{unit}_per_cpu_second": statistics.median(rates),
+        "least": min(rates),
+        "most": max(rates),
+        f"{unit}_per_second": statistics.median(spent.work / spent.wall for spent in times),
         "runs": len(times),
     }
 
 
-def arguments(doc, threads):
-    """The flags of a speed benchmark against PyTorch, whose default is `threads`; `doc`'s first line is their help."""
+def parser_of(doc, **numbers):
+    """A parser with a flag of an integer for each of `numbers`, its default; `doc`'s first line is the help."""
     parser = argparse.ArgumentParser(description=doc.partition("\n")[0])
-    parser.add_argument("--rows", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--torch-threads", type=int, default=threads)
-    return parser.parse_args()
+    for name, default in numbers.items():
+        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=default)
+    return parser
 
 
-def add_ratios(rows, baseline):
-    """Each row's speed as a multiple of the fastest whose name starts with `baseline`."""
-    reference = max(row["tokens_per_cpu_second"] for row in rows if row["program"].startswith(baseline))
-    return [{**row, "times_baseline": row["tokens_per_cpu_second"] / reference} for row in rows]
+def add_ratios(rows, baseline, unit="tokens", name="times_baseline"):
+    """Each row's speed as a multiple of the fastest whose program's name starts with `baseline`, as column `name`.
+
+    Without such a program the rows are as they were.
+    """
+    speeds = [row[f"{unit}_per_cpu_second"] for row in rows if row["program"].startswith(baseline)]
+    return [{**row, name: row[f"{unit}_per_cpu_second"] / max(speeds)} for row in rows] if speeds else rows
 
 
-__all__ = ["alternate", "arguments", "add_ratios"]
+__all__ = ["Spent", "add_ratios", "alternate", "measure", "parser_of", "use_one_core"]

@@ -1,84 +1,89 @@
-"""Tokens per second of CPU time: our update against the same one in plain PyTorch.
+"""Positions per second of CPU time: our update against the same one in plain PyTorch, on one core.
 
     JAX_PLATFORMS=cpu python benchmarks/update.py [--rows 64] [--tokens 128] [--repeats 5]
 
-One optimizer step of GRPO's clipped loss on the same weights and rows: forward,
-backward, clipping by norm, AdamW. PyTorch runs Transformers' model as it comes,
-without rematerialisation; of its microbatch sizes the fastest counts.
+One optimizer step of GRPO's clipped loss on the same weights and rows, without
+padding: forward, backward, clipping by norm, AdamW. PyTorch runs Transformers' model as it comes,
+without rematerialisation; of its microbatch sizes the fastest counts. bf16 there
+is autocast over float32 weights. `of_matmul`: 6 FLOP a parameter and position over
+the rate of a float32 matmul of 2,048 cubed, measured in the same turns.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
-
-# PyTorch's idle threads sleep: their spinning at barriers would count as its CPU time.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+import inspect
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import torch
-import transformers
 
 import jaxrl_fp16 as rl
 from record import record
-from timing import add_ratios, alternate, arguments
-from workload import MODEL, PROMPT, VOCAB, make_params, make_prompts
+from sampler import DTYPES, in_torch
+from timing import add_ratios, alternate, parser_of, use_one_core
+from workload import MODEL, make_full_batch, make_params
 
 CLIP, LEARNING_RATE, MAX_NORM = 0.2, 1e-6, 1.0
+SIDE = 2048
 
 
-def make_batch(rows, tokens):
-    """A `Batch` of NumPy arrays: ragged prompts on the left, whole responses."""
-    generator = np.random.default_rng(0)
-    prompts, mask = make_prompts(rows)
-    response = np.arange(PROMPT + tokens) >= PROMPT
-    drawn = generator.integers(2, VOCAB, (rows, tokens))
-    logprobs = np.full((rows, PROMPT + tokens), -np.log(VOCAB), np.float32)
-    return rl.Batch(
-        tokens=np.concatenate([prompts, drawn], axis=1).astype(np.int32),
-        mask=np.pad(mask, ((0, 0), (0, tokens)), constant_values=True),
-        response_mask=np.broadcast_to(response, logprobs.shape), rollout_logprobs=logprobs, old_logprobs=logprobs,
-        advantages=generator.normal(size=rows).astype(np.float32),
-    )
+def bound(rows, positions, width):
+    """`make_update`'s arguments that bound a microbatch: at most `rows` rows and `positions` positions.
+
+    A commit whose update knows rows alone takes as many of the full `width` as the positions allow.
+    """
+    if "microbatch_tokens" in inspect.signature(rl.make_update).parameters:
+        return {"microbatch_size": rows, "microbatch_tokens": positions}
+    return {"microbatch_size": max(positions // width, 1)}
 
 
-def ours(precision, params, batch, size, remat=True):
+def make_step(model, precision, params, **bounds):
+    """`(update, state)` of one optimizer step of GRPO."""
     chosen = rl.get_precision(precision)
     optimizer = optax.chain(optax.clip_by_global_norm(MAX_NORM), optax.adamw(LEARNING_RATE, weight_decay=0.0))
-    update = rl.make_update(MODEL.clone(remat=remat), chosen.policy, rl.get_algorithm("grpo"), optimizer,
-                            microbatch_size=size)
-    state = rl.init_train_state(params, optimizer, chosen.loss_scale, jax.random.key(0))
-    batch = jax.tree.map(jnp.asarray, batch)
+    update = rl.make_update(model, chosen.policy, rl.get_algorithm("grpo"), optimizer, **bounds)
+    return update, rl.init_train_state(params, optimizer, chosen.loss_scale, jax.random.key(0))
+
+
+def ours(model, precision, params, batch, **bounds):
+    """A function that takes a step and returns the batch's real positions."""
+    update, state = make_step(model, precision, params, **bounds)
+    positions, batch = int(batch.mask.sum()), jax.tree.map(jnp.asarray, batch)
 
     def run():
         nonlocal state
         state, metrics = jax.block_until_ready(update(state, batch))
         assert float(metrics["skipped"]) == 0
+        return positions
 
     return run
 
 
-def theirs(params, batch, size):
-    with tempfile.TemporaryDirectory() as folder:
-        rl.save_pretrained(f"{folder}/model", MODEL, params, dtype="float32")
-        model = transformers.AutoModelForCausalLM.from_pretrained(f"{folder}/model", dtype=torch.float32)
+def score_in_torch(model, tokens, mask):
+    """Log-probs [B,T-1] of the tokens after the first."""
+    logits = model(tokens, attention_mask=mask.long(), use_cache=False).logits[:, :-1].float()
+    return -torch.nn.functional.cross_entropy(logits.transpose(1, 2), tokens[:, 1:], reduction="none")
+
+
+def theirs(model, precision, batch, size):
+    """Likewise of a PyTorch model of float32 weights; `precision` is that of autocast."""
+    model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, weight_decay=0.0)
     tokens, mask, response, old, advantages = (
         torch.from_numpy(np.ascontiguousarray(x)) for x in
         (batch.tokens.astype(np.int64), batch.mask, batch.response_mask, batch.old_logprobs, batch.advantages)
     )
-    count = len(tokens)
+    count, positions = len(tokens), int(batch.mask.sum())
 
     def share(rows):
         """This microbatch's share of the loss: `sequence_mean` of the clipped surrogate."""
-        logits = model(tokens[rows], attention_mask=mask[rows].long(), use_cache=False).logits[:, :-1]
-        targets, seen = tokens[rows, 1:], response[rows, 1:]
-        logprobs = -torch.nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none")
+        with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+            logprobs = score_in_torch(model, tokens[rows], mask[rows])
         ratio, scale = torch.exp(logprobs - old[rows, 1:]), advantages[rows, None]
         loss = -torch.minimum(ratio * scale, ratio.clamp(1 - CLIP, 1 + CLIP) * scale)
+        seen = response[rows, 1:]
         return ((loss * seen).sum(1) / seen.sum(1)).sum() / count
 
     def run():
@@ -87,20 +92,52 @@ def theirs(params, batch, size):
             share(slice(start, start + size)).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)
         optimizer.step()
+        return positions
 
     return run
 
 
+def matmul():
+    """A function that multiplies two float32 matrices of 2,048 squared, and returns its FLOP."""
+    a, b = (jax.random.normal(jax.random.key(seed), (SIDE, SIDE)) for seed in (0, 1))
+    run = jax.jit(jnp.dot)
+
+    def multiply():
+        run(a, b).block_until_ready()
+        return 2 * SIDE**3
+
+    return multiply
+
+
+def of_matmul(rows, parameters):
+    """The rows without that of `matmul`, and what share of its rate each reaches."""
+    rate = next(row["positions_per_cpu_second"] for row in rows if row["program"] == "matmul")
+    return [{**row, "of_matmul": 6 * parameters * row["positions_per_cpu_second"] / rate}
+            for row in rows if row["program"] != "matmul"], {"matmul_flop_per_cpu_second": rate}
+
+
 def main():
-    given = arguments(__doc__, torch.get_num_threads())
-    torch.set_num_threads(given.torch_threads)
-    params, batch = make_params(), make_batch(given.rows, given.tokens)
-    programs = {f"jaxrl_fp16 {name}": ours(name, params, batch, 8) for name in ("fp32", "fp16", "bf16")}
-    programs["jaxrl_fp16 fp32, no remat"] = ours("fp32", params, batch, 8, remat=False)
-    sizes = (8, 16, given.rows)
-    programs |= {f"pytorch fp32, microbatch {size}": theirs(params, batch, size) for size in sizes}
-    rows = alternate(programs, given.repeats, batch.tokens.size)
-    print(record("update", add_ratios(rows, "pytorch"), vars(given)))
+    given = parser_of(__doc__, rows=64, tokens=128, repeats=5, microbatch=8).parse_args()
+    use_one_core()
+    torch.set_num_threads(1)
+    params = make_params()
+    batch = make_full_batch(given.rows, given.tokens)
+    programs = {"matmul": matmul()}
+    for remat in (True, False):
+        programs |= {
+            f"jaxrl_fp16 {name}{'' if remat else ', no remat'}":
+                ours(MODEL.clone(remat=remat), name, params, batch, microbatch_size=given.microbatch)
+            for name in ("fp32", "fp16", "bf16")
+        }
+    sizes = sorted({given.microbatch, 2 * given.microbatch, given.rows})
+    programs |= {f"pytorch {name}, microbatch {size}": theirs(in_torch(MODEL, params), name, batch, size)
+                 for name in DTYPES for size in sizes}
+    rows, facts = of_matmul(alternate(programs, given.repeats, unit="positions"), count(params))
+    print(record("update", add_ratios(rows, "pytorch fp32", "positions"), vars(given) | facts))
+
+
+def count(params):
+    return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
 if __name__ == "__main__":

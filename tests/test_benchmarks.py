@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from jaxrl_fp16.forward import token_logprobs
+from jaxrl_fp16.forward import logits as logits_of, token_logprobs
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params
 from jaxrl_fp16.precision import get_precision
 from jaxrl_fp16.sampling import SamplingConfig, make_sampler
@@ -192,3 +192,94 @@ def test_telemetry_times_the_looks_of_train(monkeypatch):
     assert len(script.measure(None)) == 3 and script.loop.Watch is script.Watch
     for name in ("telemetry", "record"):
         sys.modules.pop(name, None)
+
+
+# -- speed ---------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def script(monkeypatch):
+    """Imports a script of benchmarks/ by its name."""
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    names = set(sys.modules)
+    yield importlib.import_module
+    for name in set(sys.modules) - names:
+        if str(getattr(sys.modules[name], "__file__", "")).startswith(str(BENCHMARKS)):
+            del sys.modules[name]
+
+
+@pytest.mark.parametrize("lengths", ["geometric", "log-normal"])
+def test_rows_end_with_the_chance_of_their_kind(script, lengths):
+    """In every precision: the entry of the end's embedding is exact enough."""
+    workload = script("workload")
+    chances, params = workload.chances_of(lengths), workload.make_ending_params(lengths)
+    tokens, mask = workload.make_prompts(32, seed=7)
+    kinds = tokens[mask] % len(chances)
+    for precision in ("fp32", "bf16"):
+        logits = logits_of(workload.MODEL, params, tokens, mask, get_precision(precision).policy)
+        chance = np.asarray(jax.nn.softmax(logits))[mask]
+        ends = np.array([chance[kinds == kind, workload.EOS].mean() for kind in range(len(chances))])
+        np.testing.assert_allclose(ends, chances, rtol=0.2, atol=1e-9)
+        assert chance[np.arange(workload.VOCAB) % len(chances) == kinds[:, None]].sum() > 0.8 * len(chance)
+
+
+def test_drawn_lengths_are_those_of_the_chances(script):
+    workload = script("workload")
+    drawn = workload.draw_lengths("geometric", 20_000, 256)
+    assert drawn.mean() == pytest.approx(48 * (1 - (47 / 48) ** 256), rel=0.03) and drawn.min() >= 1
+    limit = np.mean(workload.draw_lengths("log-normal", 20_000, 256) == 256)
+    assert 0.06 < limit < 0.15
+    batch = workload.make_batch(*workload.make_prompts(4), np.array([1, 2, 3, 8]), 8)
+    assert batch.response_mask.sum(axis=1).tolist() == [1, 2, 3, 8]
+    assert (batch.tokens[~batch.mask] == workload.PAD).all() and batch.tokens.shape == (4, workload.PROMPT + 8)
+    assert workload.make_full_batch(4, 8).mask.all()
+
+
+def test_tokens_behind_the_end_of_a_row_do_not_count(script):
+    count = script("sampler")._count
+    rows = np.array([[5, 1, 0, 0], [5, 6, 7, 8], [1, 1, 1, 1]])
+    assert count(rows, 1) == 2 + 4 + 1 and count(rows, None) == 12
+
+
+def test_programs_take_turns_and_rates_are_of_their_own_work(script):
+    timing, order = script("timing"), []
+
+    def program(name, result):
+        def run():
+            order.append(name)
+            return result
+        return run
+
+    spent = timing.Spent(work=30, cpu=2.0, wall=4.0)
+    rows = timing.alternate({"a": program("a", spent), "b": program("b", None)}, 2, 7, unit="rows")
+    assert order == ["a", "b"] * 3
+    assert rows[0] == {"program": "a", "rows_per_cpu_second": 15, "least": 15, "most": 15, "rows_per_second": 7.5,
+                       "runs": 2}
+    assert timing.add_ratios(rows[:1], "a", "rows", "times")[0]["times"] == 1
+    assert timing.add_ratios(rows, "c", "rows") == rows
+
+
+PEER = """
+from turns import Turns
+turns = Turns()
+print("noise")
+for turn in range(2):
+    turns.start()
+    turns.end(turns.settings["work"] + turn)
+raise SystemExit("no more")
+"""
+
+
+def test_a_peer_answers_each_turn_and_says_why_it_ended(script, monkeypatch, tmp_path):
+    peer = script("peer")
+    (tmp_path / "count.py").write_text(PEER)
+    (tmp_path / "turns.py").write_text((peer.PEERS / "turns.py").read_text())
+    monkeypatch.setattr(peer, "PEERS", tmp_path)
+    with peer.Peer(sys.executable, "count.py", work=5) as program:
+        assert program().work == 5
+        found = program()
+        assert found.work == 6 and 0 <= found.cpu and found.wall > 0
+        with pytest.raises(RuntimeError, match="count.py ended with code 1: (?s:.)*no more"):
+            program()
+    with peer.Peer(sys.executable, "count.py", work=1):
+        pass  # ends by itself where no turn comes

@@ -144,9 +144,9 @@ def trained_jaxpr(make, model, precision, algorithm, other=None):
 
 # name -> (its jaxpr, how many matmuls are in it, given attention's: `attended` forward, `grad` backward)
 PROGRAMS = {
-    # The prefill is one scanned layer and a head, the decode loop a layer after the other and a head;
-    # its first column is drawn before the loop.
-    "sampler": (sampler_jaxpr, lambda attended, _: (PROJECTIONS + attended) * (1 + LAYERS) + 2),
+    # The prefill is one scanned layer and a head, of which the first column is drawn. Two decode loops, of 8 rows and
+    # of the last 4, are a layer after the other and a head.
+    "sampler": (sampler_jaxpr, lambda attended, _: (PROJECTIONS + attended) * (1 + 2 * LAYERS) + 3),
     "scorer": (scorer_jaxpr, lambda attended, _: PROJECTIONS + attended + 1),
     # Forward; once more under remat, where nothing needs the result of `down`; two for each backward.
     # The head: forward, once more, two backward.

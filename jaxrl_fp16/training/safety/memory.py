@@ -33,6 +33,9 @@ def estimate(config, model, mesh, compute_dtype, *, reference=False, critic=None
     columns = config.training.max_prompt_tokens + config.sampling.max_new_tokens
     rows = config.training.prompts_per_step * config.sampling.group_size
     decoded = min(rows, config.sampling.max_rows or rows) / parts
+    # Slots are refilled from what is kept of every prompt; a mesh that divides rows does without.
+    queued = parts == 1 and decoded < rows
+    prompts = config.training.prompts_per_step * config.training.max_prompt_tokens
     learnt = config.training.microbatch_size / parts
     kept = c.num_layers if config.model.remat else 12 * c.num_layers  # a layer keeps about 12 arrays like its input
     attention = FAMILIES[c.family].attention(c)
@@ -45,6 +48,7 @@ def estimate(config, model, mesh, compute_dtype, *, reference=False, critic=None
         **({"reference": 4 * count // shared} if reference else {}),
         **({"reward model": (4 + half) * parameter_count(reward_model) // shared} if reward_model else {}),
         "key-value cache": int(half * c.num_layers * attention.cached * columns * decoded),
+        **({"prompts' cache": half * c.num_layers * attention.cached * prompts} if queued else {}),
         "activations": int(columns * learnt * (kept * c.hidden_size * half + inside)),
         "logits": 3 * LOGIT_BYTES,
     }

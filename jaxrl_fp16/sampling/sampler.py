@@ -1,14 +1,15 @@
 """The sampler: prefill and decode in one jitted function, over the trainer's forward.
 
+Prompts are prefilled once for their group; `slots.py` has the loop that decodes.
+
 n: prompts.  P: prompt columns.  N: max_new_tokens.  T = P + N.  G: group size.
 B = n * G: rows, prompt-major.  S: cache slots.  V: vocabulary.  K: kept ids.
 """
 
 import dataclasses
-from typing import Annotated, Any
+from typing import Annotated
 
 from annotated_types import Ge, Gt, Le
-from flax import struct
 import jax
 from jax import lax
 import jax.numpy as jnp
@@ -16,11 +17,11 @@ import jax.numpy as jnp
 from jaxrl_fp16.config import Doc
 from jaxrl_fp16.forward import cast_to_compute, in_compute_dtype, logits_of
 from jaxrl_fp16.masking import align, left_align
-from jaxrl_fp16.models.attention import BLOCK
-from jaxrl_fp16.models.decoder import Cache, decode_step, unstack_layers
+from jaxrl_fp16.models.decoder import unstack_layers
 from jaxrl_fp16.models.numerics import jit
+from jaxrl_fp16.sampling.slots import Recipe, Rows, columns_of, ends_of, enter, fill, run_stage, stages_of
 from jaxrl_fp16.sampling.stopping import stop_table
-from jaxrl_fp16.sampling.support import draw, support_size
+from jaxrl_fp16.sampling.support import draw
 from jaxrl_fp16.tokenizer import end_ids, token_bytes
 from jaxrl_fp16.types import Rollout
 
@@ -40,7 +41,9 @@ class SamplingConfig:
         Doc("names of the tokens that end a response, and of which the first ends a row of sft and dpo; []: those of "
             "the tokenizer and the model folder's generation_config.json and config.json"),
     ] = ()
-    max_rows: Annotated[int, Ge(0), Doc("responses decoded at once; 0: all")] = 0
+    max_rows: Annotated[
+        int, Ge(0), Doc("responses decoded at once: where one has ended the next begins; 0: all, group_size or more")
+    ] = 0
     max_support: Annotated[int, Ge(1), Doc("most tokens that top_p keeps, and the largest top_k")] = 256
 
     def __post_init__(self):
@@ -65,19 +68,7 @@ class SamplingConfig:
             )
 
 
-@struct.dataclass
-class Decoding:
-    """The carry of the decode loop."""
-
-    step: jax.Array        # int32 []: response columns written
-    caches: list[Cache]    # one a layer, arrays [B,K,S,E]
-    token: jax.Array       # int32 [B]: the last one drawn
-    done: jax.Array        # bool [B]: ended by itself
-    stop_state: jax.Array  # int32 [B]: of the stop-string automaton
-    columns: Any           # what has been drawn: arrays [B,N,...]
-
-
-def make_sampler(model, policy, config, *, eos_id, pad_id, tokenizer=None):
+def make_sampler(model, policy, config, *, eos_id, pad_id, tokenizer=None, lockstep=False):
     """A jitted `sample(params, prompt_tokens, prompt_mask, key) -> Rollout`.
 
     Args:
@@ -87,6 +78,8 @@ def make_sampler(model, policy, config, *, eos_id, pad_id, tokenizer=None):
       eos_id: an int or a tuple of ints; each ends a response. `config.end_tokens` take their place.
       pad_id: the int that fills what follows a response's end.
       tokenizer: needed for stop strings and `config.end_tokens` alone.
+      lockstep: rows keep their places, part after part, and each part goes on to its longest row: for prompts whose
+        rows are divided over devices. Without it slots are refilled, which would move rows between those.
 
     Returns:
       The sampler, of float32 parameters and left-padded prompts: tokens int32 [n,P] and their mask bool [n,P], with
@@ -103,18 +96,19 @@ def make_sampler(model, policy, config, *, eos_id, pad_id, tokenizer=None):
         eos_id = end_ids(tokenizer, names=config.end_tokens)
     eos_ids = jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32))
     stops = _stop_automaton(config, tokenizer, model.config.vocab_size)
+    recipe = Recipe(in_compute_dtype(model, policy), config, eos_ids, pad_id, stops, lockstep)
+    at_once = config.max_rows // config.group_size if lockstep else 0
 
     def sample(params, prompt_tokens, prompt_mask, key):
-        prompts, group = prompt_tokens.shape[0], config.group_size
-        keys = jax.random.split(key, (prompts, group))
+        keys = jax.random.split(key, (len(prompt_tokens), config.group_size))
         compute = cast_to_compute(params, policy, model.numerics)
 
         def decode(part):
-            return _decode(in_compute_dtype(model, policy), compute, config, eos_ids, pad_id, stops, *part)
+            return _sample_part(recipe, compute, *part)
 
-        columns, finished = _in_parts(decode, (prompt_tokens, prompt_mask, keys), config.max_rows // group)
-        columns, finished = jax.tree.map(lambda x: x[: prompts * group], (columns, finished))
-        return _rollout(prompt_tokens, prompt_mask, group, columns, finished)
+        drawn = _in_parts(decode, (prompt_tokens, prompt_mask, keys), at_once)
+        columns, finished = jax.tree.map(lambda x: x[: keys.size], drawn)
+        return _rollout(prompt_tokens, prompt_mask, config.group_size, columns, finished)
 
     return jit(sample, model.numerics)
 
@@ -152,97 +146,58 @@ def _in_parts(function, arrays, size):
     return jax.tree.map(join, lax.map(function, jax.tree.map(cut, arrays)))
 
 
-def _decode(model, params, config, eos_ids, pad_id, stops, prompt_tokens, prompt_mask, keys):
-    """Columns drawn for one part, arrays [B,N,...], and which rows ended by themselves, bool [B]."""
-    group = config.group_size
-    keys = keys.reshape(-1, *keys.shape[2:])
-    hidden, caches, lengths = _prefill(model, params, config, prompt_tokens, prompt_mask)
-    hidden, lengths = jnp.repeat(hidden, group, axis=0), jnp.repeat(lengths, group)
-    layers, rows = unstack_layers(params["layers"], model.config.num_layers), len(keys)
-    keys, hidden, caches, lengths = _at_least(model.numerics.decode_rows, (keys, hidden, caches, lengths))
+def _sample_part(recipe, compute, prompt_tokens, prompt_mask, keys):
+    """Of prompts [n,P] with `keys` [n,G]: the columns drawn, arrays [B,N,...], and which rows ended themselves, [B]."""
+    rows, columns, finished = start(recipe, compute, prompt_tokens, prompt_mask, keys)
+    weights = compute, unstack_layers(compute["layers"], recipe.model.config.num_layers)
+    first, *later = stages_of(recipe, len(rows.token), prompt_tokens.shape[1])
+    state = run_stage(recipe, weights, rows, first, fill(recipe, first, rows, columns, finished))
+    for stage in later:
+        state = run_stage(recipe, weights, rows, stage, enter(stage, state))
+    return state.columns, state.finished
 
-    def draw_column(state, hidden):
-        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
-        drawn = draw(config, logits_of(hidden, params["head"])[:, 0], step_keys)
-        return _write(state, drawn, eos_ids, pad_id, stops)
 
-    def advance(state):
-        hidden, caches = decode_step(model, params, layers, state.token, state.caches, lengths + state.step - 1)
-        return draw_column(state.replace(caches=caches), hidden)
+def start(recipe, compute, prompt_tokens, prompt_mask, keys):
+    """`(Rows, columns, finished)` of prompts [n,P] with `keys` [n,G], each row's first token drawn."""
+    config = recipe.config
 
-    def goes_on(state):
-        return (state.step < config.max_new_tokens) & ~jnp.all(state.done)
+    def prefill(part):
+        return _prefill(recipe, compute, *part)
 
-    empty = _empty_columns(config, pad_id, len(keys), params["head"].shape[0])
-    no_token = jnp.zeros(len(keys), jnp.int32)
-    start = Decoding(
-        step=jnp.zeros((), jnp.int32), caches=caches, token=no_token, done=jnp.arange(len(keys)) >= rows,
-        stop_state=no_token, columns=empty,
+    size = 0 if recipe.lockstep else config.max_rows // config.group_size
+    drawn, prompts, lengths = _in_parts(prefill, (prompt_tokens, prompt_mask, keys), size)
+    total = keys.size
+    drawn = jax.tree.map(lambda x: x[:total], drawn)
+    prompts, lengths = jax.tree.map(lambda x: x[: len(prompt_tokens)], (prompts, lengths))
+    ends, stop_state = ends_of(recipe, drawn[0], jnp.zeros(total, jnp.int32))
+    over = ends | (config.max_new_tokens == 1)
+    rows = Rows(
+        keys=keys.reshape(total), token=drawn[0], stop_state=stop_state,
+        length=jnp.repeat(lengths, config.group_size), order=jnp.argsort(over, stable=True).astype(jnp.int32),
+        count=jnp.sum(~over), prompts=prompts,
     )
-    end = lax.while_loop(goes_on, advance, draw_column(start, hidden))
-    return jax.tree.map(lambda x: x[:rows], (end.columns, end.done))
+    blank = dict(tokens=recipe.pad_id, support=-1)
+    columns = {name: _first_of(x, config.max_new_tokens, blank.get(name, 0)) for name, x in columns_of(drawn).items()}
+    return rows, columns, ends
 
 
-def _at_least(count, arrays):
-    """Arrays [B,...] with their last row again, up to `count` rows."""
-    rows = jax.tree.leaves(arrays)[0].shape[0]
-    if rows >= count:
-        return arrays
-    at = jnp.minimum(jnp.arange(count), rows - 1)
-    return jax.tree.map(lambda x: x[at], arrays)
+def _first_of(x, columns, blank):
+    """`x` [B,...] as the first column of [B,N,...], the others `blank`."""
+    rest = jnp.full((len(x), columns - 1, *x.shape[1:]), blank, x.dtype)
+    return jnp.concatenate([x[:, None], rest], axis=1)
 
 
-def _prefill(model, params, config, prompt_tokens, prompt_mask):
-    """Each prompt once: last hidden state [n,1,D], caches for its whole group, lengths int32 [n]."""
+def _prefill(recipe, compute, prompt_tokens, prompt_mask, keys):
+    """Each prompt once: what `draw` gives for its rows' first tokens, `Cache` [n,L,K,P,E], lengths int32 [n]."""
     order, _ = left_align(prompt_mask)
     lengths = jnp.sum(prompt_mask.astype(bool), axis=1, dtype=jnp.int32)
     tokens = jnp.where(align(prompt_mask, order).astype(bool), align(prompt_tokens, order), 0)
-    hidden, stacked = model.apply({"params": params}, tokens, keep_cache=True)
+    hidden, cache = recipe.model.apply({"params": compute}, tokens, keep_cache=True)
     last = jnp.maximum(lengths - 1, 0)
-    slots = -(-(tokens.shape[1] + config.max_new_tokens) // BLOCK) * BLOCK
-
-    def widen(x):
-        x = jnp.repeat(x, config.group_size, axis=0)
-        return jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)))
-
-    caches = [jax.tree.map(widen, cache) for cache in unstack_layers(stacked, model.config.num_layers)]
-    return jnp.take_along_axis(hidden, last[:, None, None], axis=1), caches, lengths
-
-
-def _empty_columns(config, pad_id, rows, vocab_size):
-    shape = (rows, config.max_new_tokens)
-    columns = dict(
-        tokens=jnp.full(shape, pad_id, jnp.int32), response_mask=jnp.zeros(shape, bool), logprobs=jnp.zeros(shape),
-    )
-    size = support_size(config, vocab_size)
-    if size:
-        columns.update(support=jnp.full((*shape, size), -1), full_logprobs=jnp.zeros(shape))
-    return columns
-
-
-def _write(state, drawn, eos_ids, pad_id, stops):
-    """The state with one more column; rows that are done keep their padding."""
-    token, logprob, support, full_logprob = drawn
-    going = ~state.done
-    column = dict(
-        tokens=jnp.where(going, token, pad_id), response_mask=going, logprobs=jnp.where(going, logprob, 0.0),
-    )
-    if support is not None:
-        column.update(
-            support=jnp.where(going[:, None], support, -1), full_logprobs=jnp.where(going, full_logprob, 0.0)
-        )
-    columns = {
-        name: lax.dynamic_update_slice_in_dim(state.columns[name], value[:, None], state.step, axis=1)
-        for name, value in column.items()
-    }
-    ends, stop_state = jnp.isin(token, eos_ids), state.stop_state
-    if stops is not None:
-        table, accept = stops
-        stop_state = table[stop_state, token].astype(jnp.int32)
-        ends |= stop_state == accept
-    return state.replace(
-        step=state.step + 1, token=column["tokens"], done=state.done | ends, stop_state=stop_state, columns=columns,
-    )
+    hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
+    logits = jnp.repeat(logits_of(hidden, compute["head"])[:, 0], keys.shape[1], axis=0)
+    first_keys = jax.vmap(jax.random.fold_in, (0, None))(keys.reshape(keys.size), 0)
+    return draw(recipe.config, logits, first_keys), jax.tree.map(lambda x: x.swapaxes(0, 1), cache), lengths
 
 
 def _rollout(prompt_tokens, prompt_mask, group, columns, finished):

@@ -10,7 +10,11 @@ import pytest
 from jaxrl_fp16.models import (
     Decoder, DecoderConfig, init_params, load_pretrained, param_shapes, param_shardings, save_pretrained,
 )
-from jaxrl_fp16.parallel import MeshConfig, batch_sharding, make_mesh, shard_batch, state_shardings, to_host
+from jaxrl_fp16.parallel import (
+    MeshConfig, batch_sharding, make_mesh, row_shards, shard_batch, state_shardings, to_host,
+)
+from jaxrl_fp16.precision import get_precision
+from jaxrl_fp16.sampling import SamplingConfig, make_sampler
 
 MESHES = [(1, 4, 1), (1, 1, 4), (2, 2, 1)]
 SHAPE = dict(vocab_size=64, hidden_size=16, intermediate_size=24, num_layers=2)
@@ -150,3 +154,17 @@ def test_each_device_holds_its_rows():
     batch = shard_batch({"tokens": np.arange(16).reshape(8, 2), "rewards": np.arange(8.0)}, mesh)
     assert {part.data.shape for part in batch["tokens"].addressable_shards} == {(2, 2)}
     assert {part.data.shape for part in batch["rewards"].addressable_shards} == {(2,)}
+
+
+def test_a_mesh_samples_what_one_device_does(mesh, params):
+    """In lockstep where rows are divided, as an engine has it; and with refilled slots, which are slower there."""
+    prompts = np.random.default_rng(2).integers(8, 64, (8, 5), dtype=np.int32)
+    given = prompts, np.ones(prompts.shape, bool)
+    settings = dict(eos_id=tuple(range(8)), pad_id=0)
+    config = SamplingConfig(max_new_tokens=12, group_size=2, max_rows=8)
+    expected = make_sampler(MODEL, get_precision("fp32").policy, config, **settings)(params, *given, jax.random.key(3))
+    divided = jax.device_put(params, param_shardings(MODEL, mesh)), *shard_batch(given, mesh)
+    for lockstep in {False, row_shards(mesh) > 1}:
+        sample = make_sampler(MODEL, get_precision("fp32").policy, config, **settings, lockstep=lockstep)
+        found = sample(*divided, jax.random.key(3))
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(to_host(a), b, atol=1e-5), found, expected)

@@ -10,7 +10,7 @@ import pytest
 from jaxrl_fp16.forward import entropy_of, logits, logprob_of, tempered, token_logprobs
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params
 from jaxrl_fp16.precision import get_precision
-from jaxrl_fp16.sampling import SamplingConfig, make_sampler, sampler
+from jaxrl_fp16.sampling import SamplingConfig, make_sampler, slots
 from jaxrl_fp16.sampling.support import draw, kept_ids, support_size
 from jaxrl_fp16.tokenizer import character_tokenizer, token_bytes
 
@@ -309,13 +309,13 @@ def test_a_truncated_rollout_carries_what_it_kept(params, settings):
 def test_the_loop_ends_when_all_rows_have(params, monkeypatch):
     """Counted on the host: every id is an end, so the one column drawn before the loop is the last."""
     steps = []
-    original = sampler.decode_step
+    original = slots.decode_step
 
     def counted(*args):
         jax.debug.callback(lambda: steps.append(1))
         return original(*args)
 
-    monkeypatch.setattr(sampler, "decode_step", counted)
+    monkeypatch.setattr(slots, "decode_step", counted)
     for ends, expected in ((tuple(range(V)), 0), ((V,), 11)):
         steps.clear()
         config = SamplingConfig(max_new_tokens=12, group_size=1)

@@ -4,7 +4,7 @@ n: prompts.  P: prompt columns.
 """
 
 from jaxrl_fp16.models.attention import kind_for
-from jaxrl_fp16.parallel import shard_batch
+from jaxrl_fp16.parallel import row_shards, shard_batch
 from jaxrl_fp16.sampling import make_sampler
 
 
@@ -21,6 +21,6 @@ def make_engine(setup, model, sampling=None, precision=None):
     model = model.clone(attention=kind_for(model.attention, precision.policy.compute_dtype))
     sample = make_sampler(
         model, precision.policy, sampling or setup.config.sampling, eos_id=setup.eos_ids, pad_id=setup.pad_id,
-        tokenizer=setup.tokenizer,
+        tokenizer=setup.tokenizer, lockstep=row_shards(setup.mesh) > 1,
     )
     return lambda params, tokens, mask, key: sample(params, *shard_batch((tokens, mask), setup.mesh), key)

@@ -36,7 +36,7 @@ def estimate(config, model, mesh, compute_dtype, *, command="train", reference=F
     half = compute_dtype.itemsize
     # A CPU multiplies half precision in float32: XLA keeps such a copy beside.
     upcast = 4 if half < 4 and mesh.devices.flatten()[0].platform == "cpu" else 0
-    decoded, learnt = (tokens / parts for tokens in TOKENS[command](config))
+    decoded, learnt, waiting = (tokens / parts for tokens in TOKENS[command](config))
     attention = FAMILIES[c.family].attention(c)
     heads = attention.heads * attention.head_dim
     inside = 4 * (3 * c.intermediate_size + 4 * heads)  # float32, of the layer at work
@@ -51,6 +51,8 @@ def estimate(config, model, mesh, compute_dtype, *, command="train", reference=F
         "reference": 4 * count // shared if reference else 0,
         "reward model": (4 + half) * parameter_count(reward_model) // shared if reward_model else 0,
         "key-value cache": int(half * c.num_layers * attention.cached * decoded),
+        # Slots are refilled from what is kept of every prompt; a mesh that divides rows does without.
+        "prompts' cache": int(half * c.num_layers * attention.cached * waiting) if parts == 1 else 0,
         "activations": int(learnt * (c.num_layers * kept + inside)),
         "logits": 3 * LOGIT_BYTES if learnt else 0,
     }
@@ -59,24 +61,25 @@ def estimate(config, model, mesh, compute_dtype, *, command="train", reference=F
 
 def _of_rollouts(config, prompts=None):
     t, s = config.training, config.sampling
-    columns, rows = t.max_prompt_tokens + s.max_new_tokens, min(prompts or t.prompts_per_step, t.prompts_per_step)
-    learnt = rows_at(columns, t.microbatch_size, t.microbatch_tokens)
-    return min(rows * s.group_size, s.max_rows or rows * s.group_size) * columns, learnt * columns
+    columns, prompts = t.max_prompt_tokens + s.max_new_tokens, min(prompts or t.prompts_per_step, t.prompts_per_step)
+    rows, learnt = prompts * s.group_size, rows_at(columns, t.microbatch_size, t.microbatch_tokens)
+    slots = min(rows, s.max_rows or rows)
+    return slots * columns, learnt * columns, prompts * t.max_prompt_tokens if slots < rows else 0
 
 
 def _of_solutions(config):
-    return 0, config.sft.microbatch_size * config.sft.max_length
+    return 0, config.sft.microbatch_size * config.sft.max_length, 0
 
 
 def _of_pairs(config):
     warm = _of_solutions(config)[1] if config.sft.steps else 0
-    return 0, max(2 * config.dpo.microbatch_size * config.dpo.max_length, warm)
+    return 0, max(2 * config.dpo.microbatch_size * config.dpo.max_length, warm), 0
 
 
-# What makes rows -> `config -> (tokens decoded at once, tokens learnt from at once)`, on all devices.
+# What makes rows -> `config -> tokens (decoded at once, learnt from at once, of prompts kept)`, on all devices.
 TOKENS = {
     "train": _of_rollouts, "sft": _of_solutions, "warmup": _of_solutions, "dpo": _of_pairs,
-    "mismatch": lambda config: _of_rollouts(config, config.mismatch.prompts), None: lambda config: (0, 0),
+    "mismatch": lambda config: _of_rollouts(config, config.mismatch.prompts), None: lambda config: (0, 0, 0),
 }
 
 

@@ -51,8 +51,12 @@ def test_the_cache_is_keys_and_values_of_every_row_and_column(toy):
                     sampling={"max_new_tokens": 12})
     whole = needs(toy, **sections)["key-value cache"]
     assert whole == 2 * 2 * c.num_layers * rows * c.num_kv_heads * columns * c.head_dim
+    assert "prompts' cache" not in needs(toy, **sections)
     sections["sampling"] |= {"max_rows": 16}
-    assert needs(toy, **sections)["key-value cache"] == whole // 2
+    half = needs(toy, **sections)
+    assert half["key-value cache"] == whole // 2
+    assert half["prompts' cache"] == whole // rows * 4 // columns * 20
+    assert "prompts' cache" not in needs(toy, **sections, data=2)
 
 
 def test_a_mesh_divides_what_it_shares(toy):

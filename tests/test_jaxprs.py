@@ -144,8 +144,8 @@ def trained_jaxpr(make, model, precision, algorithm, other=None):
 
 # name -> (its jaxpr, how many matmuls are in it, given attention's: `attended` forward, `grad` backward)
 PROGRAMS = {
-    # The prefill is one scanned layer and a head, of which the first column is drawn. The decode loop, one for responses
-    # as short as these, is a layer after the other and a head.
+    # The prefill is one scanned layer and a head, of which the first column is drawn. The decode loop, one for
+    # responses as short as these, is a layer after the other and a head.
     "sampler": (sampler_jaxpr, lambda attended, _: (PROJECTIONS + attended) * (1 + LAYERS) + 2),
     "scorer": (scorer_jaxpr, lambda attended, _: PROJECTIONS + attended + 1),
     # Forward; once more under remat, where nothing needs the result of `down`; two for each backward.

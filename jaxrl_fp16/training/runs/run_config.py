@@ -27,7 +27,8 @@ MAY_CHANGE = ("run.steps", "sft.steps", "dpo.steps", "run.dir", "run.compile_cac
               "checkpoint", "evaluation", "mesh", "resume", "training.reference", "training.tokenisation_rows",
               "generate", "telemetry", "info", "filter.low", "filter.high", "filter.output", "compare.jobs",
               "mismatch", "task.workers", "task.deadline_seconds", "task.batch_seconds", "task.memory_mb",
-              "training.stage_seconds", "training.stop_above", "run.heartbeat_seconds", "model.allow_longer")
+              "training.stage_seconds", "training.stop_above", "run.heartbeat_seconds", "model.allow_longer",
+              "model.remat")
 
 # Keys that are no longer there, with the defaults that they had: a run that was started with those is resumed.
 GONE: dict[str, Any] = {}

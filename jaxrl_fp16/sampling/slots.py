@@ -123,8 +123,8 @@ def _pad(x, axis, size):
     return jnp.pad(x, [(0, size - x.shape[i] if i == axis else 0) for i in range(x.ndim)])
 
 
-def run_stage(recipe, weights, rows, stage, state, limit=None):
-    """The Slots after a Stage, or before its end after decode step number `limit`.
+def run_stage(recipe, weights, rows, stage, state):
+    """The Slots after a Stage.
 
     weights: parameters in the compute dtype, and their layers as `unstack_layers` gives them.
     """
@@ -135,8 +135,7 @@ def run_stage(recipe, weights, rows, stage, state, limit=None):
 
     def fits(state):
         """Whether the next step may be taken in these shapes."""
-        reach = jnp.max(jnp.where(state.done, 0, state.position))
-        return (reach < stage.width) & (True if limit is None else state.steps < limit)
+        return jnp.max(jnp.where(state.done, 0, state.position)) < stage.width
 
     def decodes(state):
         living = jnp.sum(~state.done)

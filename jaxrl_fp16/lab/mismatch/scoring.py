@@ -86,7 +86,7 @@ def open_model(setup):
     compute = setup.precision.policy.compute_dtype
     with naming("memory"):
         needs = estimate(setup.config, model, setup.mesh, compute, command="mismatch")
-        check_fits(needs, device_bytes(setup.mesh.devices.flatten()[0]))
+        check_fits(needs, device_bytes(setup.mesh.local_devices[0]))
     params = load_params(setup, model)
     optimizer = make_optimizer(setup.config.optimizer)
     shardings = param_shardings(model, setup.mesh)

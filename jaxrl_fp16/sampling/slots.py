@@ -65,7 +65,6 @@ class Slots:
     done: jax.Array        # bool [R]: the row has ended, or there is none
     tainted: jax.Array     # bool [R]: keys and values in the slot may not be finite
     queued: jax.Array      # int32 []: rows that have had a slot
-    steps: jax.Array       # int32 []: decode steps so far
     columns: Any           # what has been drawn: arrays [B,N,...]
     finished: jax.Array    # bool [B]: ended by itself
 
@@ -114,7 +113,7 @@ def fill(recipe, stage, rows, columns, finished):
     return Slots(
         caches=caches, row=row, keys=rows.keys[at], token=rows.token[at], position=rows.length[at],
         drawn=jnp.ones(count, jnp.int32), stop_state=rows.stop_state[at], done=done, tainted=jnp.zeros(count, bool),
-        queued=jnp.minimum(rows.count, count), steps=jnp.zeros((), jnp.int32), columns=columns, finished=finished,
+        queued=jnp.minimum(rows.count, count), columns=columns, finished=finished,
     )
 
 
@@ -203,7 +202,7 @@ def _advance(recipe, weights, state):
     columns = {name: write(state.columns[name], new) for name, new in columns_of(drawn).items()}
     return state.replace(
         caches=caches, token=jnp.where(going, token, recipe.pad_id), columns=columns, stop_state=stop_state,
-        position=state.position + going, drawn=state.drawn + going, steps=state.steps + 1,
+        position=state.position + going, drawn=state.drawn + going,
         done=state.done | ends | (state.drawn + 1 >= config.max_new_tokens),
         tainted=state.tainted | ~jnp.isfinite(drawn[1]),
         finished=state.finished.at[row].max(going & ends, mode="drop", unique_indices=True),

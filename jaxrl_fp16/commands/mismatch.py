@@ -152,7 +152,8 @@ def _attribute(laboratory, params, precisions, rollouts):
         with tally.counted(laboratory.console, text), naming("mismatch.attribution"):
             found[precision.name] = attribute(
                 laboratory.model, params, dataclasses.replace(rollout, **first), precision.policy,
-                temperature=rollout.temperature, progress=partial(_tell_modules, laboratory, time.monotonic()),
+                temperature=rollout.temperature, rows=laboratory.setup.config.training.microbatch_size,
+                progress=partial(_tell_modules, laboratory, time.monotonic()),
             )
     return found
 

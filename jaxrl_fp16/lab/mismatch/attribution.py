@@ -31,13 +31,15 @@ TAP_BYTES = 2**30  # float32 activations of one program, of which two exist at o
 KINDS = {"attention_norm": "norm", "mlp_norm": "norm", "final_norm": "norm"}
 
 
-def attribute(model, params, rollout, policy, *, temperature=1.0, literal=False, progress=None):
+def attribute(model, params, rollout, policy, *, temperature=1.0, rows=None, literal=False, progress=None):
     """Differences and shares of every module, for a small batch of rollouts.
 
     Args:
       model, params, policy: of sampler and scorer; params float32.
       rollout: a `Rollout` that the sampler drew with these weights, of whole
         distributions (no top-k, no top-p).
+      rows: most rows at once, which should be what the scorer takes: on a CPU a product of SmolLM2's shape rounded
+        otherwise for 8 rows than for 4. None: as many as memory allows.
       literal: also the shares carried on in the compute dtype, for comparison.
       progress: `(modules, of all, part of the work from 0 to 1)`, called as errors are carried on; what it raises ends
         it.
@@ -60,7 +62,7 @@ def attribute(model, params, rollout, policy, *, temperature=1.0, literal=False,
         raise ValueError("the rollout has a support, of top-k or top-p; allowed: top_k 0 and top_p 1")
     batch, names = _aligned(rollout), tap_names(model.config.num_layers)
     cast, half = cast_to_compute(params, policy, model.numerics), in_compute_dtype(model, policy)
-    exact, (parts, group) = _in_float32(model), _in_parts(batch, model.config)
+    exact, (parts, group) = _in_float32(model), _in_parts(batch, model.config, rows)
     decode = partial(_decode, columns=_prompt_columns(rollout), group=group)
     programs = {
         "reference": _program(_full, exact, cast_to_compute(params, get_precision("fp32").policy), temperature),
@@ -70,16 +72,18 @@ def attribute(model, params, rollout, policy, *, temperature=1.0, literal=False,
     upcast = jax.tree.map(lambda x: x.astype(jnp.float32), cast)
     carriers = {"shares": (exact, upcast)} | ({"literal": (half, cast)} if literal else {})
     shares_of = make_shares(exact, upcast, carriers, half.dtype, _extent(batch), temperature)
+    count, size = len(batch["tokens"]), len(parts[0]["tokens"])
     tell = _teller(progress, len(parts), model.config.num_layers)
     parts = [_measure(programs, shares_of, part, tell) for part in parts]
-    rows = len(batch["tokens"])
-    join = lambda key: {name: np.concatenate([part[key][name] for part in parts])[:rows] for name in parts[0][key]}
+    join = lambda key: {name: np.concatenate([part[key][name] for part in parts])[:count] for name in parts[0][key]}
     logprobs, shares = join("logprobs"), join("shares")
     seen = np.asarray(batch["response"])
     rms = lambda x: float(np.sqrt(np.mean(np.square(np.asarray(x, np.float64)[seen]))))
     whole = logprobs["decode"] - logprobs["full"]
     shares = {name: shares.get(name, np.zeros_like(whole)) for name in (*names, "head")}
-    trained = token_logprobs(model, params, rollout.tokens, rollout.mask, policy=policy, temperature=temperature)
+    score = partial(token_logprobs, model, params, policy=policy, temperature=temperature)
+    together = np.arange(len(parts) * size).reshape(-1, size) % count
+    trained = np.concatenate([score(rollout.tokens[index], rollout.mask[index]) for index in together])[:count]
     response = np.asarray(rollout.response_mask).astype(bool)
     untapped = np.asarray(rollout.logprobs - trained, np.float64)[response]
     squares = lambda parts: sum(rms(x) ** 2 for x in parts.values()) / max(rms(whole) ** 2, 1e-300)
@@ -126,11 +130,12 @@ def _teller(progress, parts, depth):
     return tell
 
 
-def _in_parts(batch, config):
-    """`(parts, group)`: parts of the batch's rows, all of one size, whose taps take at most TAP_BYTES a program, and
-    how many rows next to each other share a prompt in them. The last part is filled with the first rows."""
+def _in_parts(batch, config, most=None):
+    """`(parts, group)`: parts of the batch's rows, all of one size, `most` or fewer, whose taps take at most TAP_BYTES
+    a program, and how many rows next to each other share a prompt in them. The first rows fill up the last part."""
     rows, columns = batch["tokens"].shape
-    fit = int(np.clip(TAP_BYTES // (4 * columns * config.hidden_size * len(tap_names(config.num_layers))), 1, rows))
+    fit = TAP_BYTES // (4 * columns * config.hidden_size * len(tap_names(config.num_layers)))
+    fit = int(np.clip(fit, 1, min(rows, most or rows)))
     group = _group(batch)
     group = group if group <= fit else 1
     size = -(-rows // -(-rows // (fit - fit % group)))

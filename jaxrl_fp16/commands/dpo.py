@@ -7,7 +7,7 @@ from jaxrl_fp16.training.runs.run import open_run
 
 DPO_LINE = (
     ("loss", "loss", ".4f"), ("accuracy", "accuracy", ".3f"), ("margin", "reward_margin", ".3f"),
-    ("gradient norm", "grad_norm", ".2f"), ("scale", "loss_scale", ",g"),
+    ("gradient norm", "grad_norm", ".2f"), ("scale", "loss_scale", ",g"), ("skipped", "skipped", ".0f"),
 )
 
 

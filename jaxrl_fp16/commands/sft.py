@@ -7,7 +7,10 @@ from jaxrl_fp16.training.loops.warm_start import Start, restored
 from jaxrl_fp16.training.runs.learner import Learner
 from jaxrl_fp16.training.runs.run import open_run
 
-SFT_LINE = (("loss", "loss", ".4f"), ("gradient norm", "grad_norm", ".2f"), ("scale", "loss_scale", ",g"))
+SFT_LINE = (
+    ("loss", "loss", ".4f"), ("gradient norm", "grad_norm", ".2f"), ("scale", "loss_scale", ",g"),
+    ("skipped", "skipped", ".0f"),
+)
 
 
 def run_sft(config):

@@ -23,7 +23,7 @@ from jaxrl_fp16.lab.mismatch.carried import make_shares, scored
 from jaxrl_fp16.masking import align
 from jaxrl_fp16.models.attention import BLOCK, PACKABLE
 from jaxrl_fp16.models.numerics import jit
-from jaxrl_fp16.models.taps import by_name, tap_names, tapped_decode_step, tapped_forward
+from jaxrl_fp16.models.taps import Taps, by_name, tap_names, tapped_decode_step, tapped_forward
 from jaxrl_fp16.objectives import mismatch_metrics
 from jaxrl_fp16.precision import get_precision
 
@@ -38,8 +38,8 @@ def attribute(model, params, rollout, policy, *, temperature=1.0, rows=None, lit
       model, params, policy: of sampler and scorer; params float32.
       rollout: a `Rollout` that the sampler drew with these weights, of whole
         distributions (no top-k, no top-p).
-      rows: most rows at once, which should be what the scorer takes: on a CPU a product of SmolLM2's shape rounded
-        otherwise for 8 rows than for 4. None: as many as memory allows.
+      rows: how many the run's scorer takes at once, None: all. A product's rounding hangs on it: on a CPU one of
+        SmolLM2's shape in BF16 rounded otherwise for 8 rows of 256 columns than for 4.
       literal: also the shares carried on in the compute dtype, for comparison.
       progress: `(modules, of all, part of the work from 0 to 1)`, called as errors are carried on; what it raises ends
         it.
@@ -62,17 +62,17 @@ def attribute(model, params, rollout, policy, *, temperature=1.0, rows=None, lit
         raise ValueError("the rollout has a support, of top-k or top-p; allowed: top_k 0 and top_p 1")
     batch, names = _aligned(rollout), tap_names(model.config.num_layers)
     cast, half = cast_to_compute(params, policy, model.numerics), in_compute_dtype(model, policy)
-    exact, (parts, group) = _in_float32(model), _in_parts(batch, model.config, rows)
+    exact, (parts, group) = _in_float32(model), _in_parts(batch, model.config)
     decode = partial(_decode, columns=_prompt_columns(rollout), group=group)
     programs = {
         "reference": _program(_full, exact, cast_to_compute(params, get_precision("fp32").policy), temperature),
-        "full": _program(_full, half, cast, temperature),
+        "full": partial(_in_slices, _program(_full, half, cast, temperature), rows),
         "decode": _program(decode, half, cast, temperature),
     }
     upcast = jax.tree.map(lambda x: x.astype(jnp.float32), cast)
     carriers = {"shares": (exact, upcast)} | ({"literal": (half, cast)} if literal else {})
     shares_of = make_shares(exact, upcast, carriers, half.dtype, _extent(batch), temperature)
-    count, size = len(batch["tokens"]), len(parts[0]["tokens"])
+    count = len(batch["tokens"])
     tell = _teller(progress, len(parts), model.config.num_layers)
     parts = [_measure(programs, shares_of, part, tell) for part in parts]
     join = lambda key: {name: np.concatenate([part[key][name] for part in parts])[:count] for name in parts[0][key]}
@@ -82,8 +82,8 @@ def attribute(model, params, rollout, policy, *, temperature=1.0, rows=None, lit
     whole = logprobs["decode"] - logprobs["full"]
     shares = {name: shares.get(name, np.zeros_like(whole)) for name in (*names, "head")}
     score = partial(token_logprobs, model, params, policy=policy, temperature=temperature)
-    together = np.arange(len(parts) * size).reshape(-1, size) % count
-    trained = np.concatenate([score(rollout.tokens[index], rollout.mask[index]) for index in together])[:count]
+    slices = [slice(at, at + (rows or count)) for at in range(0, count, rows or count)]
+    trained = np.concatenate([score(rollout.tokens[at], rollout.mask[at]) for at in slices])
     response = np.asarray(rollout.response_mask).astype(bool)
     untapped = np.asarray(rollout.logprobs - trained, np.float64)[response]
     squares = lambda parts: sum(rms(x) ** 2 for x in parts.values()) / max(rms(whole) ** 2, 1e-300)
@@ -130,12 +130,21 @@ def _teller(progress, parts, depth):
     return tell
 
 
-def _in_parts(batch, config, most=None):
-    """`(parts, group)`: parts of the batch's rows, all of one size, `most` or fewer, whose taps take at most TAP_BYTES
-    a program, and how many rows next to each other share a prompt in them. The first rows fill up the last part."""
+def _in_slices(function, size, batch):
+    """`function` of arrays [B,...], which gives log-probs [B,T] and Taps, `size` rows at a time (None: all)."""
+    rows = len(batch["tokens"])
+    size = size or rows
+    slices = [{name: x[at:at + size] for name, x in batch.items()} for at in range(0, rows, size)]
+    logprobs, taps = zip(*(function(rows) for rows in slices))
+    join = lambda axis, trees: jax.tree.map(lambda *x: jnp.concatenate(x, axis), *trees)
+    return join(0, logprobs), Taps(join(0, [x.outside for x in taps]), join(1, [x.inside for x in taps]))
+
+
+def _in_parts(batch, config):
+    """`(parts, group)`: parts of the batch's rows, all of one size, whose taps take at most TAP_BYTES a program, and
+    how many rows next to each other share a prompt in them. The last part is filled with the first rows."""
     rows, columns = batch["tokens"].shape
-    fit = TAP_BYTES // (4 * columns * config.hidden_size * len(tap_names(config.num_layers)))
-    fit = int(np.clip(fit, 1, min(rows, most or rows)))
+    fit = int(np.clip(TAP_BYTES // (4 * columns * config.hidden_size * len(tap_names(config.num_layers))), 1, rows))
     group = _group(batch)
     group = group if group <= fit else 1
     size = -(-rows // -(-rows // (fit - fit % group)))

@@ -117,7 +117,7 @@ def test_rows_may_be_measured_in_parts(monkeypatch):
     (params, rollout), at_once, said = setting(), found("fp16"), []
     parts = [{name: x[index] for name, x in attribution._aligned(rollout).items()} | {"own": np.arange(4) < own}
              for index, own in ((np.arange(4), 4), (np.array([4, 5, 0, 1]), 2))]
-    monkeypatch.setattr(attribution, "_in_parts", lambda batch, config, most: (parts, 1))
+    monkeypatch.setattr(attribution, "_in_parts", lambda batch, config: (parts, 1))
     result = attribute(MODEL, params, rollout, FP16, progress=lambda *given: said.append(given))
     for part, one in zip(result["modules"], at_once["modules"]):
         assert part["name"] == one["name"]
@@ -140,10 +140,20 @@ def test_parts_are_of_one_size(monkeypatch, fit, expected):
     assert group == 1
 
 
-def test_no_more_rows_are_taken_than_the_scorer_takes(monkeypatch):
-    batch = attribution._aligned(setting()[1])
-    assert [len(part["tokens"]) for part in attribution._in_parts(batch, MODEL.config, 4)[0]] == [3, 3]
-    assert [len(part["tokens"]) for part in attribution._in_parts(batch, MODEL.config, 64)[0]] == [6]
+def test_the_scorers_program_takes_as_many_rows_as_the_run(monkeypatch):
+    (params, rollout), taken = setting(), []
+    original = attribution.tapped_forward
+
+    def counted(model, params, tokens, **settings):
+        taken.append(len(tokens))
+        return original(model, params, tokens, **settings)
+
+    monkeypatch.setattr(attribution, "tapped_forward", counted)
+    result = attribute(MODEL, params, rollout, FP16, rows=3)
+    whole = found("fp16")
+    assert 3 in taken and result["token_kl"]["untapped"] == pytest.approx(whole["token_kl"]["untapped"], rel=0.5)
+    assert [row["name"] for row in result["modules"]] == [row["name"] for row in whole["modules"]]
+
 
 
 @pytest.mark.parametrize("fit, size, group", [(12, 12, 3), (11, 6, 3), (8, 6, 3), (3, 3, 3), (2, 2, 1)])

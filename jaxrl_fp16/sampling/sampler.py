@@ -90,17 +90,11 @@ def make_sampler(model, policy, config, *, eos_id, pad_id, tokenizer=None, locks
       ValueError: for stop strings or end tokens without a tokenizer, an end token that it lacks, or too many stop
         strings (`stop_table`).
     """
-    if config.end_tokens:
-        if tokenizer is None:
-            raise ValueError(f"end_tokens {config.end_tokens!r} need a tokenizer: make_sampler(..., tokenizer=...)")
-        eos_id = end_ids(tokenizer, names=config.end_tokens)
-    eos_ids = jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32))
-    stops = _stop_automaton(config, tokenizer, model.config.vocab_size)
-    recipe = Recipe(in_compute_dtype(model, policy), config, eos_ids, pad_id, stops, lockstep)
+    recipe = make_recipe(model, policy, config, eos_id, pad_id, tokenizer, lockstep)
     at_once = config.max_rows // config.group_size if lockstep else 0
 
     def sample(params, prompt_tokens, prompt_mask, key):
-        keys = jax.random.split(key, (len(prompt_tokens), config.group_size))
+        keys = row_keys(key, len(prompt_tokens), config)
         compute = cast_to_compute(params, policy, model.numerics)
 
         def decode(part):
@@ -108,9 +102,25 @@ def make_sampler(model, policy, config, *, eos_id, pad_id, tokenizer=None, locks
 
         drawn = _in_parts(decode, (prompt_tokens, prompt_mask, keys), at_once)
         columns, finished = jax.tree.map(lambda x: x[: keys.size], drawn)
-        return _rollout(prompt_tokens, prompt_mask, config.group_size, columns, finished)
+        return as_rollout(prompt_tokens, prompt_mask, config.group_size, columns, finished)
 
     return jit(sample, model.numerics)
+
+
+def make_recipe(model, policy, config, eos_id, pad_id, tokenizer, lockstep):
+    """The Recipe of what `make_sampler` takes, which also says what it raises."""
+    if config.end_tokens:
+        if tokenizer is None:
+            raise ValueError(f"end_tokens {config.end_tokens!r} need a tokenizer: make_sampler(..., tokenizer=...)")
+        eos_id = end_ids(tokenizer, names=config.end_tokens)
+    eos_ids = jnp.atleast_1d(jnp.asarray(eos_id, jnp.int32))
+    stops = _stop_automaton(config, tokenizer, model.config.vocab_size)
+    return Recipe(in_compute_dtype(model, policy), config, eos_ids, pad_id, stops, lockstep)
+
+
+def row_keys(key, prompts, config):
+    """A key of its own for each row, [n,G]."""
+    return jax.random.split(key, (prompts, config.group_size))
 
 
 def _stop_automaton(config, tokenizer, vocab_size):
@@ -149,12 +159,18 @@ def _in_parts(function, arrays, size):
 def _sample_part(recipe, compute, prompt_tokens, prompt_mask, keys):
     """Of prompts [n,P] with `keys` [n,G]: the columns drawn, arrays [B,N,...], and which rows ended themselves, [B]."""
     rows, columns, finished = start(recipe, compute, prompt_tokens, prompt_mask, keys)
-    weights = compute, unstack_layers(compute["layers"], recipe.model.config.num_layers)
+    weights = decode_weights(recipe, compute)
     first, *later = stages_of(recipe, len(rows.token), prompt_tokens.shape[1])
     state = run_stage(recipe, weights, rows, first, fill(recipe, first, rows, columns, finished))
     for stage in later:
         state = run_stage(recipe, weights, rows, stage, enter(stage, state))
     return state.columns, state.finished
+
+
+def decode_weights(recipe, compute):
+    """What `run_stage` takes of parameters in the compute dtype."""
+    others = {name: leaf for name, leaf in compute.items() if name != "layers"}
+    return others, unstack_layers(compute["layers"], recipe.model.config.num_layers)
 
 
 def start(recipe, compute, prompt_tokens, prompt_mask, keys):
@@ -200,7 +216,8 @@ def _prefill(recipe, compute, prompt_tokens, prompt_mask, keys):
     return draw(recipe.config, logits, first_keys), jax.tree.map(lambda x: x.swapaxes(0, 1), cache), lengths
 
 
-def _rollout(prompt_tokens, prompt_mask, group, columns, finished):
+def as_rollout(prompt_tokens, prompt_mask, group, columns, finished):
+    """The Rollout of prompts [n,P] and what their rows drew, arrays [B,N,...] by name; finished bool [B]."""
     spread = lambda x: jnp.repeat(x, group, axis=0)
     before = lambda x, response: jnp.concatenate([spread(x).astype(response.dtype), response], axis=1)
     nothing = jnp.zeros(prompt_tokens.shape, bool)

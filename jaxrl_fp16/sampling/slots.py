@@ -122,35 +122,54 @@ def _pad(x, axis, size):
     return jnp.pad(x, [(0, size - x.shape[i] if i == axis else 0) for i in range(x.ndim)])
 
 
-def run_stage(recipe, weights, rows, stage, state):
-    """The Slots after a Stage.
+def run_stage(recipe, weights, rows, stage, state, steps=None):
+    """The Slots after a Stage, or after `steps` of it, int32 []; None: as many as it has.
 
     weights: parameters in the compute dtype, and their layers as `unstack_layers` gives them.
     """
-    refills = stage.slots < len(rows.token)
+    decodes = lambda carry: _decodes(rows, stage, carry[0]) & _has(carry[1])
 
-    def waiting(state):
-        return state.queued < rows.count if refills else jnp.zeros((), bool)
+    def decode(carry):
+        state, steps = carry
+        return _advance(recipe, weights, state), None if steps is None else steps - 1
 
-    def fits(state):
-        """Whether the next step may be taken in these shapes."""
-        return jnp.max(jnp.where(state.done, 0, state.position)) < stage.width
+    def refill(carry):
+        state, steps = carry
+        waits = lambda s: _waiting(rows, stage, s) & jnp.any(s.done)
+        return lax.while_loop(decodes, decode, (lax.while_loop(waits, lambda s: _load(recipe, rows, s), state), steps))
 
-    def decodes(state):
-        living = jnp.sum(~state.done)
-        return fits(state) & jnp.where(waiting(state), living == stage.slots, living > stage.least)
+    if not _refills(rows, stage):
+        return lax.while_loop(decodes, decode, (state, steps))[0]
+    return lax.while_loop(lambda carry: goes_on(rows, stage, carry[0]) & _has(carry[1]), refill, (state, steps))[0]
 
-    def decode(state):
-        return _advance(recipe, weights, state)
 
-    def refill(state):
-        state = lax.while_loop(lambda s: waiting(s) & jnp.any(s.done), lambda s: _load(recipe, rows, s), state)
-        return lax.while_loop(decodes, decode, state)
+def _has(steps):
+    return True if steps is None else steps > 0
 
-    if not refills:
-        return lax.while_loop(decodes, decode, state)
-    goes_on = lambda state: fits(state) & (waiting(state) | (jnp.sum(~state.done) > stage.least))
-    return lax.while_loop(goes_on, refill, state)
+
+def goes_on(rows, stage, state):
+    """bool []: whether a Stage has more to do."""
+    if not _refills(rows, stage):
+        return _decodes(rows, stage, state)
+    return _fits(stage, state) & (_waiting(rows, stage, state) | (jnp.sum(~state.done) > stage.least))
+
+
+def _decodes(rows, stage, state):
+    living = jnp.sum(~state.done)
+    return _fits(stage, state) & jnp.where(_waiting(rows, stage, state), living == stage.slots, living > stage.least)
+
+
+def _refills(rows, stage):
+    return stage.slots < len(rows.token)
+
+
+def _waiting(rows, stage, state):
+    return state.queued < rows.count if _refills(rows, stage) else jnp.zeros((), bool)
+
+
+def _fits(stage, state):
+    """Whether the next step may be taken in these shapes."""
+    return jnp.max(jnp.where(state.done, 0, state.position)) < stage.width
 
 
 def enter(stage, state):

@@ -6,6 +6,7 @@ in 40 samples, which a model can learn to solve all of.
 
 import contextlib
 import dataclasses
+from functools import partial
 import json
 from pathlib import Path
 import signal
@@ -23,7 +24,7 @@ from jaxrl_fp16.training.runs.run import open_folder
 from jaxrl_fp16.training.runs.positions import check_positions
 from jaxrl_fp16.training.runs.run_folder import check_resumed, write_record
 from jaxrl_fp16.training.runs.setup import opened, set_up
-from jaxrl_fp16.training.safety.deadlines import caught_signals
+from jaxrl_fp16.training.safety.deadlines import Interrupted, caught_signals
 
 ACCURACY, FILTERED = "accuracy.jsonl", "filtered.jsonl"
 LINE = (("accuracy", "accuracy", ".3f"), ("between the bounds", "between", ".3f"))
@@ -89,8 +90,9 @@ def _measure(config, evaluator, setup, params, key, folder, signals):
     found = _read_accuracies(folder, at_once, total)
     console = Console(steps=total, line=LINE, quiet=jax.process_index() != 0)
     with console, open(folder / ACCURACY, "a", encoding="utf-8") as file:
-        chunks = grade_chunks(evaluator, params, setup, config.training.max_prompt_tokens, key, len(found))
-        for kept, graded in chunks if len(found) < total else ():
+        length, watch = config.training.max_prompt_tokens, partial(_watch, console, signals)
+        chunks = grade_chunks(evaluator, params, setup, length, key, len(found), watch)
+        for kept, graded in _up_to_a_signal(chunks) if len(found) < total else ():
             chunk = _accuracies(config.training.truncated, kept, graded)
             if jax.process_index() == 0:
                 file.writelines(json.dumps(_row(len(found) + place, value)) + "\n" for place, value in enumerate(chunk))
@@ -102,6 +104,18 @@ def _measure(config, evaluator, setup, params, key, folder, signals):
             if signals.received is not None:
                 break
     return found
+
+
+def _watch(console, signals, sampled):
+    """Says how far a chunk is, and ends it once a signal came: what is written are whole chunks."""
+    console.status(f"sampling: {sampled}")
+    if signals.received is not None:
+        raise Interrupted
+
+
+def _up_to_a_signal(chunks):
+    with contextlib.suppress(Interrupted):
+        yield from chunks
 
 
 def _accuracies(rule, kept, graded):

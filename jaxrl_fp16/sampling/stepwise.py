@@ -8,7 +8,6 @@ import dataclasses
 import time
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -30,6 +29,10 @@ class Sampled:
     of: int             # B
     tokens: int         # drawn so far, of all rows
     seconds: float      # since the start, compiling included
+
+    def __str__(self):
+        return (f"{self.rows:,} of {self.of:,} responses, {self.tokens:,} tokens, "
+                f"{self.tokens / max(self.seconds, 1e-6):,.0f} a second")
 
 
 def make_stepwise_sampler(model, policy, config, *, eos_id, pad_id, tokenizer=None):

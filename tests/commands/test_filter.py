@@ -10,6 +10,7 @@ import pytest
 from jaxrl_fp16 import cli
 from jaxrl_fp16.commands import filter as filtering
 from jaxrl_fp16.tasks import load_examples
+from jaxrl_fp16.training.rollouts import engine
 
 
 @pytest.fixture(scope="module")
@@ -86,6 +87,21 @@ def test_a_signal_ends_it_after_a_chunk(start, monkeypatch, capsys):
     code, folder = start()
     assert code == 143 and len(accuracies(folder)) == 8 and not (folder / "filtered.jsonl").exists()
     assert "stopped by SIGTERM after 8 of 12 problems" in capsys.readouterr().out
+
+
+def test_a_signal_ends_it_in_the_middle_of_a_chunk(start, monkeypatch, capsys):
+    """What the chunk had is not written: the run that goes on samples it again."""
+    monkeypatch.setattr(engine, "LONG", 0)
+    watch = filtering._watch
+
+    def signal_and_watch(console, signals, sampled):
+        signal.raise_signal(signal.SIGTERM)
+        watch(console, signals, sampled)
+
+    monkeypatch.setattr(filtering, "_watch", signal_and_watch)
+    code, folder = start()
+    assert code == 143 and accuracies(folder) == [] and not (folder / "filtered.jsonl").exists()
+    assert "stopped by SIGTERM after 0 of 12 problems" in capsys.readouterr().out
 
 
 def test_rewards_that_are_not_known_are_left_out(start, tmp_path):

@@ -8,6 +8,8 @@ import pytest
 
 from jaxrl_fp16.logs import RunLog, read_metrics
 from jaxrl_fp16.training.checkpoints.checkpoint import Checkpoints
+from jaxrl_fp16.training.rollouts import engine
+from jaxrl_fp16.training.runs.run import Run
 
 
 @pytest.mark.fault(23)
@@ -28,6 +30,36 @@ def test_a_signal_ends_the_step_and_saves(train_run, monkeypatch, number, place)
     assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["1"]
     assert [record["step"] for record in read_metrics(run.folder)] == [0, 1]
     assert signal.getsignal(number) == before and not (run.folder / "model").exists()
+
+
+@pytest.mark.fault(23)
+@pytest.mark.parametrize("during, rows, saved", [
+    (1, [0], "there is no checkpoint yet"), (3, [0, 1, 2], "the last checkpoint is {}/checkpoints/2")])
+def test_a_signal_in_the_middle_of_a_long_batch(train_run, monkeypatch, during, rows, saved):
+    """What was done is saved, and the run that goes on is bitwise one that never stopped."""
+    monkeypatch.setattr(engine, "LONG", 0)
+    watch, flags = Run.watch, ("--checkpoint.every", "0", "--run.steps", "3")
+
+    def watch_and_signal(run, what):
+        tell = watch(run, what)
+        if what == f"step {during}: sampling":
+            return lambda found: [signal.raise_signal(signal.SIGTERM), tell(found)]
+        return tell
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "watch", watch_and_signal)
+        run = train_run(*flags)
+    assert run.code == 143 and [record["step"] for record in read_metrics(run.folder)] == rows
+    assert f"stopped by SIGTERM; in the middle of step {during}: sampling; {saved.format(run.folder)}" in run.said
+    if during > 1:
+        assert train_run(*flags, "--resume", str(run.folder)).code == 0
+        found, expected = read_metrics(run.folder), read_metrics(train_run(*flags).folder)
+        assert len(found) == 4 and [len(found), *learnt(found)] == [len(expected), *learnt(expected)]
+
+
+def learnt(records):
+    """What depends on all that a step sampled and learnt."""
+    return [[record[name] for name in ("reward", "loss", "grad_norm", "mismatch/kl_k3")] for record in records[1:]]
 
 
 @pytest.mark.fault(23)

@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
+from functools import partial
 from typing import Any
 
 from jaxrl_fp16.training.runs.learner import Learner
+from jaxrl_fp16.training.safety.deadlines import Interrupted
 from jaxrl_fp16.training.safety.guards import SkipGuard, check_bounds
 from jaxrl_fp16.training.updates.optimizer import make_schedule
 
@@ -35,9 +37,11 @@ def follow(run, learner, steps, last, optimizer, evaluate, *, frozen=False):
 
     Returns the exit code: 0, or 128 + the signal that ended the run. Raises `Guard`.
     """
-    guard, schedule = SkipGuard(run), make_schedule(optimizer)
+    guard, schedule, unsaved = SkipGuard(run), make_schedule(optimizer), None
     run.stage("the first step")
-    for step in steps:
+    for step in _up_to_a_signal(steps):
+        if isinstance(step, Interrupted):
+            return _end_midway(run, step, unsaved, frozen)
         number, learner, metrics = step.number, step.learner, dict(step.metrics)
         run.stage(f"the work after step {number}")
         metrics["learning_rate"] = 0.0 if frozen else float(schedule(learner.actor.step))
@@ -50,8 +54,11 @@ def follow(run, learner, steps, last, optimizer, evaluate, *, frozen=False):
             guard.check(optimizer_step, step.cause)
         check_bounds(run, number, metrics)
         stops = run.stops()
-        if (number == last or stops or run.checkpoints.due(number)) and not frozen:
-            run.checkpoints.save(number, learner.saved(), {"position": step.position}, metrics)
+        save = partial(run.checkpoints.save, number, learner.saved(), {"position": step.position}, metrics)
+        due = number == last or stops or run.checkpoints.due(number)
+        if due and not frozen:
+            save()
+        unsaved = None if due or frozen else save
         if stops:
             return run.end_by_signal(number, "a probe saves nothing" if frozen else None)
         if number < last:
@@ -59,3 +66,21 @@ def follow(run, learner, steps, last, optimizer, evaluate, *, frozen=False):
     if run.config.run.export and not frozen:
         run.export(learner.sampling_params)
     return 0
+
+
+def _up_to_a_signal(steps):
+    """The steps, and where a signal ended one midway, the Interrupted that says so as the last."""
+    try:
+        yield from steps
+    except Interrupted as signal:
+        yield signal
+
+
+def _end_midway(run, step, unsaved, frozen):
+    """The exit code of a run whose step a signal ended: what was done before it is saved, if it is not yet."""
+    if unsaved is not None:
+        unsaved()
+    run.checkpoints.wait()
+    run.stops()
+    kept = "a probe saves nothing" if frozen else run.checkpoints.describe()
+    return run.end_by_signal(0, f"in the middle of {step}; {kept}")

@@ -134,9 +134,9 @@ class Graded:
     unknown_tokens: int = 0      # of them, ids that the tokenizer has no token for: rows that pad the embedding
 
 
-def sample_and_grade(engine, params, prompts, task, setup, key):
-    """Samples a group for each prompt, decodes the responses and grades them."""
-    rollout = engine(params, prompts.tokens, prompts.mask, key)
+def sample_and_grade(engine, params, prompts, task, setup, key, watch=None):
+    """Samples a group for each prompt, decodes the responses and grades them. watch: as for `make_engine`."""
+    rollout = engine(params, prompts.tokens, prompts.mask, key, watch)
     tokens, mask, finished = (to_host(x) for x in (rollout.tokens, rollout.response_mask, rollout.finished))
     texts = decode_responses(setup.tokenizer, tokens, mask, setup.eos_ids)
     group = len(texts) // len(prompts.texts)

@@ -79,10 +79,14 @@ def evaluate(evaluator, params, setup, length, key, tell=lambda text: None):
 
     Prompts longer than `length` tokens, or without their problem's text, count as unsolved, and where there are any
     `.../prompts_set_aside` says how many: a set's size does not depend on a limit.
-    tell: takes a line on how far it is, after each chunk but the last.
+    tell: takes a line on how far it is, every few seconds while responses are long, and after each chunk but the last.
     """
     rewards, lengths, finished, aside, done, total = [], [], [], 0, 0, len(evaluator.task.heldout)
-    for kept, graded in grade_chunks(evaluator, params, setup, length, key):
+
+    def watch(found):
+        tell(f"evaluating {evaluator.name}: {done} of {total} problems; {found}")
+
+    for kept, graded in grade_chunks(evaluator, params, setup, length, key, watch=watch):
         count, aside = len(kept), aside + int((~kept).sum())
         counted = kept[:, None] & graded.rewards.valid[:count]
         values = np.where(counted, graded.rewards.values[:count], 0.0)
@@ -97,17 +101,17 @@ def evaluate(evaluator, params, setup, length, key, tell=lambda text: None):
     return found | ({f"eval/{evaluator.name}/prompts_set_aside": float(aside)} if aside else {})
 
 
-def grade_chunks(evaluator, params, setup, length, key, start=0):
+def grade_chunks(evaluator, params, setup, length, key, start=0, watch=None):
     """Yields `(kept bool [c], Graded)` for each chunk of a set's problems, in order: the first c groups are theirs.
 
     kept: False where a prompt has more than `length` tokens, or lacks its problem's text. `start`, a multiple of
-    `prompts_at_once`, is the first problem: what a chunk gives depends on its place alone.
+    `prompts_at_once`, is the first problem: what a chunk gives depends on its place alone. watch: as for `make_engine`.
     """
     for begin in range(start, len(evaluator.task.heldout), evaluator.prompts_at_once):
         chunk = evaluator.task.heldout[begin:begin + evaluator.prompts_at_once]
         prompts, kept = _prompts(evaluator, chunk, setup.tokenizer, length)
         chunk_key = jax.random.fold_in(key, begin // evaluator.prompts_at_once)
-        yield kept, sample_and_grade(evaluator.engine, params, prompts, evaluator.task, setup, chunk_key)
+        yield kept, sample_and_grade(evaluator.engine, params, prompts, evaluator.task, setup, chunk_key, watch)
 
 
 def _prompts(evaluator, chunk, tokenizer, length):

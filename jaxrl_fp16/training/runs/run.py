@@ -28,7 +28,7 @@ from jaxrl_fp16.training.runs.learner import critic_model
 from jaxrl_fp16.training.runs.positions import check_positions
 from jaxrl_fp16.training.runs.run_folder import check_resumed, new_folder, write_record
 from jaxrl_fp16.training.runs.setup import Setup, check_models_beside, opened, set_up
-from jaxrl_fp16.training.safety.deadlines import Signals, Watchdog, caught_signals, leaving_on_abort
+from jaxrl_fp16.training.safety.deadlines import Interrupted, Signals, Watchdog, caught_signals, leaving_on_abort
 from jaxrl_fp16.training.safety.folder_lock import only_writer
 from jaxrl_fp16.training.safety.guards import Guard, ending_in_order
 from jaxrl_fp16.training.safety.memory import MIB, check_fits, device_bytes, estimate, parameter_count
@@ -83,6 +83,15 @@ class Run:
         if told:
             self.log.stage(name)
         self.watchdog.start(name, self.checkpoints.describe())
+
+    def watch(self, what):
+        """What an engine calls on the way: it says how far `what` is, and raises Interrupted once a signal came."""
+        def tell(found):
+            self.log.status(f"{what}: {found}")
+            if self.signals.received is not None:
+                raise Interrupted(what)
+
+        return tell
 
     def start_log(self, start, steps, **console):
         """Opens the run's files; those of a resumed run have been cut back to step `start`."""

@@ -24,6 +24,10 @@ GRACE = 2.0     # seconds after a second signal until the process is ended from 
 STOPPED = 3     # the exit code of a run that a guard stopped
 
 
+class Interrupted(Exception):
+    """A signal came in the middle of a step, which is given up."""
+
+
 class Signals:
     """SIGTERM and SIGINT, remembered until the step ends; a second one stops at once."""
 

@@ -143,7 +143,7 @@ def test_responses_are_decoded_and_graded_in_their_groups():
     task = task_of("1=", "2=", grade=grade)
     prompts = next_prompts(task, TOKENIZER, 0, 2, 4, 0)
     setup = SimpleNamespace(mesh=make_mesh(), tokenizer=TOKENIZER, eos_ids=(TOKENIZER.eos_token_id,))
-    sample = lambda params, tokens, mask, key: rollout_of(np.asarray(tokens), "12", "", "345", "6")
+    sample = lambda params, tokens, mask, key, watch: rollout_of(np.asarray(tokens), "12", "", "345", "6")
     graded = sample_and_grade(sample, None, prompts, task, setup, None)
     assert seen == [(prompts.texts, [["12", ""], ["345", "6"]], prompts.texts)]
     assert graded.rewards.values.tolist() == [[2, 0], [3, 1]]
@@ -157,7 +157,7 @@ def test_sampled_ids_that_no_token_has_are_counted():
     prompts = next_prompts(task, TOKENIZER, 0, 1, 4, 0)
     setup = SimpleNamespace(mesh=make_mesh(), tokenizer=TOKENIZER, eos_ids=(TOKENIZER.eos_token_id,))
 
-    def sample(params, tokens, mask, key):
+    def sample(params, tokens, mask, key, watch=None):
         rollout = rollout_of(np.asarray(tokens), "12", "345")
         ids = rollout.tokens.copy()
         ids[0, -3], ids[1, -3:], ids[:, 0] = beyond, (beyond, beyond + 1, beyond), beyond

@@ -48,7 +48,7 @@ def evaluator_of(problems, at_once=2, grade=None):
     """An evaluator with a sampler that looks its responses up, and the list of the batches that it is given."""
     batches = []
 
-    def sample(params, tokens, mask, key):
+    def sample(params, tokens, mask, key, watch=None):
         prompts = [TOKENIZER.decode(row[kept]) for row, kept in zip(np.asarray(tokens), np.asarray(mask))]
         batches.append((tokens.shape, prompts, jax.random.key_data(key).tolist()))
         rows = [ids_of(text) + [1] for prompt in prompts for text in ANSWERS.get(prompt, ("", "", ""))]

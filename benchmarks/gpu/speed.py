@@ -18,7 +18,7 @@ import optax
 
 import jaxrl_fp16 as rl
 from jaxrl_fp16.forward import cast_to_compute, in_compute_dtype, logits_of
-from jaxrl_fp16.models.attention import store
+from jaxrl_fp16.models.attention import store, store_keys
 from jaxrl_fp16.models.decoder import Cache, decode_step, unstack_layers
 from jaxrl_fp16.sampling.support import draw
 from qwen import Results, arguments, decoder, params_of, seconds, sizes
@@ -46,13 +46,13 @@ def decode_program(model, params, precision, rows, slots):
     c, policy = model.config, rl.get_precision(precision).policy
     compute = jax.jit(lambda x: cast_to_compute(x, policy, model.numerics))(params)
     half, sampling = in_compute_dtype(model, policy), rl.SamplingConfig(max_new_tokens=STEPS, group_size=1)
-    empty = jnp.zeros((rows, c.num_kv_heads, slots, c.head_dim), policy.compute_dtype)
+    shape = rows, c.num_kv_heads, slots, c.head_dim
     keys = jax.random.split(jax.random.key(0), rows)
 
-    def filled(key):
-        return store(jax.random.normal(key, empty.shape, empty.dtype))
+    def filled(seed):
+        return jax.random.normal(jax.random.key(seed), shape, policy.compute_dtype)
 
-    caches = [Cache(filled(jax.random.key(2 * i)), filled(jax.random.key(2 * i + 1))) for i in range(c.num_layers)]
+    caches = [Cache(store_keys(half.attention, filled(2 * i)), store(filled(2 * i + 1))) for i in range(c.num_layers)]
 
     def loop(params, caches, token):
         layers = unstack_layers(params["layers"], c.num_layers)

@@ -73,8 +73,17 @@ class DecoderConfig:
 class Cache:
     """Keys and values of one layer, as `attention.store` keeps the compute dtype or float32; slot = position."""
 
-    keys: jax.Array    # [B,K,S,E]; [L,B,K,S,E] as a prefill returns them
-    values: jax.Array  # likewise
+    keys: jax.Array    # [B,K,E,S], of cuDNN's kernel [B,K,S,E]; a prefill returns them with L in front
+    values: jax.Array  # [B,K,S,E], likewise
+
+    def widened(self, kind, slots):
+        """With zeros after what is there, up to `slots` slots of an attention of `kind`."""
+        return Cache(*(_pad(x, axis, slots) for x, axis in zip((self.keys, self.values), attention.slot_axes(kind))))
+
+
+def _pad(x, axis, size):
+    axis %= x.ndim
+    return jnp.pad(x, [(0, size - x.shape[i] if i == axis else 0) for i in range(x.ndim)])
 
 
 class Attention(nn.Module):
@@ -100,9 +109,10 @@ class Attention(nn.Module):
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if positions is None:
             mixed = attention.attend(self.kind, q, k, v, segments, weights)
-            cache = Cache(attention.store(k), attention.store(v))
+            cache = Cache(attention.store_keys(self.kind, k), attention.store(v))
         else:
-            cache = Cache(_write(cache.keys, positions, k), _write(cache.values, positions, v))
+            in_keys, in_values = attention.slot_axes(self.kind)
+            cache = Cache(_write(cache.keys, in_keys, positions, k), _write(cache.values, in_values, positions, v))
             mixed = attention.attend_cache(self.kind, q, cache.keys, cache.values, positions, weights)
         kernel, inner = (c.heads, c.head_dim, self.width), c.heads * c.head_dim
         bias = (self.width,) if c.output_bias else None
@@ -114,9 +124,10 @@ class Attention(nn.Module):
         return Projection("btd,dhe->bthe", (self.width, heads, c.head_dim), self.width, bias, name=name)
 
 
-def _write(stored, positions, new):
-    """`stored` [B,K,S,E] with `new` [B,K,1,E] in each row's slot: a scatter that XLA does in place."""
-    at = stored.at[jnp.arange(len(positions)), :, positions]
+def _write(stored, axis, positions, new):
+    """`stored` [B,K,S,E] with `new` [B,K,1,E] in each row's slot, along `axis`: a scatter that XLA does in place."""
+    rows = jnp.arange(len(positions))
+    at = stored.at[rows, :, positions] if axis == -2 else stored.at[rows, :, :, positions]
     return at.set(attention.store(new[:, :, 0]), mode="promise_in_bounds", unique_indices=True)
 
 

@@ -48,14 +48,14 @@ class Rows:
     length: jax.Array      # int32 [B]: of its prompt
     order: jax.Array       # int32 [B]: the rows that go on after it, then the others
     count: jax.Array       # int32 []: how many go on
-    prompts: Cache         # [n,L,K,P,E]
+    prompts: Cache         # arrays [n,L,...], of P slots
 
 
 @struct.dataclass
 class Slots:
     """The carry of the decode loop."""
 
-    caches: list[Cache]    # one a layer, arrays [R,K,S,E]
+    caches: list[Cache]    # one a layer, of R rows and S slots
     row: jax.Array         # int32 [R]: which one is in the slot; B and more: none was yet
     keys: jax.Array        # [R]: the row's
     token: jax.Array       # int32 [R]: the last one drawn
@@ -106,9 +106,10 @@ def fill(recipe, stage, rows, columns, finished):
         # No queue: a row has the slot of its number, so that on a mesh it stays where it is.
         going = jnp.zeros(total, bool).at[rows.order].set(jnp.arange(total) < rows.count)
         row, done = slot, jnp.pad(~going, (0, count - total), constant_values=True)
-        spread = lambda x: _pad(jnp.repeat(x, group, axis=0), 0, count)
+        spread = lambda x: jnp.pad(
+            jnp.repeat(x, group, axis=0), ((0, count - total), *((0, 0) for _ in range(x.ndim - 1))))
     layers = range(recipe.model.config.num_layers)
-    caches = [jax.tree.map(lambda x, i=i: _pad(spread(x[:, i]), 2, stage.width), rows.prompts) for i in layers]
+    caches = [_widen(recipe, jax.tree.map(lambda x, i=i: spread(x[:, i]), rows.prompts), stage) for i in layers]
     at = jnp.minimum(row, total - 1)
     return Slots(
         caches=caches, row=row, keys=rows.keys[at], token=rows.token[at], position=rows.length[at],
@@ -117,9 +118,8 @@ def fill(recipe, stage, rows, columns, finished):
     )
 
 
-def _pad(x, axis, size):
-    """`x` with zeros after it along `axis`, up to `size`."""
-    return jnp.pad(x, [(0, size - x.shape[i] if i == axis else 0) for i in range(x.ndim)])
+def _widen(recipe, cache, stage):
+    return cache.widened(recipe.model.attention, stage.width)
 
 
 def run_stage(recipe, weights, rows, stage, state, steps=None):
@@ -172,13 +172,13 @@ def _fits(stage, state):
     return jnp.max(jnp.where(state.done, 0, state.position)) < stage.width
 
 
-def enter(stage, state):
+def enter(recipe, stage, state):
     """`state` in the shapes of a later Stage: the living rows in its slots, the caches at its width."""
     if len(state.row) > stage.slots:
         kept = jnp.argsort(state.done, stable=True)[: stage.slots]
         take = lambda x: jax.tree.map(lambda leaf: leaf[kept], x)
         state = state.replace(**{name: take(getattr(state, name)) for name in PER_SLOT})
-    return state.replace(caches=jax.tree.map(lambda x: _pad(x, 2, stage.width), state.caches))
+    return state.replace(caches=[_widen(recipe, cache, stage) for cache in state.caches])
 
 
 PER_SLOT = ("caches", "row", "keys", "token", "position", "drawn", "stop_state", "done", "tainted")

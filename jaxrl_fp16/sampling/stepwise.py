@@ -5,6 +5,7 @@ n: prompts.  P: prompt columns.  B: rows.
 
 from collections.abc import Callable
 import dataclasses
+from functools import partial
 import time
 from typing import Any
 
@@ -61,7 +62,7 @@ def make_stepwise_sampler(model, policy, config, *, eos_id, pad_id, tokenizer=No
 
     begin = program(begin)
     advance = program(advance, static_argnums=0, donate_argnums=3)
-    move = program(enter, static_argnums=0)
+    move = program(partial(enter, recipe), static_argnums=0)
     end = program(lambda tokens, mask, state: as_rollout(
         tokens, mask, config.group_size, state.columns, state.finished))
 

@@ -219,12 +219,13 @@ def _decode(model, params, batch, columns, temperature, group=1):
     prompt = jnp.where(jnp.arange(columns) < lengths[:, None], tokens[:, :columns], 0)
     _, taps, caches = tapped_forward(model, params, prompt[::group], keep_cache=True)
 
-    def spread(x, axis, length):
-        """`x` [...,P,D], its rows along `axis` as often as they are shared, with `length` columns."""
-        return jnp.repeat(jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, length - columns), (0, 0))), group, axis=axis)
+    def spread(x, axis):
+        """`x`, its rows along `axis` as often as they are shared."""
+        return jnp.repeat(x, group, axis=axis)
 
-    caches = jax.tree.map(lambda x: spread(x, -4, slots), caches)
-    taps = jax.tree.map(lambda x: spread(x, -3, width), taps)
+    caches = jax.tree.map(lambda x: spread(x, -4), caches.widened(model.attention, slots))
+    longer = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, width - columns), (0, 0)))
+    taps = jax.tree.map(lambda x: spread(longer(x), -3), taps)
 
     def predict(hidden, at):
         """Log-prob [B] of the token after position `at`."""

@@ -8,6 +8,7 @@ weight and token, and attention's causal half; recomputation by remat is not cou
 matmul's rate.
 """
 
+import math
 import time
 
 import jax
@@ -74,7 +75,7 @@ def decode_program(model, params, precision, rows, slots):
         token, caches = jax.block_until_ready(program(compute, caches, token))
 
     weights = sum(sizes(c)) * 2
-    return run, weights + 2 * c.num_layers * empty.size * 2
+    return run, weights + 2 * c.num_layers * math.prod(shape) * 2
 
 
 def measure_decode(model, params, precision, rows, slots, copied):

@@ -204,7 +204,7 @@ def _first_of(x, columns, blank):
 
 
 def _prefill(recipe, compute, prompt_tokens, prompt_mask, keys):
-    """Each prompt once: what `draw` gives for its rows' first tokens, a `Cache` of arrays [n,L,...], lengths int32 [n]."""
+    """Each prompt once: what `draw` gives for its rows' first tokens, `Cache` [n,L,...], lengths int32 [n]."""
     order, _ = left_align(prompt_mask)
     lengths = jnp.sum(prompt_mask.astype(bool), axis=1, dtype=jnp.int32)
     tokens = jnp.where(align(prompt_mask, order).astype(bool), align(prompt_tokens, order), 0)

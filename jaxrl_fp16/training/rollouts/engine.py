@@ -10,7 +10,7 @@ from jaxrl_fp16.sampling.slots import LONG
 
 
 def make_engine(setup, model, sampling=None, precision=None):
-    """`engine(params, tokens, mask, key, watch=None) -> Rollout` of left-padded host prompts int32 [n,P] and their mask.
+    """`engine(params, tokens, mask, key, watch=None) -> Rollout` of left-padded host prompts int32 [n,P], their mask.
 
     watch: takes a `Sampled` every few seconds, and may end the batch by an exception. On one device only, and for
     responses of `LONG` tokens and more: the others are one program.

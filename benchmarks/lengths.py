@@ -1,6 +1,6 @@
 """Real lengths: what sampler, update and a whole GRPO step make of rows that end early, on one core.
 
-    JAX_PLATFORMS=cpu python benchmarks/lengths.py [--parts sampler update step compiles]
+    JAX_PLATFORMS=cpu python benchmarks/lengths.py [--parts sampler update step compiles mismatch]
         [--workloads 32 128 log-normal] [--precisions fp32 fp16] [--repeats 3] [--trl-python PATH]
 
 The model of `workload.py`, prompts of 16 to 64 tokens, 4 responses to each of at most 256 tokens, 32 rows at once.
@@ -13,6 +13,8 @@ spread as log-normal ones are, with a few rows at the limit (`log-normal`, 128 p
 - step: tokens of whole steps (sampling, rewards, scoring, update) beside those of TRL, each at the best of its
   microbatches. TRL runs under `--trl-python`, in an environment of its own with trl==1.16.
 - compiles: programs that XLA compiled in 50 updates of random lengths, and the seconds that took.
+- mismatch: token KL (k3) of the sampler against the scorer on rollouts of three seeds, by rows of like length
+  (`by_length`) and at the full width (`full_width`).
 
 Each part writes `results/lengths_PART.json`.
 """
@@ -20,6 +22,7 @@ Each part writes `results/lengths_PART.json`.
 from __future__ import annotations
 
 from contextlib import ExitStack
+from functools import partial
 import tempfile
 
 import jax
@@ -37,7 +40,8 @@ import update
 from workload import EOS, MODEL, PAD, PROMPT, VOCAB, draw_lengths, make_batch, make_ending_params, make_prompts
 
 WORKLOADS = {"32": ("geometric", 32), "128": ("geometric", 128), "log-normal": ("log-normal", 128)}
-PARTS = "sampler", "update", "step", "compiles"
+PARTS = "sampler", "update", "step", "compiles", "mismatch"
+SEEDS = 3
 GROUP, ROWS_OF_BUDGET, MOST_ROWS = 4, 8, 32
 TRAINED = MODEL.clone(remat=False)  # it fits
 COMPILED = "/jax/core/compile/backend_compile_duration"
@@ -173,6 +177,29 @@ def measure_compiles(given, lengths, count):
              "seconds": sum(spent)}]
 
 
+def token_kl(rollout, logprobs):
+    """k3 of the sampler against the scorer, a mean over response tokens, nats."""
+    d = np.asarray(logprobs, np.float64) - np.asarray(rollout.logprobs, np.float64)
+    return float(np.mean((np.expm1(d) - d)[np.asarray(rollout.response_mask)]))
+
+
+def measure_mismatch(given, lengths, count):
+    params, rows = make_ending_params(lengths), []
+    for name in given.precisions:
+        policy, sampling = rl.get_precision(name).policy, rl.SamplingConfig(
+            max_new_tokens=given.tokens, group_size=GROUP, max_rows=given.rows)
+        sample = rl.make_sampler(MODEL, policy, sampling, eos_id=EOS, pad_id=PAD)
+        by_length = partial(rl.token_logprobs, MODEL, policy=policy)
+        full_width = jax.jit(by_length)  # under tracing no mask can be looked at
+        for seed in range(SEEDS):
+            rollout = sample(params, *make_prompts(count, seed), jax.random.key(seed))
+            found = {scorer: token_kl(rollout, score(params, rollout.tokens, rollout.mask))
+                     for scorer, score in (("by_length", by_length), ("full_width", full_width))}
+            ratio = found["by_length"] / found["full_width"]
+            rows.append({"program": f"jaxrl_fp16 {name}", "seed": seed, **found, "of_full_width": ratio})
+    return rows
+
+
 def main():
     parser = parser_of(__doc__, rows=32, tokens=256, repeats=3, steps=50)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
@@ -184,7 +211,7 @@ def main():
     given = parser.parse_args()
     use_one_core()
     torch.set_num_threads(1)
-    measures = dict(zip(PARTS, (measure_sampler, measure_update, measure_step, measure_compiles)))
+    measures = dict(zip(PARTS, (measure_sampler, measure_update, measure_step, measure_compiles, measure_mismatch)))
     for part in given.parts:
         rows = []
         for name in given.workloads:

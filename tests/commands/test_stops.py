@@ -38,16 +38,16 @@ def test_a_signal_ends_the_step_and_saves(train_run, monkeypatch, number, place)
 def test_a_signal_in_the_middle_of_a_long_batch(train_run, monkeypatch, during, rows, saved):
     """What was done is saved, and the run that goes on is bitwise one that never stopped."""
     monkeypatch.setattr(engine, "LONG", 0)
-    watch, flags = Run.watch, ("--checkpoint.every", "0", "--run.steps", "3")
+    tell_how_far, flags = Run.tell, ("--checkpoint.every", "0", "--run.steps", "3")
 
-    def watch_and_signal(run, what):
-        tell = watch(run, what)
+    def tell_and_signal(run, what):
+        tell = tell_how_far(run, what)
         if what == f"step {during}: sampling":
             return lambda found: [signal.raise_signal(signal.SIGTERM), tell(found)]
         return tell
 
     with monkeypatch.context() as patch:
-        patch.setattr(Run, "watch", watch_and_signal)
+        patch.setattr(Run, "tell", tell_and_signal)
         run = train_run(*flags)
     assert run.code == 143 and [record["step"] for record in read_metrics(run.folder)] == rows
     assert f"stopped by SIGTERM; in the middle of step {during}: sampling; {saved.format(run.folder)}" in run.said

@@ -40,8 +40,8 @@ def iterations(run, algorithm, start):
 
         # Prompts, a group of responses to each, and what they earn.
         run.stage(f"step {step}: sampling and grading", told=True)
-        watch = run.watch(f"step {step}: sampling")
-        draw = partial(draw_batch, run, engine, learner.sampling_params, sample_key, watch)
+        tell = run.tell(f"step {step}: sampling")
+        draw = partial(draw_batch, run, engine, learner.sampling_params, sample_key, tell)
         with announced(run.log, first, "compiling the sampler"):
             prompts, graded, draws = sample_unequal(draw, position, rounds, config.training.truncated, setup.mesh)
         position, sampled = prompts.position, time.perf_counter()
@@ -57,7 +57,7 @@ def iterations(run, algorithm, start):
         metrics |= rollout_metrics(config, graded, prompts, draws) | retokenised(run, graded.rollout)
         metrics |= {"seconds/sample": sampled - began, "seconds/learn": done - sampled,
                     "tokens_per_second": draws.tokens / (done - began)}
-        metrics |= device_peak(setup.mesh) | watch.look(step, learner.actor, taken)
+        metrics |= device_peak(setup.mesh) | setup.engines.metrics() | watch.look(step, learner.actor, taken)
         yield Step(step, learner, metrics, position, taken, sample_records(prompts, graded), watch.cause)
 
 
@@ -87,14 +87,14 @@ def check_data(setup, task):
 # -- within a step -------------------------------------------------------------------------------
 
 
-def draw_batch(run, engine, params, key, watch, position, number):
+def draw_batch(run, engine, params, key, tell, position, number):
     """`(PromptBatch, Graded)`: the prompts from `position` on, and what `params` made of them in draw `number`."""
     t, setup = run.config.training, run.setup
     prompts = next_prompts(
         run.task, setup.tokenizer, position, t.prompts_per_step, t.max_prompt_tokens, run.config.run.seed
     )
     key = jax.random.fold_in(key, number) if number else key
-    graded = sample_and_grade(engine, params, prompts, run.task, setup, key, watch)
+    graded = sample_and_grade(engine, params, prompts, run.task, setup, key, tell)
     check_rewards(graded.rewards, t.max_failed_rewards)
     return prompts, graded
 

@@ -1,0 +1,78 @@
+"""One engine, whichever it is, for benchmarks: our sampler in this process, or a process of its own with weights."""
+
+from __future__ import annotations
+
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import jaxrl_fp16 as rl
+from jaxrl_fp16.engines import KINDS, Engine, RolloutConfig, make_rollout
+
+NAMES = "jit", *KINDS
+PAD = 0
+
+
+class Direct(Engine):
+    """An engine whose first weights are those that it is given: no other ones to see a synchronisation act."""
+
+    def _see_it_act(self, params):
+        self._acts = True
+
+
+class Jit:
+    """Our own sampler."""
+
+    def __init__(self, precision, model):
+        self.policy, self.model, self.facts = rl.get_precision(precision).policy, model, {}
+
+    def sample(self, params, tokens, mask, sampling, seed=0):
+        end = self.model.config.vocab_size  # which no row draws
+        run = rl.make_sampler(self.model, self.policy, sampling, eos_id=end, pad_id=PAD)
+        return run(params, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(seed))
+
+    def close(self):
+        """There is no process to end."""
+
+
+class Other:
+    """One of KINDS under the interpreter `python`."""
+
+    def __init__(self, name, python, precision, model, rows, length):
+        settings = {"dtype": rl.get_precision(precision).policy.compute_dtype.name, "device": "cpu", "seed": 0,
+                    "memory_fraction": 0.4, "max_length": length, "max_rows": rows}
+        self.engine = Direct(RolloutConfig(engine=name, deadline_seconds=3600), python, model, settings, print)
+
+    @property
+    def facts(self):
+        return self.engine.facts
+
+    def sample(self, params, tokens, mask, sampling, seed=0):
+        prompts = [row[real].tolist() for row, real in zip(tokens, mask)]
+        return make_rollout(tokens, mask, self.engine.draw(params, prompts, sampling, seed, ()), PAD)
+
+    def close(self):
+        self.engine.close()
+
+
+def open_engine(name, vllm_python, precision, model, rows, length):
+    """An engine of `NAMES`: `sample(params, tokens, mask, sampling, seed) -> Rollout`, `facts`, `close()`.
+
+    Prompts are left-padded, int32 [n,P] with their mask; no row ends before `max_new_tokens`.
+    rows: that are drawn at once. length: of the longest prompt with its response, in tokens.
+    """
+    if name == "jit":
+        return Jit(precision, model)
+    return Other(name, vllm_python if name == "vllm" else sys.executable, precision, model, rows, length)
+
+
+def padded(prompts):
+    """Lists of ids left-padded: int32 [n,P] and their mask."""
+    width = max(map(len, prompts))
+    tokens = np.array([[PAD] * (width - len(ids)) + list(ids) for ids in prompts], np.int32)
+    return tokens, np.arange(width) >= width - np.array(list(map(len, prompts)))[:, None]
+
+
+__all__ = ["NAMES", "open_engine", "padded"]

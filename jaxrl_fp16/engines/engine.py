@@ -81,7 +81,8 @@ class Engine:
         began, self._sent = time.perf_counter(), None
         with written(self._place, self._model, params, self.dtype, version) as (folder, files):
             answer, _ = self._pipe.ask({"op": "load", "version": version, "folder": str(folder), "files": files})
-        self.facts, found = answer["facts"], answer["facts"].get("dtype")
+        self.facts |= answer["facts"]
+        found = answer["facts"].get("dtype")
         if found != self.dtype:
             raise EngineRefused(f"the engine {self.name} has weights in {found} after loading; the run samples in "
                                 f"{self.dtype}: allowed: an engine that computes in it, or another rollout_precision")
@@ -155,7 +156,8 @@ class Engine:
             environment["CUDA_VISIBLE_DEVICES"] = ""
         self._pipe = Pipe(self._python, environment, self._config.deadline_seconds)
         self._stack.callback(self._pipe.close)
-        self._pipe.ask({"op": "open", "engine": self.name, "settings": self._settings})
+        answer, _ = self._pipe.ask({"op": "open", "engine": self.name, "settings": self._settings})
+        self.facts = answer["facts"]
 
     def _stop(self):
         pipe, self._pipe, self._sent = self._pipe, None, None
@@ -224,6 +226,10 @@ class Engines:
         if self._engine is not None:
             self._engine.close()
             self._engine = None
+
+    def facts(self):
+        """Of the engine that is open: its name, the dtype seen on its parameters, versions of its libraries."""
+        return {} if self._engine is None else {"name": self._engine.name, **self._engine.facts}
 
     def metrics(self):
         """Of the engine that drew last: `rollout/version` of its weights, `rollout/restarts` so far, `seconds/weights`

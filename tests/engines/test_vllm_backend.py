@@ -14,7 +14,9 @@ import numpy as np
 import pytest
 
 from jaxrl_fp16.cli import main
-from jaxrl_fp16.engines import Engine, RolloutConfig, check_sampling, find_python, make_rollout, vllm_backend
+from jaxrl_fp16.engines import (
+    Engine, EngineRefused, RolloutConfig, check_sampling, find_python, make_rollout, vllm_backend,
+)
 from jaxrl_fp16.engines.vllm_backend import Refused, Vllm, cache_bytes, free_bytes
 from jaxrl_fp16.forward import token_logprobs
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, save_pretrained
@@ -44,14 +46,16 @@ class Llm:
         self.model_config = types.SimpleNamespace(dtype=f"torch.{options['dtype']}")
         packing = types.SimpleNamespace(process_weights_after_loading=lambda head: self.log.append(("packed", head)))
         self.head = types.SimpleNamespace(quant_method=packing)
-        self.dtypes = [options["dtype"]]
+        self.dtypes, self.attention = [options["dtype"]], (2, 1, 32)
 
     def collective_rpc(self, name, kwargs):
         self.log.append((name, kwargs["weights_path"]))
 
     def apply_model(self, function):
         weights = [types.SimpleNamespace(dtype=f"torch.{name}", is_floating_point=lambda: True) for name in self.dtypes]
-        return [function(types.SimpleNamespace(lm_head=self.head, parameters=lambda: weights))]
+        layer = types.SimpleNamespace(**dict(zip(("num_heads", "num_kv_heads", "head_size"), self.attention)))
+        return [function(types.SimpleNamespace(lm_head=self.head, parameters=lambda: weights,
+                                               modules=lambda: [self.head, layer]))]
 
     def reset_prefix_cache(self):
         self.log.append("reset")
@@ -187,6 +191,14 @@ def test_another_place_is_refused(make, folder, monkeypatch):
         Vllm(SETTINGS)
 
 
+def test_a_model_that_it_reads_otherwise_is_refused(make, tmp_path):
+    """Of qwen2 vLLM does not read head_dim, and takes a part of each weight."""
+    model = Decoder(DecoderConfig(**{**vars(CONFIG), "head_dim": 64}))
+    save_pretrained(tmp_path / "wide", model, init_params(model, jax.random.key(0)), dtype="float16")
+    with pytest.raises(Refused, match=r"width\) \[\(2, 1, 32\)\] of weights with \(2, 1, 64\)"):
+        make().load(tmp_path / "wide")
+
+
 def test_the_cache_leaves_memory_to_others(monkeypatch):
     config = {"num_attention_heads": 8, "hidden_size": 64, "num_hidden_layers": 3}
     assert cache_bytes(config, 4, 2, 129) == 2 * 3 * 64 * 4 * 128 * (2 * 2 + 1)
@@ -208,6 +220,7 @@ def test_a_run_is_refused_before_its_start():
 
 # -- vLLM itself ---------------------------------------------------------------------------------------
 
+PYTHON = os.environ.get("JAXRL_FP16_VLLM_PYTHON")
 PROMPTS = [[3, 4, 5], list(range(100, 110)), [1 + place % 99 for place in range(300)]]  # the last: beyond a block
 
 
@@ -216,7 +229,7 @@ def started():
     """started(precision, model) -> an Engine of vLLM, closed afterwards."""
     with contextlib.ExitStack() as stack:
         def start(precision, model):
-            config = RolloutConfig(engine="vllm", python=os.environ["JAXRL_FP16_VLLM_PYTHON"], deadline_seconds=600)
+            config = RolloutConfig(engine="vllm", python=PYTHON, deadline_seconds=600)
             settings = SETTINGS | {"dtype": get_precision(precision).policy.compute_dtype.name, "max_length": 320}
             return stack.enter_context(contextlib.closing(Engine(config, find_python(config), model, settings, print)))
 
@@ -241,7 +254,7 @@ def test_new_weights_act_whole_and_log_probs_are_the_scorers(started, tied, prec
     model = Decoder(DecoderConfig(**{**vars(CONFIG), "tie_embeddings": tied}))
     versions = [init_params(model, jax.random.key(seed)) for seed in range(2)]
     engine, sampling = started(precision, model), SamplingConfig(8, temperature=0.7, group_size=2)
-    found = [engine.draw(params, PROMPTS, sampling, 9, (127,)) for params in (*versions, versions[0])]
+    found = [engine.draw(params, PROMPTS, sampling, 9, ()) for params in (*versions, versions[0])]
     assert engine.version == 3 and engine.restarts == 0
     for params, one in zip((*versions, versions[0]), found):
         theirs, mine = scored(model, params, precision, 0.7, one)
@@ -262,10 +275,19 @@ def test_end_ids_end_and_truncation_is_refused(started):
 
 
 @pytest.mark.vllm
+@pytest.mark.parametrize("changes, says", [({"head_dim": 64}, "made attention with"),
+                                           ({"hidden_size": 32, "head_dim": 16}, "cannot run the model here")])
+def test_a_model_that_it_cannot_run_is_refused_at_the_start(started, changes, says):
+    model = Decoder(DecoderConfig(**{**vars(CONFIG), **changes}))
+    with pytest.raises(EngineRefused, match=says):
+        started("fp32", model).begin(init_params(model, jax.random.key(0)))
+
+
+@pytest.mark.vllm
 def test_a_run_trains_with_it(tiny, tmp_path, capsys):
     """Two steps; the canary is quiet, stop strings are cut, and eval samples with the same engine."""
-    own = ["--model.head_dim", "32", "--sampling.stop", '["1"]', "--sampling.max_new_tokens", "8", "--rollout.engine",
-           "vllm", "--rollout.python", os.environ["JAXRL_FP16_VLLM_PYTHON"], "--precision", "fp32"]
+    own = ["--model.hidden_size", "64", "--model.head_dim", "32", "--sampling.stop", '["1"]', "--precision", "fp32",
+           "--sampling.max_new_tokens", "8", "--rollout.engine", "vllm", "--rollout.python", PYTHON]
     assert main(["train", str(tiny), *own, "--run.dir", str(tmp_path), "--run.name", "one"]) == 0
     steps = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
     steps = [step for step in steps if "mismatch/kl_k3" in step]

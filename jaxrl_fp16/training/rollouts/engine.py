@@ -9,8 +9,8 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 
-from jaxrl_fp16.config import ConfigError
-from jaxrl_fp16.engines import PROBE_LENGTH, EngineRefused, check_sampling, cut_at_stops, make_rollout
+from jaxrl_fp16.config import ConfigError, naming
+from jaxrl_fp16.engines import PROBE_LENGTH, EngineRefused, check_sampling, cut_at_stops, find_python, make_rollout
 from jaxrl_fp16.models.attention import kind_for
 from jaxrl_fp16.parallel import row_shards, shard_batch
 from jaxrl_fp16.sampling import make_sampler
@@ -43,6 +43,18 @@ def make_engine(setup, model, sampling=None, precision=None, engine=None):
     return lambda params, tokens, mask, key: sample(params, *shard_batch((tokens, mask), setup.mesh), key)
 
 
+def check_engine(rollout):
+    """Refuses a section `rollout` whose engine cannot run here: a run of several processes, an interpreter that is not
+    there or lacks the engine's packages. Raises ConfigError; starts nothing."""
+    if rollout.engine == "jit":
+        return
+    with naming("rollout"):
+        if jax.process_count() > 1:
+            raise ValueError(f"engine is {rollout.engine} in a run of {jax.process_count()} processes; allowed: jit, "
+                             "or a run of one process")
+        find_python(rollout)
+
+
 def begin_engine(setup, model, params):
     """Starts `rollout.engine` with `params` where it is not jit: what can be refused is refused. Raises ConfigError for
     that, and EngineError."""
@@ -53,6 +65,7 @@ def begin_engine(setup, model, params):
 
 def _other_engine(setup, model, sampling, precision, engine):
     check_sampling(engine, sampling.top_k, sampling.top_p, sampling.temperature)
+    check_engine(dataclasses.replace(setup.config.rollout, engine=engine))
     ends = end_ids(setup.tokenizer, names=sampling.end_tokens) if sampling.end_tokens else setup.eos_ids
     vocab_size = model.config.vocab_size
     stops = stop_table(sampling.stop, token_bytes(setup.tokenizer, vocab_size)[:vocab_size]) if sampling.stop else None

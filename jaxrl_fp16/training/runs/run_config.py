@@ -220,6 +220,12 @@ def resolve_algorithm(config) -> AlgorithmConfig:
     return get_algorithm(fields.pop("preset"), **fields)
 
 
+def memory_share(config, whole: float) -> float:
+    """JAX's share of a GPU's memory, of the `whole` that it would take alone: another engine on that card has its
+    own."""
+    return whole if config.rollout.engine == "jit" else whole - config.rollout.memory_fraction
+
+
 def check_mesh_rows(config, mesh):
     """Refuses rows that the mesh cannot divide evenly, with the arithmetic."""
     parts = row_shards(mesh)

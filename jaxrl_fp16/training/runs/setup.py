@@ -16,7 +16,7 @@ from jax.sharding import Mesh
 
 from jaxrl_fp16.config import ConfigError, load_unchecked, naming, naming_at_entry
 from jaxrl_fp16.console import Console
-from jaxrl_fp16.engines import Engines, find_python
+from jaxrl_fp16.engines import Engines
 from jaxrl_fp16.folders import local_folder
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, load_pretrained, read_config
 from jaxrl_fp16.models.families.config_json import read_json
@@ -128,8 +128,6 @@ def set_up(config):
         mesh = make_mesh(config.mesh)
         if config.trains:
             check_mesh_rows(config, mesh)
-    with naming("rollout"):
-        check_engine(config.rollout)
     with naming("model.tokenizer" if config.model.tokenizer else "model.path"):
         tokenizer = _tokenizer(config)
         files = [_json_of_folder(config.model, name) for name in ("generation_config.json", "config.json")]
@@ -143,16 +141,6 @@ def set_up(config):
     )
     engines = Engines(Console(quiet=jax.process_index() != 0).say)
     return Setup(config, precision, rollout, critic, mesh, tokenizer, eos_ids, pad_id(tokenizer), engines)
-
-
-def check_engine(rollout):
-    """Refuses another engine than jit that cannot run here."""
-    if rollout.engine == "jit":
-        return
-    if jax.process_count() > 1:
-        raise ValueError(f"engine is {rollout.engine} in a run of {jax.process_count()} processes; allowed: jit, or a "
-                         "run of one process")
-    find_python(rollout)
 
 
 def _at_home(config):

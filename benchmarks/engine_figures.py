@@ -23,12 +23,13 @@ COLUMNS = {"kl_k3": "token KL (k3)", "abs_diff_mean": "mean abs d", "abs_diff_ma
 def mismatch():
     """Each engine against our scorer in the same precision, and how many times BF16's KL is FP16's."""
     result = load("engines")
+    ratios = times(result["rows"])
     lines = [[row["engine"], row["precision"], f"{row['rows']} x {row['tokens']}",
               *(small(row[column]) for column in COLUMNS)]
-             for row in sorted(result["rows"], key=lambda row: list(result["bf16_times_fp16"]).index(row["engine"]))]
-    ratios = ", ".join(f"{value:.0f} ({name})" for name, value in result["bf16_times_fp16"].items())
+             for row in sorted(result["rows"], key=lambda row: list(ratios).index(row["engine"]))]
+    words = ", ".join(f"{value:.0f} ({name})" for name, value in ratios.items())
     return (f"{table(['engine', 'precision', 'rows x tokens', *COLUMNS.values()], lines)}\n\n"
-            f"Over the first {result['short']} tokens of each row BF16's token KL is as many times FP16's: {ratios}. "
+            f"Over the first {result['short']} tokens of each row BF16's token KL is as many times FP16's: {words}. "
             f"{made_with(result)}")
 
 
@@ -45,6 +46,13 @@ def weights():
     heads = ["engine", "precision", "changed by, relative", "least difference from before", "rows with the same ids",
              "largest difference", "bound"]
     return f"{table(heads, lines)}\n\n{made_with(result)}"
+
+
+def times(rows):
+    """engine -> how many times its token KL in FP16 that in BF16 is, over as many tokens of each row."""
+    found = {(row["engine"], row["precision"]): row["kl_k3_short"] for row in rows}
+    return {name: found[name, "bf16"] / found[name, "fp16"] for name, precision in found
+            if precision == "fp16" and (name, "bf16") in found}
 
 
 PASSAGES = {function.__name__: function for function in (mismatch, weights)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import lru_cache
+import json
 import sys
 
 import jax
@@ -11,9 +12,11 @@ import numpy as np
 
 import jaxrl_fp16 as rl
 from jaxrl_fp16.engines import KINDS, Engine, RolloutConfig, make_rollout
+from record import ROOT, save
 
 NAMES = "jit", *KINDS
 PAD = 0
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 class Direct(Engine):
@@ -75,6 +78,17 @@ def open_engine(name, vllm_python, precision, model, rows, length):
     return Other(name, vllm_python if name == "vllm" else sys.executable, precision, model, rows, length)
 
 
+def put(name, rows, facts, keys):
+    """Writes `rows` and `facts` as a result, and returns all its rows: those of an earlier run with other values of
+    `keys` stay, with the facts of its engines."""
+    path = RESULTS / f"{name}.json"
+    earlier = json.loads(path.read_text()) if path.exists() else {"rows": [], "engines": {}}
+    own = {tuple(row[key] for key in keys) for row in rows}
+    rows = [row for row in earlier["rows"] if tuple(row[key] for key in keys) not in own] + rows
+    save(name, rows, facts | {"engines": earlier["engines"] | facts["engines"]})
+    return rows
+
+
 def padded(prompts):
     """Lists of ids left-padded: int32 [n,P] and their mask."""
     width = max(map(len, prompts))
@@ -82,4 +96,4 @@ def padded(prompts):
     return tokens, np.arange(width) >= width - np.array(list(map(len, prompts)))[:, None]
 
 
-__all__ = ["NAMES", "open_engine", "padded"]
+__all__ = ["NAMES", "open_engine", "padded", "put"]

@@ -1,12 +1,13 @@
 """Do weights that are sent to an engine act, all of them? After a `load` it is held against one that began with them.
 
     JAX_PLATFORMS=cpu python benchmarks/engine_weights.py --model FOLDER [--vllm-python PATH]
-        [--engines jit transformers vllm] [--precisions fp32 fp16 bf16]
+        [--models tied untied] [--engines jit transformers vllm] [--precisions fp32 fp16 bf16]
 
 Two models: FOLDER's, whose head is its embedding, and a random one of family qwen3 with a head of its own. An engine
 draws with a model's weights, greedily; then every weight is changed by a random share, and it draws with those. The
 draws must differ, and the second must be that of an engine that began with the changed weights: same ids, and log-probs
-within `BOUNDS`. The last prompt is longer than a block of vLLM's prefix cache.
+within `BOUNDS`. The last prompt is longer than a block of vLLM's prefix cache. Rows of an earlier run that are not
+measured again stay.
 """
 
 from __future__ import annotations
@@ -19,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxrl_fp16 as rl
-from engine_runs import NAMES, open_engine, padded
-from record import circumstances, print_table, save
+from engine_runs import NAMES, open_engine, padded, put
+from record import circumstances, print_table
 from timing import parser_of
 
 BOUNDS = {"fp32": 1e-4, "fp16": 0.05, "bf16": 0.6}          # of the largest difference of log-probs
@@ -80,6 +81,7 @@ def main():
     parser = parser_of(__doc__, tokens=16)
     parser.add_argument("--model", required=True, help="a Hugging Face folder with tied embeddings")
     parser.add_argument("--vllm-python", help="an interpreter with vLLM; without it vLLM is left out")
+    parser.add_argument("--models", nargs="+", choices=("tied", "untied"), default=("tied", "untied"))
     parser.add_argument("--engines", nargs="+", choices=NAMES, default=NAMES)
     parser.add_argument("--precisions", nargs="+", choices=tuple(BOUNDS), default=tuple(BOUNDS))
     given = parser.parse_args()
@@ -87,15 +89,16 @@ def main():
     facts = {"tokens": given.tokens, "prompt_lengths": LENGTHS, "engines": {}}
     rows, facts = [], circumstances() | facts
     for kind, (model, params) in models(given.model).items():
+        if kind not in given.models:
+            continue
         for engine in engines:
             for precision in given.precisions:
                 found, about = measure(engine, given.vllm_python, precision, model, params, given.tokens)
                 facts["engines"][engine] = about
                 rows += [{"model": kind, "engine": engine, "precision": precision, **row} for row in found]
-                facts["wrong"] = sum(not row["right"] for row in rows)
-                save("engine_weights", rows, facts)
-    print_table("engine_weights", rows)
-    return 1 if facts["wrong"] else 0
+                every = put("engine_weights", rows, facts, ("model", "engine", "precision"))
+    print_table("engine_weights", every)
+    return 0 if all(row["right"] for row in every) else 1
 
 
 if __name__ == "__main__":

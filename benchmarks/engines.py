@@ -6,7 +6,7 @@
 FOLDER: a Hugging Face folder with a tokenizer and a chat template. FILE: JSON lines with a `problem`, which the
 template makes a prompt of. Responses are drawn at temperature 1, one a prompt, and no row ends early. fp16-tokens: of
 Transformers and vLLM in fp16, which PyTorch multiplies slowly on a CPU; `kl_k3_short` is of that many tokens in every
-row, so that like is compared with like.
+row, so that like is compared with like. Rows of an earlier run that are not measured again stay.
 """
 
 from __future__ import annotations
@@ -21,8 +21,9 @@ import jax
 import numpy as np
 
 import jaxrl_fp16 as rl
-from engine_runs import NAMES, open_engine, padded
-from record import circumstances, print_table, save
+from engine_figures import times
+from engine_runs import NAMES, open_engine, padded, put
+from record import circumstances, print_table
 from timing import parser_of
 
 PRECISIONS = "bf16", "fp16", "fp32"
@@ -93,17 +94,10 @@ def main():
             took = time.perf_counter() - began
             rows.append({"engine": name, "precision": precision, "rows": given.prompts, "tokens": tokens,
                          **measure(rollout, score(rollout), given.fp16_tokens), "seconds": round(took)})
-            facts["bf16_times_fp16"] = times(rows)
-            save("engines", rows, facts)
-    print_table("engines", rows)
-    return 1 if min(facts["bf16_times_fp16"].values(), default=FEWEST) < FEWEST else 0
-
-
-def times(rows):
-    """engine -> how many times its token KL in FP16 that in BF16 is, over as many tokens of each row."""
-    found = {(row["engine"], row["precision"]): row["kl_k3_short"] for row in rows}
-    return {name: found[name, "bf16"] / found[name, "fp16"] for name, precision in found
-            if precision == "fp16" and (name, "bf16") in found}
+            every = put("engines", rows, facts, ("engine", "precision"))
+    print_table("engines", every)
+    print(found := times(every))
+    return 1 if min(found.values(), default=FEWEST) < FEWEST else 0
 
 
 if __name__ == "__main__":

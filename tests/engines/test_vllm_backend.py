@@ -19,6 +19,7 @@ from jaxrl_fp16.engines import (
 )
 from jaxrl_fp16.engines.vllm_backend import Refused, Vllm, cache_bytes, free_bytes
 from jaxrl_fp16.forward import token_logprobs
+from jaxrl_fp16.logs import read_metrics
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, save_pretrained
 from jaxrl_fp16.precision import get_precision
 from jaxrl_fp16.sampling import SamplingConfig
@@ -265,7 +266,7 @@ def test_new_weights_act_whole_and_log_probs_are_the_scorers(started, tied, prec
 
 
 @pytest.mark.vllm
-def test_end_ids_end_and_truncation_is_refused(started):
+def test_end_ids_end_responses(started):
     model = Decoder(CONFIG)
     params = init_params(model, jax.random.key(0))
     engine = started("fp32", model)
@@ -284,14 +285,16 @@ def test_a_model_that_it_cannot_run_is_refused_at_the_start(started, changes, sa
 
 
 @pytest.mark.vllm
-def test_a_run_trains_with_it(tiny, tmp_path, capsys):
-    """Two steps; the canary is quiet, stop strings are cut, and eval samples with the same engine."""
+def test_stop_strings_are_cut_and_truncation_is_refused(tiny, tmp_path, capsys):
+    """A whole run of two steps, whose log-probs are the scorer's."""
     own = ["--model.hidden_size", "64", "--model.head_dim", "32", "--sampling.stop", '["1"]', "--precision", "fp32",
            "--sampling.max_new_tokens", "8", "--rollout.engine", "vllm", "--rollout.python", PYTHON]
-    assert main(["train", str(tiny), *own, "--run.dir", str(tmp_path), "--run.name", "one"]) == 0
-    steps = [json.loads(line) for line in (tmp_path / "one" / "metrics.jsonl").read_text().splitlines()]
-    steps = [step for step in steps if "mismatch/kl_k3" in step]
-    assert [step["rollout/version"] for step in steps] == [1, 2]
+    assert main(["train", str(tiny), *own, "--run.dir", str(tmp_path)]) == 0
+    steps = read_metrics(next(tmp_path.iterdir()))[1:]
+    assert [step["rollout/version"] for step in steps] == [2, 3]
     assert all(step["mismatch/kl_k3"] < 1e-8 and step["rollout/restarts"] == 0 for step in steps)
+    lines = (next(tmp_path.iterdir()) / "samples.jsonl").read_text().splitlines()
+    texts = [json.loads(line)["response"] for line in lines]
+    assert any("1" in text for text in texts) and not any("1" in text[:-1] for text in texts)
     assert main(["train", str(tiny), *own, "--sampling.top_k", "3"]) == 2
     assert "vLLM does not say which ids it kept" in capsys.readouterr().err

@@ -110,7 +110,7 @@ def test_what_will_never_start_is_refused_and_not_tried_again(fake, small):
 @pytest.mark.fault(37)
 def test_weights_that_do_not_act_are_refused_at_the_start(fake, small):
     found = fake("stale")
-    with pytest.raises(EngineRefused, match="answers alike, to 0, with weights that differ by a tenth"):
+    with pytest.raises(EngineRefused, match="answers alike, to 0, with weights that differ by a fifth"):
         found.engine.begin(small[1])
     assert not found.living()
 

@@ -47,6 +47,8 @@ def pytest_configure(config):
 
 
 def pytest_runtest_setup(item):
+    if item.get_closest_marker("vllm") is not None and not os.environ.get("JAXRL_FP16_VLLM_PYTHON"):
+        pytest.skip("JAXRL_FP16_VLLM_PYTHON names no interpreter that has vLLM")
     if item.get_closest_marker("gpu") is None:
         return
     import jax  # only where a test asks for it: a JAX that knows its devices cannot be configured any more

@@ -65,10 +65,11 @@ MODULES = {name: () for name in (
     "jaxrl_fp16/tasks/grading/pool.py", "jaxrl_fp16/tasks/grading/worker.py",
     "jaxrl_fp16/training/safety/deadlines.py")}
 REWARD_FILE = ("jaxrl_fp16/tasks/rewards.py",)  # loads the one Python file that a config may name
+BY_PATH = (*REWARD_FILE, "jaxrl_fp16/engines/child.py")     # and the file beside it, in an interpreter without ours
 CALLS = {
     "eval": (), "exec": (), "compile": (), "__import__": (), "os.system": (), "os.popen": (), "yaml.unsafe_load": (),
     "yaml.full_load": (), "yaml.unsafe_load_all": (), "yaml.full_load_all": (), "yaml.load_all": (),
-    "spec.loader.exec_module": REWARD_FILE, "importlib.util.spec_from_file_location": REWARD_FILE,
+    "spec.loader.exec_module": BY_PATH, "importlib.util.spec_from_file_location": BY_PATH,
     "yaml.load": ("jaxrl_fp16/config/yaml_files.py",),  # with a loader that knows plain values alone
 }
 

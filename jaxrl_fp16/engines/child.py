@@ -1,4 +1,4 @@
-"""An inference engine in a process of its own: the one file that the engine's interpreter runs, by its path.
+"""An inference engine in a process of its own: the file that the engine's interpreter runs, by its path.
 
 That interpreter may lack `jaxrl_fp16` and JAX, so nothing of either is imported, and an engine's packages only by its
 backend. Requests come as frames on stdin, answers go as frames to what was stdout; file descriptor 1 is stderr from
@@ -10,7 +10,7 @@ body, arrays of int32 and float32 back to back, as the header's `arrays` lists t
 
 A backend has
   `__init__(settings)`, a dict: `dtype` (float32, float16, bfloat16), `device` (cpu, gpu), `memory_fraction`, `seed`,
-    `max_length` (of a prompt with its response, in tokens);
+    `max_length` (of a prompt with its response, in tokens), `max_rows` (responses that decode at once);
   `load(folder)`: reads a model folder, every weight anew, and gives a dict with the `dtype` that it then sees on the
     parameters, and what else is worth a record;
   `generate(prompts, n, seeds, sampling)`: `n` responses to each prompt, a list of ids. `seeds` has one for each
@@ -24,6 +24,7 @@ distribution at temperature 1.
 
 import array
 import hashlib
+import importlib.util
 import json
 import os
 import platform
@@ -161,7 +162,7 @@ def one_line(error):
 
 def kind_of(error):
     """`refused`: for good; `memory`: too little of it; `failed`: anything else."""
-    if isinstance(error, (Refused, ImportError)):
+    if isinstance(error, ImportError) or type(error).__name__ == "Refused":     # vllm_backend.py has one too
         return "refused"
     short = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
     return "memory" if short or "out of memory" in str(error) or "allocate memory" in str(error) else "failed"
@@ -331,7 +332,16 @@ def _at(values, places):
     return values.gather(-1, places[:, None])[:, 0].tolist()
 
 
-BACKENDS = {"transformers": Transformers}
+def vllm(settings):
+    """The backend of the file beside this one, which has no package to be imported from."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vllm_backend.py")
+    spec = importlib.util.spec_from_file_location("vllm_backend", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.Vllm(settings)
+
+
+BACKENDS = {"transformers": Transformers, "vllm": vllm}
 
 if __name__ == "__main__":
     main(BACKENDS)

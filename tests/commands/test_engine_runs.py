@@ -1,6 +1,7 @@
-"""Commands that sample by another engine: Transformers for real, and one that fails as it is told."""
+"""Commands that sample by another engine: Transformers and vLLM for real, and one that fails as it is told."""
 
 import json
+import os
 from pathlib import Path
 
 import jax
@@ -14,6 +15,8 @@ from jaxrl_fp16.training.checkpoints.checkpoint import CheckpointConfig, Checkpo
 
 FAKE = Path(__file__).parents[1] / "engines" / "fake_child.py"
 OTHER = ("--rollout.engine", "transformers")
+VLLM = ("--rollout.engine", "vllm", "--rollout.python", os.environ.get("JAXRL_FP16_VLLM_PYTHON", ""),
+        "--model.hidden_size", "64", "--model.head_dim", "32")      # the narrowest heads that it has on a CPU
 LOOSE = (*OTHER, "--rollout.stop_above", "1e9", "--run.export", "false")     # the fake draws evenly
 SEEN = 3    # answers that the start takes
 
@@ -56,14 +59,17 @@ def fake(monkeypatch, tmp_path):
     return put
 
 
-# -- Transformers ----------------------------------------------------------------------------------
+# -- Transformers and vLLM -------------------------------------------------------------------------
 
 
 @pytest.mark.fault(37)
-def test_ten_steps_with_transformers_and_then_old_weights(train_command, monkeypatch, capsys, children):
+@pytest.mark.parametrize("name", ["transformers", pytest.param("vllm", marks=pytest.mark.vllm)])
+def test_ten_steps_with_another_engine_and_then_old_weights(train_command, monkeypatch, capsys, children, name):
     """Rewards by the grader, a version of the weights for each step, a quiet canary. From the eleventh step on the
     child is told each new version and given the weights of the tenth: the run stops."""
-    pytest.importorskip("torch")
+    if name == "transformers":
+        pytest.importorskip("torch")
+    flags = {"transformers": OTHER, "vllm": VLLM}[name]
     send, kept = engine.written, []
 
     def stale(place, model, params, dtype, version):
@@ -72,7 +78,7 @@ def test_ten_steps_with_transformers_and_then_old_weights(train_command, monkeyp
         return send(place, model, kept[0] if kept else params, dtype, version)
 
     monkeypatch.setattr(engine, "written", stale)
-    run = train_command(*OTHER, "--run.steps", "20", "--checkpoint.keep", "1")
+    run = train_command(*flags, "--run.steps", "20", "--checkpoint.keep", "1")
     error, (_, *steps) = capsys.readouterr().err, read_metrics(run.folder)
     assert [record["rollout/version"] for record in steps] == list(range(2, len(steps) + 2)) and len(steps) >= 10
     assert all(record["rollout/restarts"] == 0 < record["seconds/weights"] for record in steps)
@@ -81,10 +87,10 @@ def test_ten_steps_with_transformers_and_then_old_weights(train_command, monkeyp
         assert line["reward"] == sum(character.isdigit() for character in line["response"]) / 4
     assert steps[9]["reward"] > steps[0]["reward"] + 0.1
     record = json.loads((run.folder / "environment.json").read_text())
-    assert record["engine"]["name"] == "transformers" and record["engine"]["dtype"] == "float16"
-    assert {"torch", "transformers", "python"} <= set(record["engine"])
+    assert record["engine"]["name"] == name and record["engine"]["dtype"] == "float16"
+    assert {name, "torch", "transformers", "python"} <= set(record["engine"])
     assert run.code == 3 and error.count("\n") == 1 and error.endswith(f"/checkpoints/{len(steps)}\n"), error
-    assert "mismatch/kl_k3 of rollout.engine transformers against the scorer is " in error
+    assert f"mismatch/kl_k3 of rollout.engine {name} against the scorer is " in error
     assert "above rollout.stop_above 0.05; no update was made. It may be: stale weights" in error
     assert len(children) == 1
     ends_clean(children)

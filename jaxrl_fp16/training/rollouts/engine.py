@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_fp16.config import ConfigError, naming
-from jaxrl_fp16.engines import EngineRefused, check_sampling, cut_at_stops, find_python, make_rollout
+from jaxrl_fp16.engines import PROBE_LENGTH, EngineRefused, check_sampling, cut_at_stops, find_python, make_rollout
 from jaxrl_fp16.models.attention import kind_for
 from jaxrl_fp16.parallel import row_shards, shard_batch
 from jaxrl_fp16.sampling import make_sampler, make_stepwise_sampler
@@ -74,7 +74,7 @@ def begin_engine(setup, model, params):
 
 
 def _other_engine(setup, model, sampling, precision, engine):
-    check_sampling(engine, sampling.top_k, sampling.top_p)
+    check_sampling(engine, sampling.top_k, sampling.top_p, sampling.temperature)
     check_engine(dataclasses.replace(setup.config.rollout, engine=engine))
     ends = end_ids(setup.tokenizer, names=sampling.end_tokens) if sampling.end_tokens else setup.eos_ids
     vocab_size = model.config.vocab_size
@@ -107,6 +107,7 @@ def _process(setup, model, precision, engine):
     settings = {
         "dtype": precision.policy.compute_dtype.name, "device": "gpu" if config.run.platform == "gpu" else "cpu",
         "memory_fraction": config.rollout.memory_fraction, "seed": config.run.seed,
-        "max_length": config.training.max_prompt_tokens + longest,
+        "max_length": max(PROBE_LENGTH, config.training.max_prompt_tokens + longest),
+        "max_rows": config.sampling.max_rows or config.training.prompts_per_step * config.sampling.group_size,
     }
     return setup.engines.get(dataclasses.replace(config.rollout, engine=engine), model, settings)

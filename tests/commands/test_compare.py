@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import re
 import signal
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import pytest
 from jaxrl_fp16 import cli
 from jaxrl_fp16.commands import compare
 from jaxrl_fp16.config import ConfigError, load_config, to_dict, to_yaml
+from jaxrl_fp16.lab.compare.answer import answer
 from jaxrl_fp16.lab.compare.page import show_comparison, write_comparison
 from jaxrl_fp16.lab.compare.processes import Job, run_jobs, shares_of_cores
 from jaxrl_fp16.lab.compare.runs import band, last_step, plan_runs, read_comparison, series, window_of
@@ -188,7 +190,7 @@ def reported(tiny, tmp_path_factory):
 
 def test_the_page(reported, read_page):
     seen = read_page(reported.folder / "report.html")
-    assert {"Reward and mismatch", "Verdicts", "Training", "The runs"} <= set(seen.text)
+    assert {"Reward and mismatch", "Verdicts", "Training", "The runs", "How it was tested"} <= set(seen.text)
     assert {"bf16-seed2", "killed by SIGKILL"} <= set(seen.text)
     assert seen.tags.count("svg") == seen.tags.count("figure") >= 4
     said = " ".join(seen.text)
@@ -207,6 +209,73 @@ def test_the_verdicts(reported):
     # Of that seed only the seven steps count that both sides took.
     assert rows["reward"].pairing.second[2] == pytest.approx(0.515)
     assert rows["reward"].pairing.first[2] == pytest.approx(0.517)
+
+
+def test_the_answer_in_three_sentences(reported, read_page):
+    """Who won, by how much, whether seeds carry it; then what was not to the end, and only then a heading."""
+    seen = read_page(reported.folder / "report.html")
+    said = [text for text in seen.text if text][1:]
+    who, how_much, carried, odd, *rest = said[said.index("tiny: fp16, bf16") + 1:]
+    assert who == ("No side can be said to have won: training reward at the end is fp16 0.699, bf16 0.243. "
+                   "The reward collapsed in 0 of 3 runs of fp16 and 2 of 3 runs of bf16.")
+    assert re.fullmatch(r"fp16 leads bf16 by 0.456; token KL between sampler and trainer is, in fp16, 20.\d times "
+                        r"smaller than in bf16.", how_much)
+    assert carried == ("Over 3 seeds, the lead over bf16 lies within seed noise, and the difference in token KL from "
+                       "bf16 goes beyond seed noise.")
+    assert "fp16's is 20.3 times smaller than bf16's" in seen.text
+    assert odd.startswith("Not to the end") and rest[0] == "Reward and mismatch"
+    open_text, folded = (" ".join(part.split()) for part in
+                         (reported.folder / "report.html").read_text().split("<details>", 1))
+    assert "Student" in folded and "Student" not in open_text and folded.count("<details>") == 1
+    assert json.loads((reported.folder / "report.json").read_text())["answer"] == [who, how_much, carried, odd]
+
+
+def courses(tiny, folder, rewards, flags=(), **more):
+    """A comparison of runs of three steps: `{(precision, seed): reward}`, with an evaluation after the last."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(configured(tiny, *flags)))
+    outcomes = {}
+    for (precision, seed), reward in rewards.items():
+        kl = 2e-8 if precision == "bf16" else 1e-9
+        outcomes |= write_run(folder, f"{precision}-seed{seed}", [reward] * 3, kl, **more)
+    (folder / "outcomes.json").write_text(json.dumps(outcomes))
+    return read_comparison(folder)
+
+
+def test_who_won_in_other_cases(tiny, tmp_path):
+    """One seed; seeds that carry it; none that differ; three sides; a side without a run."""
+    def said(name, rewards, *flags, **more):
+        comparison = courses(tiny, tmp_path / name, rewards, flags, **more)
+        return answer(comparison, verdicts(comparison))
+
+    one = said("one", {("fp16", 0): 0.5, ("bf16", 0): 0.6})
+    assert one == [
+        "bf16 ended with the highest training reward at the end (bf16 0.6, fp16 0.5); one seed makes no win.",
+        "bf16 leads fp16 by 0.1; token KL between sampler and trainer is, in fp16, 20 times smaller than in bf16.",
+        "One seed carries nothing: how much seeds differ among themselves is not known."]
+    three, seeds = ("--compare.precisions", "[fp16, bf16, fp32]"), ("--compare.seeds", "[0, 1, 2]")
+    rewards = {(precision, seed): level + 0.001 * seed * (1 if precision == "bf16" else 2) for seed in range(3)
+               for precision, level in (("fp16", 0.2), ("bf16", 0.9), ("fp32", 0.5))}
+    won = said("won", rewards, *three, *seeds)
+    assert won[0] == "bf16 won: it has the highest training reward at the end (bf16 0.901, fp32 0.502, fp16 0.202)."
+    assert won[1].startswith("bf16 leads fp32 by 0.399 and fp16 by 0.699; token KL")
+    assert won[2].startswith("Over 3 seeds, the lead over fp32 and fp16 goes beyond seed noise, and")
+    same = said("same", {("fp16", 0): 0.5, ("bf16", 0): 0.5}, **{"eval/sums/accuracy": 0.25})
+    assert same[0] == "No side won: sums accuracy at the end is 0.25 on all of them." and "No side leads" in same[1]
+    assert said("alone", {("fp16", 0): 0.5}) == ["There is nothing to compare: fp16 alone took a step."]
+    assert said("none", {}) == ["There is nothing to compare: no side took a step."]
+    apart = said("apart", {("fp16", 0): 0.5, ("bf16", 1): 0.5}, "--compare.seeds", "[0, 1]")
+    assert apart == ["None can be said to have won: no seed ran on all of fp16, bf16."]
+
+
+def test_a_verdict_of_every_row_is_said_once(tiny, tmp_path, read_page):
+    equal = courses(tiny, tmp_path / "equal", {("fp16", 0): 0.5, ("fp32", 0): 0.5},
+                    ("--compare.precisions", "[fp16, fp32]"))
+    write_comparison(equal)
+    seen = read_page(equal.folder / "report.html")
+    said = "fp16 against fp32. In every row seeds: 1; verdict: the same; one seed: no spread is known."
+    assert said in seen.text and "verdict" not in seen.text and "95 % interval" not in seen.text
+    assert " ".join(seen.text).count("no spread is known") == 1
 
 
 def test_the_data_file(reported):

@@ -134,7 +134,7 @@ def write_report(folder, facts, rollouts, reference, found):
         *_number_sections(facts, found, reference),
     ]
     title = f"Sampler against scorer: {', '.join(found['metrics'])}"
-    return write_page(folder / "report.html", title, _lead(facts, found), sections)
+    return write_page(folder / "report.html", title, [_lead(facts, found)], sections)
 
 
 def _lead(facts, found):

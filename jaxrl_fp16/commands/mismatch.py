@@ -16,9 +16,10 @@ import jax
 
 from jaxrl_fp16.config import ConfigError, naming, to_dict
 from jaxrl_fp16.console import Console, clock
+from jaxrl_fp16.lab.mismatch.answer import answer
 from jaxrl_fp16.lab.mismatch.attribution import attribute
 from jaxrl_fp16.lab.mismatch.report import console_tables, measure, write_report
-from jaxrl_fp16.lab.mismatch.rollout_files import load_rollouts, save_rollout
+from jaxrl_fp16.lab.mismatch.rollout_files import labelled, load_rollouts, save_rollout
 from jaxrl_fp16.lab.mismatch.scoring import (
     Laboratory, Stopped, check_stored, open_model, read_prompts, sample_rollout, score_rollouts,
 )
@@ -63,7 +64,8 @@ def run_mismatch(config):
                             + ("" if programs else "; no model is loaded"))
             else:
                 programs, rollouts = _fill(*programs, precisions, reference, rollouts, folder)
-            facts = _facts(setup, folder, rollouts, programs[0].model if not scored else None)
+            sides = labelled(rollouts)
+            facts = _facts(setup, folder, sides, programs[0].model if not scored else None)
             shares = {}
             if section.attribution:
                 laboratory, params, programs = programs[0], programs[1].sampling_params, None  # the moments go
@@ -72,7 +74,7 @@ def run_mismatch(config):
             console.say(f"stopped by {signal.Signals(signals.received).name}; --mismatch.rollouts "
                         f"{folder} continues from what was sampled")
             return 128 + signals.received
-        _report(console, folder, facts, rollouts, reference.name, section.bins, shares)
+        _report(console, folder, facts, sides, reference.name, section.bins, shares)
     return 0
 
 
@@ -170,9 +172,9 @@ def _facts(setup, folder, rollouts, model):
     source = folder / "rollouts" if model is not None else setup.config.mismatch.rollouts
     return {
         "rollouts": str(source),
-        "responses": {rollout.precision: len(rollout.tokens) for rollout in rollouts},
-        "tokens": {rollout.precision: int(rollout.response_mask.sum()) for rollout in rollouts},
-        "temperature": rollouts[0].temperature,
+        "responses": {label: len(rollout.tokens) for label, rollout in rollouts.items()},
+        "tokens": {label: int(rollout.response_mask.sum()) for label, rollout in rollouts.items()},
+        "temperature": next(iter(rollouts.values())).temperature,
         "model": None if model is None else {
             "path": setup.config.model.path, "parameters": parameter_count(model), "attention": model.attention,
         },
@@ -186,8 +188,10 @@ def _report(console, folder, facts, rollouts, reference, bins, shares):
     if jax.process_index() != 0:
         return
     found = measure(rollouts, reference, bins) | ({"attribution": shares} if shares else {})
-    write_json(folder / REPORT, {**facts, "reference": reference, **found})
+    write_json(folder / REPORT, {"answer": answer(found, facts), **facts, "reference": reference, **found})
     page = write_report(folder, facts, rollouts, reference, found)
     for title, columns, rows in console_tables(found, reference):
         console.table(title, columns, rows)
+    for line in answer(found, facts):
+        console.say(line)
     console.say(f"report: {page}")

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 import signal
 
@@ -12,6 +13,7 @@ from jaxrl_fp16 import cli
 from jaxrl_fp16.commands import mismatch
 from jaxrl_fp16.console import Console
 from jaxrl_fp16.lab.mismatch import scoring
+from jaxrl_fp16.lab.mismatch.answer import answer
 from jaxrl_fp16.lab.mismatch.rollout_files import load_rollout, save_rollout
 from jaxrl_fp16.lab.mismatch.stats import by_length, distances, probabilities, verdict
 from jaxrl_fp16.models import Decoder, DecoderConfig
@@ -171,6 +173,65 @@ def test_the_page_and_the_folder(whole, capsys):
     assert report["reference"] == "fp32" and report["responses"] == {"fp16": 40, "bf16": 40}
     assert report["tokens"]["fp16"] == int(stored(whole, "fp16")["response_mask"].sum())
     assert not any(count for programs in report["not_finite"].values() for count in programs.values())
+
+
+def test_the_page_opens_with_the_answer(whole, read_page):
+    """Which differs least, by how many times, what it means for a response; how it was measured is folded away."""
+    seen, report = read_page(whole / "report.html"), report_of(whole)
+    title, least, times, meaning, heading = [text for text in seen.text if text][2:7]
+    kl = {name: report["metrics"][name]["sampler|scorer"]["kl_k3"] for name in ("fp16", "bf16")}
+    low, high = sorted(kl, key=kl.get)
+    assert title == "Sampler against scorer: fp16, bf16" and heading == "Every token"
+    assert least == f"Sampler and trainer differ least in {low}: by a token KL of {kl[low]:.1e}."
+    assert times in (f"{high} differs {kl[high] / kl[low]:.3g} times as much as {low}.",
+                     f"{high} differs about as much as {low} (within two standard errors).")
+    assert meaning.startswith("Over a response of 16 tokens, the average, its probability differs by a factor of 1")
+    assert "100 responses weigh as much as 100 in fp16 and 100 in bf16" in meaning
+    assert report["answer"] == [least, times, meaning]
+    page = (whole / "report.html").read_text()
+    open_text, folded = page.split("<details>", 1)
+    assert "expm1" not in page and "exp(x) - 1 - x" in folded and "exp(x) - 1 - x" not in open_text
+    assert folded.count("<details>") == 2 and "In every row which is farther off: neither" in page
+
+
+def sides_of(*names):
+    return {" ".join(name): dict(zip(("engine", "precision"), name), version="") for name in names}
+
+
+def answered(kls, spreads, error=1e-9, sides=None):
+    sides = sides or {name: {"engine": "jit", "precision": name, "version": ""} for name in kls}
+    found = {"sides": sides, "kl_error": dict.fromkeys(kls, error), "metrics": {
+        name: {"sampler|scorer": {"kl_k3": kl, "seq_log_ratio_std": spread, "ess_seq": 1 / (1 + spread**2)}}
+        for (name, kl), spread in zip(kls.items(), spreads)}}
+    return answer(found, {"responses": dict.fromkeys(kls, 4), "tokens": dict.fromkeys(kls, 512)})
+
+
+def test_the_answer_in_words():
+    assert answered({"bf16": 1.45e-3, "fp16": 2.5e-5, "fp32": 0.0}, [0.58, 0.044, 0.0]) == [
+        "Sampler and trainer differ least in fp32: by not a single bit.",
+        "fp16 differs by 2.5e-05 and fp32 by nothing, bf16 differs 58 times as much as fp16.",
+        "Over a response of 128 tokens, the average, its probability differs by a factor of 1.786 in bf16, 1.045 in "
+        "fp16 and 1 in fp32 (one standard deviation); 100 responses weigh as much as 74.8 in bf16, 99.8 in fp16 and "
+        "100 in fp32."]
+    assert answered({"fp16": 2e-5, "bf16": 3e-5}, [0.1, 0.1], error=1e-5)[1] == (
+        "bf16 differs about as much as fp16 (within two standard errors).")
+    assert answered({"fp16": 2e-5, "bf16": 2e-5}, [0.1, 0.1])[1] == "bf16 differs as much as fp16."
+    one = answered({"fp16": 2e-5}, [0.1])
+    assert one[0] == "In fp16 sampler and trainer differ by a token KL of 2.0e-05."
+    assert one[1] == "There is no other to compare it with."
+    assert len(answered({"fp16": math.nan}, [math.nan])) == 1
+    assert answered({"fp16": math.nan, "bf16": 1e-3}, [math.nan, 900.0])[2].count("bf16") == 2
+
+
+def test_the_answer_of_several_engines():
+    names = (("jit", "fp16"), ("jit", "bf16"), ("vllm", "fp16"), ("vllm", "bf16"))
+    said = answered(dict(zip(sides_of(*names), (9e-6, 5.4e-4, 2.5e-5, 1.45e-3))), [0.03, 0.4, 0.044, 0.58],
+                    sides=sides_of(*names))
+    assert said[0] == "Sampler and trainer differ least in jit fp16: by a token KL of 9.0e-06."
+    assert said[1] == (
+        "With jit, bf16 differs 60 times as much as fp16; with vllm, bf16 differs 58 times as much as fp16; in fp16, "
+        "vllm differs 2.78 times as much as jit; in bf16, vllm differs 2.69 times as much as jit.")
+    assert "a factor of 1.03 to 1.045 in fp16 and 1.492 to 1.786 in bf16" in said[2]
 
 
 def test_stored_rollouts_give_the_same_numbers_without_a_model(start, whole, monkeypatch, capsys):

@@ -38,9 +38,13 @@ COMMANDS = {
 }
 
 # Flags of a command that are short for a key; those of a list take several values.
-LISTS = {"compare": {
-    "precisions": "compare.precisions", "rollout-precisions": "compare.rollout_precisions", "seeds": "compare.seeds",
-}}
+LISTS = {
+    "compare": {
+        "precisions": "compare.precisions", "rollout-precisions": "compare.rollout_precisions",
+        "seeds": "compare.seeds",
+    },
+    "mismatch": {"precisions": "mismatch.precisions", "rollouts": "mismatch.rollout_files"},
+}
 SHORT = {"compare": {"jobs": "compare.jobs"}}
 
 # The sections that a command's help shows in full, beside the keys at the top of a config.

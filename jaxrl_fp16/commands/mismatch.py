@@ -18,8 +18,9 @@ from jaxrl_fp16.config import ConfigError, naming, to_dict
 from jaxrl_fp16.console import Console, clock
 from jaxrl_fp16.lab.mismatch.answer import answer
 from jaxrl_fp16.lab.mismatch.attribution import attribute
+from jaxrl_fp16.lab.mismatch.engine_files import load_rollout_file
 from jaxrl_fp16.lab.mismatch.report import console_tables, measure, write_report
-from jaxrl_fp16.lab.mismatch.rollout_files import labelled, load_rollouts, save_rollout
+from jaxrl_fp16.lab.mismatch.rollout_files import JIT, labelled, load_rollouts, save_rollout
 from jaxrl_fp16.lab.mismatch.scoring import (
     Laboratory, Stopped, check_stored, open_model, read_prompts, sample_rollout, score_rollouts,
 )
@@ -45,25 +46,25 @@ def run_mismatch(config):
     names = [precision.name for precision in precisions]
     if len(set(names)) < len(names):
         raise ConfigError(f"mismatch.precisions are {', '.join(names)}; allowed: different ones")
-    rollouts = None
-    if section.rollouts is not None:
-        with naming("mismatch.rollouts"):
-            rollouts = load_rollouts(section.rollouts, names)
-    scored = rollouts is not None and all(_is_scored(rollout, [*names, reference.name]) for rollout in rollouts)
+    stored, files = _read_given(section, precisions)
+    given = None if stored is None else [*stored, *files]
+    _refuse_attribution(config, given)
+    scored = given is not None and all(_is_scored(rollout, [*names, reference.name]) for rollout in given)
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console(quiet=jax.process_index() != 0))
         signals = stack.enter_context(caught_signals())
         programs = None
         if not scored or section.attribution:
-            programs = _open_programs(setup, console, signals, rollouts)
+            programs = _open_programs(setup, console, signals, stored, files)
         folder = new_folder(config)
         write_record(setup, folder, "mismatch")
         try:
             if scored:
-                console.say(f"{folder}: all figures from {section.rollouts}, where every score is"
+                console.say(f"{folder}: all figures from {_source(section)}, where every score is"
                             + ("" if programs else "; no model is loaded"))
+                rollouts = given
             else:
-                programs, rollouts = _fill(*programs, precisions, reference, rollouts, folder)
+                programs, rollouts = _fill(*programs, precisions, reference, given, folder)
             sides = labelled(rollouts)
             facts = _facts(setup, folder, sides, programs[0].model if not scored else None)
             shares = {}
@@ -71,11 +72,28 @@ def run_mismatch(config):
                 laboratory, params, programs = programs[0], programs[1].sampling_params, None  # the moments go
                 shares = _attribute(laboratory, params, precisions, rollouts)
         except Stopped:
-            console.say(f"stopped by {signal.Signals(signals.received).name}; --mismatch.rollouts "
-                        f"{folder} continues from what was sampled")
+            again = f"; --mismatch.rollouts {folder} continues from what was sampled" if given is None else ""
+            console.say(f"stopped by {signal.Signals(signals.received).name}{again}")
             return 128 + signals.received
         _report(console, folder, facts, sides, reference.name, section.bins, shares)
     return 0
+
+
+def _read_given(section, precisions):
+    """`(rollouts of a folder, rollouts of files)`; None for the first where there is to be sampled."""
+    names, stored = [precision.name for precision in precisions], [] if section.rollout_files else None
+    if section.rollouts is not None:
+        with naming("mismatch.rollouts"):
+            stored = load_rollouts(section.rollouts, names)
+    with naming("mismatch.rollout_files"):
+        files = [load_rollout_file(path, precisions) for path in section.rollout_files]
+        labelled([*(stored or []), *files])     # refuses two of one name
+    return stored, files
+
+
+def _source(section):
+    """Where rollouts that were stored come from."""
+    return ", ".join([*([section.rollouts] if section.rollouts else []), *section.rollout_files])
 
 
 def _refuse_unused(config):
@@ -84,7 +102,15 @@ def _refuse_unused(config):
     if config.rollout_precision is not None:
         raise ConfigError(f"rollout_precision is {config.rollout_precision}; allowed with mismatch: null, as it "
                           "samples and scores in each of mismatch.precisions")
-    if config.mismatch.attribution and (config.sampling.top_k or config.sampling.top_p < 1):
+
+
+def _refuse_attribution(config, given):
+    if not config.mismatch.attribution:
+        return
+    if given is not None and all(rollout.engine != JIT for rollout in given):
+        raise ConfigError("mismatch.attribution is true and all rollouts are another engine's; allowed: some of this "
+                          "program's own sampler, whose modules are known, or attribution false")
+    if config.sampling.top_k or config.sampling.top_p < 1:
         raise ConfigError(f"mismatch.attribution is true with sampling.top_k {config.sampling.top_k} and top_p "
                           f"{config.sampling.top_p}; allowed: 0 and 1, or attribution false")
 
@@ -101,20 +127,20 @@ def _is_scored(rollout, names):
     )
 
 
-def _open_programs(setup, console, signals, rollouts):
+def _open_programs(setup, console, signals, stored, files):
     """(Laboratory, TrainState, prompts or None): what sampling and scoring need, refused where at fault."""
-    prompts = read_prompts(setup) if rollouts is None else None
+    prompts = read_prompts(setup) if stored is None else None
     model, state = open_model(setup)
-    if rollouts is None:
+    if stored is None:
         check_positions(setup.config, "mismatch", model.config.max_positions)
     laboratory = Laboratory(setup, model, console, signals)
-    if rollouts is not None:
-        check_stored(laboratory, rollouts)
+    check_stored(laboratory, stored or [])
+    check_stored(laboratory, files, "mismatch.rollout_files")
     return laboratory, state, prompts
 
 
-def _fill(laboratory, state, prompts, precisions, reference, rollouts, folder):
-    """Samples, unless there are rollouts, and scores them all; what is there is kept as it comes.
+def _fill(laboratory, state, prompts, precisions, reference, given, folder):
+    """Samples, unless rollouts are given, and scores them all; what is there is kept as it comes.
 
     Returns what `_open_programs` does, the state with the same parameters, as the one that came is donated; and the
     rollouts.
@@ -125,10 +151,9 @@ def _fill(laboratory, state, prompts, precisions, reference, rollouts, folder):
         f"{config.model.attention} attention, in {', '.join(precision.name for precision in precisions)}; "
         f"reference in {reference.name}")
     others = [] if reference.name in [precision.name for precision in precisions] else [reference]
-    given = len(precisions) if rollouts is None else len(rollouts)
-    laboratory.tally.total = (given if rollouts is None else 0) + given * (2 * len(precisions) + len(others))
-    laboratory.tally.total += given * config.mismatch.attribution
-    if rollouts is None:
+    _count(laboratory.tally, given, precisions, others, config.mismatch.attribution)
+    rollouts = given
+    if given is None:
         say(f"{len(prompts[0])} prompts x {config.sampling.group_size} responses of at most "
             f"{config.sampling.max_new_tokens} tokens")
         rollouts = []
@@ -143,17 +168,28 @@ def _fill(laboratory, state, prompts, precisions, reference, rollouts, folder):
     return (laboratory, state, prompts), rollouts
 
 
+def _count(tally, given, precisions, others, attribution):
+    """Adds up the programs that there are to run, on the rollouts that there are or will be."""
+    own = len(precisions) if given is None else sum(rollout.engine == JIT for rollout in given)
+    foreign = 0 if given is None else len(given) - own
+    scorers = len(precisions) + len(others)
+    tally.total = own * (scorers + len(precisions) + attribution) + foreign * (scorers + 1)
+    tally.total += own if given is None else 0
+
+
 def _attribute(laboratory, params, precisions, rollouts):
-    """By precision, what `attribute` finds in its first responses."""
+    """By precision, what `attribute` finds in the first responses of our own sampler."""
     found, tally = {}, laboratory.tally
-    tally.total = max(tally.total, len(rollouts))
-    for precision, rollout in zip(precisions, rollouts, strict=True):
+    own = [rollout for rollout in rollouts if rollout.engine == JIT]
+    tally.total = max(tally.total, len(own))
+    policies = {precision.name: precision.policy for precision in precisions}
+    for rollout in own:
         laboratory.check_signals()
         first = {name: getattr(rollout, name)[:ATTRIBUTED] for name in ("tokens", "mask", "response_mask", "logprobs")}
-        text = f"attribution in {precision.name}"
+        text = f"attribution in {rollout.precision}"
         with tally.counted(laboratory.console, text), naming("mismatch.attribution"):
-            found[precision.name] = attribute(
-                laboratory.model, params, dataclasses.replace(rollout, **first), precision.policy,
+            found[rollout.precision] = attribute(
+                laboratory.model, params, dataclasses.replace(rollout, **first), policies[rollout.precision],
                 temperature=rollout.temperature, rows=laboratory.setup.config.training.microbatch_size,
                 progress=partial(_tell_modules, laboratory, time.monotonic()),
             )
@@ -169,7 +205,7 @@ def _tell_modules(laboratory, began, done, total, part):
 
 def _facts(setup, folder, rollouts, model):
     """What the numbers depend on, as plain values."""
-    source = folder / "rollouts" if model is not None else setup.config.mismatch.rollouts
+    source = folder / "rollouts" if model is not None else _source(setup.config.mismatch)
     return {
         "rollouts": str(source),
         "responses": {label: len(rollout.tokens) for label, rollout in rollouts.items()},

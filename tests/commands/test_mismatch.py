@@ -18,6 +18,8 @@ from jaxrl_fp16.lab.mismatch.rollout_files import load_rollout, save_rollout
 from jaxrl_fp16.lab.mismatch.stats import by_length, distances, probabilities, verdict
 from jaxrl_fp16.models import Decoder, DecoderConfig
 from jaxrl_fp16.precision import get_precision
+from jaxrl_fp16.tasks import ALPHABET
+from jaxrl_fp16.tokenizer import character_tokenizer
 
 PAIRS = ("sampler|scorer", "scorer|gradient", "sampler|reference", "scorer|reference")
 FLAGS = ("--sampling.max_new_tokens", "24", "--mismatch.prompts", "10", "--mismatch.bins", "5")
@@ -267,6 +269,72 @@ def test_rollouts_without_scores_are_scored(start, whole, tmp_path, capsys):
         assert set(first) == set(again)
         for name, array in first.items():
             np.testing.assert_array_equal(again[name], array, err_msg=name)
+
+
+# -- what another engine drew --------------------------------------------------------------------
+
+
+def as_file(path, rollout, engine="sglang", vocab_size=None, **changes):
+    """The file that another engine would have written of `rollout`."""
+    head = {"format": "jaxrl_fp16 engine rollouts 1", "engine": engine, "version": "0.5", "temperature": 1.0,
+            "dtype": {"fp16": "float16", "bf16": "bfloat16"}[rollout.precision], "vocab_size": vocab_size or VOCAB}
+    lines = [head | changes]
+    for tokens, mask, response, logprobs in zip(rollout.tokens, rollout.mask, rollout.response_mask, rollout.logprobs):
+        lines.append({"prompt": tokens[mask & ~response].tolist(), "response": tokens[response].tolist(),
+                      "logprobs": logprobs[response].tolist()})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+VOCAB = character_tokenizer(ALPHABET).vocab_size
+
+
+@pytest.fixture(scope="module")
+def drawn(whole):
+    return {name: load_rollout(whole / "rollouts" / f"{name}.npz") for name in ("fp16", "bf16")}
+
+
+def test_a_file_of_another_engine_is_scored(start, whole, drawn, tmp_path, capsys, read_page):
+    """Our own tokens as another engine's, beside ours: the scores are the same, and the page names the engine."""
+    code, folder = start("--mismatch.rollouts", str(whole), "--rollouts", as_file(tmp_path / "a", drawn["bf16"]))
+    said = capsys.readouterr().out
+    assert code == 0 and "the scorer in fp16, on what sglang bf16 sampled ..." in said
+    assert "1 of 14: " in said, "of another engine the gradient program of its own precision alone"
+    report, before = report_of(folder), report_of(whole)
+    assert list(report["metrics"]) == ["jit fp16", "jit bf16", "sglang bf16"]
+    assert report["sides"]["sglang bf16"] == {"engine": "sglang", "version": "0.5", "precision": "bf16"}
+    assert report["metrics"]["jit bf16"] == before["metrics"]["bf16"]
+    for pair in PAIRS:
+        found = report["metrics"]["sglang bf16"][pair]["kl_k3"]
+        assert found == pytest.approx(before["metrics"]["bf16"][pair]["kl_k3"], rel=1e-3, abs=1e-13), pair
+    kept = folder / "rollouts" / "sglang-bf16.npz"
+    assert sorted(path.name for path in kept.parent.iterdir()) == ["bf16.npz", "fp16.npz", kept.name]
+    seen = read_page(folder / "report.html").text
+    assert "Sampler against scorer: jit fp16, jit bf16, sglang bf16" in seen and "engine sglang" in seen
+
+    code, alone = start("--rollouts", str(kept))
+    assert code == 0 and "no model is loaded" in capsys.readouterr().out
+    assert report_of(alone)["metrics"] == {"sglang bf16": report["metrics"]["sglang bf16"]}
+
+
+@pytest.mark.parametrize("changes, flags, message", [
+    ({"vocab_size": 500}, (), "mismatch.rollout_files: sglang fp16 is of a model with vocab_size 500; allowed: that"),
+    ({"temperature": 0.7}, (), "sglang fp16 was sampled at temperature 0.7; allowed: sampling.temperature, 1"),
+    ({}, ("--model.max_positions", "8"), "sglang fp16's longest row has 28 tokens, and the model's weights"),
+    ({}, ("--precisions", "bf16"), "dtype is 'float16'; allowed: the compute dtypes of mismatch.precisions, bfloat16"),
+    ({"engine": "a b"}, (), "line 1: engine is 'a b'; allowed: up to 40 letters"),
+    ({}, ("--mismatch.attribution",), "mismatch.attribution is true and all rollouts are another engine's"),
+])
+def test_files_that_do_not_belong_here_are_refused(start, drawn, tmp_path, capsys, changes, flags, message):
+    code, folder = start("--rollouts", as_file(tmp_path / "a.jsonl", drawn["fp16"], **changes), *flags)
+    error = capsys.readouterr().err
+    assert (code, folder) == (2, None) and message in error and error.count("\n") == 1
+
+
+def test_one_engine_twice_is_refused(start, drawn, tmp_path, capsys):
+    files = [as_file(tmp_path / name, drawn["fp16"]) for name in ("a", "b")]
+    code, folder = start("--rollouts", *files)
+    assert (code, folder) == (2, None) and "there are two rollouts of sglang fp16; allowed: " in capsys.readouterr().err
 
 
 def test_a_signal_ends_it_with_what_was_sampled_kept(start, monkeypatch, capsys):

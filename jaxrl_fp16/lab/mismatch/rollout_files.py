@@ -45,6 +45,7 @@ class ScoredRollout:
     support: np.ndarray | None = None   # int32 [B,N,K]: as Rollout's
     engine: str = JIT          # what sampled, and its version as it says it
     version: str = ""
+    vocab_size: int | None = None   # ids of the model that sampled, where its file says so
     scorer: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)    # precision -> float32 [B,T]
     gradient: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # the gradient program's, likewise
     entropy: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)   # nats a token, by the scorer
@@ -64,8 +65,8 @@ def labelled(rollouts):
     for rollout in rollouts:
         label = rollout.precision if plain else f"{rollout.engine} {rollout.precision}"
         if label in found:
-            raise ValueError(f"rollouts of {label} are there twice; allowed: each engine once in a precision, so that "
-                             "two versions or settings of one take names of their own, such as vllm-eager")
+            raise ValueError(f"there are two rollouts of {label}; allowed: each engine once in a precision, and two "
+                             "versions or settings of one under names of their own, such as vllm-eager")
         found[label] = rollout
     return found
 

@@ -288,10 +288,16 @@ class MismatchConfig:
     """What `mismatch` samples, scores and draws."""
 
     precisions: Annotated[
-        tuple[str, ...], MinLen(1), Doc("precisions that `mismatch` compares: each samples, and scores all samples")
+        tuple[str, ...], MinLen(1),
+        Doc("precisions that `mismatch` compares: each samples, and scores all samples; short: --precisions A B"),
     ] = ("fp16", "bf16")
     reference: Annotated[str, Doc("precision whose log-probs `mismatch` takes for the exact ones")] = "fp32"
     rollouts: Annotated[str | None, Doc("folder of stored rollouts for `mismatch` to read; null: it samples")] = None
+    rollout_files: Annotated[
+        tuple[str, ...],
+        Doc("files of rollouts that any engine drew, in the format of docs/rollouts.md, for `mismatch` to score; []: "
+            "none; short: --rollouts FILE ..."),
+    ] = ()
     prompts: Annotated[
         int | None, Ge(1), Doc("prompts of the task that `mismatch` samples from; null: training.prompts_per_step")
     ] = None

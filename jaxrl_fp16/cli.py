@@ -115,6 +115,7 @@ def _guarded(run, config):
     """The errors that end a run in order, each as one line."""
     import jax
 
+    from jaxrl_fp16.engines import EngineError
     from jaxrl_fp16.tasks import BatchDeadline, RewardShapeError, WorkerStartError
     from jaxrl_fp16.training.checkpoints.checkpoint import CheckpointError
     from jaxrl_fp16.training.safety.guards import Guard
@@ -123,7 +124,7 @@ def _guarded(run, config):
     try:
         return run(config)
     # A run has made one Guard of most of these, which names its last checkpoint; other commands have none.
-    except (Guard, CheckpointError, BatchDeadline, RewardShapeError, WorkerStartError, OSError) as error:
+    except (Guard, CheckpointError, EngineError, BatchDeadline, RewardShapeError, WorkerStartError, OSError) as error:
         return _end(3, error)
     except KeyboardInterrupt:
         return _end(130, "interrupted")

@@ -41,22 +41,32 @@ if [[ "$count" -gt 1 ]]; then
     flags+=(--xla_gpu_enable_latency_hiding_scheduler=true)
 fi
 export XLA_FLAGS="${flags[*]-} ${XLA_FLAGS:-}"
-# JAX takes three quarters of the memory by default; this process is alone, and the driver keeps the rest.
-export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-0.92}"
 # A GPU that JAX cannot use must stop the run, not move it to the CPU.
 export JAX_PLATFORMS="${JAX_PLATFORMS:-cuda,cpu}"
 
-# --- JAX's view -------------------------------------------------------------------------------------
-XLA_PYTHON_CLIENT_PREALLOCATE=false "$VENV/bin/python" - >&2 <<'PYTHON' || refuse "JAX sees no GPU (driver $driver)"
+# --- JAX's view and its share of the memory --------------------------------------------------------
+# JAX takes three quarters of the memory by default. The driver keeps 0.08 of it; an engine beside JAX that samples
+# (rollout.engine) has rollout.memory_fraction.
+share="$(XLA_PYTHON_CLIENT_PREALLOCATE=false "$VENV/bin/python" - "$command" "$@" <<'PYTHON'
 import sys
 import jax
 import jaxlib
+from jaxrl_fp16.config import ConfigError
+from jaxrl_fp16.training.runs.run_config import load_for, memory_share
 try:
     devices = jax.devices("gpu")
 except RuntimeError as error:
     sys.exit(str(error).splitlines()[0])
-print(f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, {len(devices)} x {devices[0].device_kind}")
+print(f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
+command, *arguments = sys.argv[1:]
+try:
+    share = memory_share(load_for(command, arguments[0], arguments[1:]), 0.92)
+except (ConfigError, IndexError):   # which the command itself says
+    share = 0.92
+print(f"{share:.2f}")
 PYTHON
-say "driver $driver; XLA_FLAGS: $XLA_FLAGS"
+)" || refuse "JAX sees no GPU (driver $driver)"
+export XLA_PYTHON_CLIENT_MEM_FRACTION="${XLA_PYTHON_CLIENT_MEM_FRACTION:-$share}"
+say "driver $driver; XLA_FLAGS: $XLA_FLAGS; JAX's share of the memory: $XLA_PYTHON_CLIENT_MEM_FRACTION"
 
 exec "$VENV/bin/jaxrl-fp16" "$command" "$@" --platform gpu

@@ -60,7 +60,7 @@ case "$*" in
         chmod +x "${0%/*}/jaxrl-fp16" ;;
     *" freeze") printf '%s\n' a==1.0 torch==2.13.0+cpu "b @ file:///b" "-e /c" "d==2; x" "jaxrl_fp16 @ file:///r" ;;
     "-m pytest "*) echo "$* $PWD" ;;
-    -) exit "${STUB_NO_DEVICE:-0}" ;;
+    "- "*) echo "${STUB_SHARE:-0.92}"; exit "${STUB_NO_DEVICE:-0}" ;;
     *) echo "stub: $*" >&2; exit 9 ;;
 esac
 """
@@ -284,6 +284,28 @@ def test_gpu_start_sets_its_flags_before_the_callers(project):
     assert project.run("gpu.sh", "sft", "a.yaml", DETERMINISTIC="0").out.startswith(
         "run sft a.yaml --platform gpu XLA_FLAGS=  cuda"
     )
+
+
+def test_gpu_start_leaves_memory_to_another_engine(project):
+    project.add("nvidia-smi", NVIDIA_SMI.format("550.54.15"))
+    for environment, share in (({}, "0.92"), ({"STUB_SHARE": "0.52"}, "0.52"),
+                               ({"STUB_SHARE": "0.52", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.3"}, "0.3")):
+        done = project.run("gpu.sh", "a.yaml", "--rollout.engine", "vllm", **environment)
+        assert done.returncode == 0 and f"JAX's share of the memory: {share}\n" in done.err
+
+
+@pytest.mark.parametrize("flags, share", [
+    ((), "0.92"), (("--rollout.engine", "transformers"), "0.52"),
+    (("--rollout.engine", "vllm", "--rollout.memory_fraction", "0.7"), "0.22"), (("--rollout.engine", "none"), "0.92"),
+])
+def test_the_share_is_read_from_the_config(tmp_path, flags, share):
+    """The script's own Python, with a JAX that has a GPU."""
+    (code,) = re.findall(r"<<'PYTHON'\n(.*?)\nPYTHON", (ROOT / "launch/gpu.sh").read_text(), flags=re.DOTALL)
+    code = f"import jax, types; jax.devices = lambda kind: [types.SimpleNamespace(device_kind='H100')]\n{code}"
+    (tmp_path / "a.yaml").write_text("run: {steps: 1}\n")
+    done = subprocess.run([sys.executable, "-", "train", str(tmp_path / "a.yaml"), *flags], input=code,
+                          capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert done.returncode == 0 and done.stdout == f"{share}\n" and "1 x H100" in done.stderr
 
 
 def test_every_command_is_started_by_the_scripts(project, tmp_path):

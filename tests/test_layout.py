@@ -22,6 +22,7 @@ models
 packing lengths
 forward
 sampling
+engines
 objectives
 tasks
 telemetry

@@ -59,9 +59,9 @@ FILES = {path.relative_to(ROOT).as_posix(): ast.parse(path.read_text())
          for path in sorted((ROOT / "jaxrl_fp16").rglob("*.py"))}
 # Each reads or runs code, or talks to others; with the files that may use it all the same.
 MODULES = {name: () for name in (
-    "pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "torch", "runpy", "code", "urllib", "http",
+    "pickle", "marshal", "shelve", "dill", "cloudpickle", "joblib", "runpy", "code", "urllib", "http",
     "requests", "huggingface_hub", "ftplib", "smtplib", "xmlrpc", "socketserver",
-)} | {"socket": (  # pairs within this process and its workers
+)} | {"torch": ("jaxrl_fp16/engines/child.py",), "socket": (  # pairs within this process and its workers
     "jaxrl_fp16/tasks/grading/pool.py", "jaxrl_fp16/tasks/grading/worker.py",
     "jaxrl_fp16/training/safety/deadlines.py")}
 REWARD_FILE = ("jaxrl_fp16/tasks/rewards.py",)  # loads the one Python file that a config may name

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 import dataclasses
 import gzip
 from pathlib import Path
+import sys
 
 from jaxrl_fp16.cli import COMMANDS
 from jaxrl_fp16.models import FAMILIES
@@ -357,6 +358,40 @@ def run_folders():
     ]
 
 
-CASES = [*keys_and_values(), *yaml_texts(), *names(), *arithmetic(), *models(), *data(), *run_folders()]
+def engines():
+    other = ("--rollout.engine", "transformers")
+    return [
+        Case(36, "unknown engine", 'rollout.engine: "sglang" is not allowed; allowed: jit | transformers | vllm',
+             ("--rollout.engine", "sglang")),
+        Case(36, "no such interpreter",
+             "rollout: python is /no/python, which is no program here; allowed: the path of a Python interpreter that "
+             "has torch, transformers", (*other, "--rollout.python", "/no/python")),
+        Case(36, "an interpreter that is none",
+             "rollout: python is ls, which does not run as Python (code 2); allowed: an interpreter",
+             (*other, "--rollout.python", "ls")),
+        Case(36, "interpreter without the packages", "rollout: python is ./bare, which lacks vllm; rollout.engine vllm "
+             "needs an interpreter with: pip install vllm", ("--rollout.engine", "vllm", "--rollout.python", "./bare"),
+             bare_python),
+        Case(36, "top-k with vLLM",
+             "top_k is 5 and top_p 1.0 with rollout.engine vllm; allowed: 0 and 1, as vLLM does not say which ids it",
+             ("--rollout.engine", "vllm", "--sampling.top_k", "5")),
+        Case(36, "top-p of an evaluation with vLLM", "evaluation: top_k is 0 and top_p 0.9 with rollout.engine vllm",
+             ("--rollout.engine", "vllm", "--evaluation.sets", "[{name: a, top_p: 0.9}]")),
+        Case(36, "memory beyond the card",
+             "rollout.memory_fraction: 0.95 is not allowed; allowed: number > 0 and <= 0.8",
+             ("--rollout.memory_fraction", "0.95")),
+        Case(36, "an engine at another's run", "run was started otherwise: rollout.engine was 'jit', is 'transformers'",
+             ("--resume", "run", *other), config="folder.yaml"),
+    ]
+
+
+def bare_python(folder):
+    """An interpreter that finds no package."""
+    place = folder / "bare"
+    place.write_text(f'#!/bin/sh\nshift\nexec "{sys.executable}" -I -S "$@"\n')
+    place.chmod(0o755)
+
+
+CASES = [*keys_and_values(), *yaml_texts(), *names(), *arithmetic(), *models(), *data(), *run_folders(), *engines()]
 
 __all__ = ["CASES", "Case"]

@@ -111,7 +111,8 @@ def _sampled(bench, params, tokens, mask):
     s, limit = bench.setup.config.sampling, bench.setup.config.info.max_new_tokens
     sampling = s.__class__(max_new_tokens=min(s.max_new_tokens, limit), temperature=s.temperature, group_size=1,
                            end_tokens=s.end_tokens)
-    rollout = make_engine(bench.setup, bench.model, sampling)(params, tokens, mask, bench.setup.keys.evaluation)
+    engine = make_engine(bench.setup, bench.model, sampling, engine="jit")
+    rollout = engine(params, tokens, mask, bench.setup.keys.evaluation)
     return tuple(to_host(x) for x in (rollout.tokens, rollout.mask, rollout.response_mask))
 
 

@@ -52,6 +52,7 @@ def run_mismatch(config):
     scored = given is not None and all(_is_scored(rollout, [*names, reference.name]) for rollout in given)
     with contextlib.ExitStack() as stack:
         console = stack.enter_context(Console(quiet=jax.process_index() != 0))
+        stack.enter_context(contextlib.closing(setup.engines))
         signals = stack.enter_context(caught_signals())
         programs = None
         if not scored or section.attribution:

@@ -30,7 +30,7 @@ TOKEN_IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def save_pretrained(folder, model, params, dtype="float16", tokenizer=None, generation_config=None, *,
-                    overwrite=False, shard_bytes=5 * 10**9):
+                    overwrite=False, shard_bytes=5 * 10**9, durable=True):
     """Writes a Hugging Face model folder; in a run of several processes all call, and the first one writes.
 
     Args:
@@ -41,6 +41,7 @@ def save_pretrained(folder, model, params, dtype="float16", tokenizer=None, gene
       generation_config: a mapping for `generation_config.json`, such as
         `{"eos_token_id": [1, 2], "temperature": 1.0}`; its ids win over the tokenizer's.
       shard_bytes: weights above this are split into several files. One such file is in memory at once.
+      durable: wait until the disk has it all; without that a power cut may leave files that lack their content.
 
     Raises:
       ValueError: an unknown dtype, a weight that is not finite or beyond the range of
@@ -50,7 +51,7 @@ def save_pretrained(folder, model, params, dtype="float16", tokenizer=None, gene
     if not isinstance(model, Decoder):
         raise ValueError(f"a {type(model).__name__} cannot be exported; allowed: a Decoder")
     ids, generation = _generation(tokenizer, generation_config)
-    _save(Path(folder).expanduser(), model, params, dtype, ids, generation, tokenizer, overwrite, shard_bytes)
+    _save(Path(folder).expanduser(), model, params, dtype, ids, generation, tokenizer, overwrite, shard_bytes, durable)
 
 
 def save_reward_model(folder, model, params, dtype="float32", tokenizer=None, pad_token_id=None, *,
@@ -71,7 +72,7 @@ def save_reward_model(folder, model, params, dtype="float32", tokenizer=None, pa
     _save(Path(folder).expanduser(), model, params, dtype, about, {}, tokenizer, overwrite, shard_bytes)
 
 
-def _save(folder, model, params, dtype, about, generation, tokenizer, overwrite, shard_bytes):
+def _save(folder, model, params, dtype, about, generation, tokenizer, overwrite, shard_bytes, durable=True):
     """Checks and writes; `about` goes into `config.json` above what the family writes there."""
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES.values())}")
@@ -82,7 +83,7 @@ def _save(folder, model, params, dtype, about, generation, tokenizer, overwrite,
     body = decoder_of(model).config
     config = {**FAMILIES[body.family].write(body), **about}
     config |= {"dtype": dtype, "torch_dtype": dtype}  # the names of Transformers 5 and 4
-    with _new_folder(folder) if jax.process_index() == 0 else nullcontext() as place:
+    with _new_folder(folder, durable) if jax.process_index() == 0 else nullcontext() as place:
         _write_weights(place, model, params, dtype, shard_bytes)
         if place is not None:
             _write_json(place / "config.json", config)
@@ -172,7 +173,7 @@ def _to_hf(tensor, array, index, dtype):
 
 
 @contextmanager
-def _new_folder(folder):
+def _new_folder(folder, durable=True):
     """A folder to write into, which takes its final name at the end, and is removed after an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     place = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(8)}")
@@ -182,21 +183,24 @@ def _new_folder(folder):
         usual = place.stat().st_mode & 0o666  # by the umask, which safetensors does not ask
         for path in place.rglob("*"):
             path.chmod(usual)
-            _flush(path)
-        _flush(place)
-        _rename(place, folder)
+            if durable:
+                _flush(path)
+        if durable:
+            _flush(place)
+        _rename(place, folder, durable)
     except BaseException:
         shutil.rmtree(place, ignore_errors=True)
         raise
 
 
-def _rename(place, folder):
+def _rename(place, folder, durable=True):
     """`place` becomes `folder`; what was there goes first, for one folder cannot replace another."""
     old = place.with_name(place.name.replace(".partial-", ".old-"))
     if folder.exists() and any(folder.iterdir()):
         folder.rename(old)
     place.rename(folder)
-    _flush(folder.parent)
+    if durable:
+        _flush(folder.parent)
     shutil.rmtree(old, ignore_errors=True)
 
 

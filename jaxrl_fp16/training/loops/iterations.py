@@ -56,7 +56,7 @@ def iterations(run, algorithm, start):
         metrics |= rollout_metrics(config, graded, prompts, draws) | retokenised(run, graded.rollout)
         metrics |= {"seconds/sample": sampled - began, "seconds/learn": done - sampled,
                     "tokens_per_second": draws.tokens / (done - began)}
-        metrics |= device_peak(setup.mesh) | watch.look(step, learner.actor, taken)
+        metrics |= device_peak(setup.mesh) | setup.engines.metrics() | watch.look(step, learner.actor, taken)
         yield Step(step, learner, metrics, position, taken, sample_records(prompts, graded), watch.cause)
 
 

@@ -19,6 +19,7 @@ from jaxrl_fp16.objectives import (
 from jaxrl_fp16.parallel import batch_sharding, shard_batch
 from jaxrl_fp16.training.loops.mismatch_terms import staleness_terms, summed_kl, truncation_term
 from jaxrl_fp16.training.rollouts.collect import truncation_rule
+from jaxrl_fp16.training.safety.guards import check_canary
 from jaxrl_fp16.training.updates.critic_update import make_value_update
 from jaxrl_fp16.training.updates.optimizer import make_optimizer
 from jaxrl_fp16.training.updates.policy_update import make_update
@@ -111,6 +112,7 @@ def learn(programs, learner, graded, key, critic_alone=False, keep=None):
     minibatches = [index for order in orders for index in order]
     lengths = row_lengths(graded.rollout.mask)  # looked at once: at each step it would wait for the one before
     old, first_pi, metrics = _score(programs, learner, graded.rollout, minibatches[0], lengths)
+    check_canary(programs.config, metrics)
     batch = _make_batch(programs, learner, graded, old, lengths)
     if keep is not None:
         keep(partial(programs.take, batch), minibatches)

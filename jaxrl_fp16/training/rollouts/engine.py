@@ -3,12 +3,22 @@
 n: prompts.  P: prompt columns.
 """
 
+import contextlib
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+
+from jaxrl_fp16.config import ConfigError, naming
+from jaxrl_fp16.engines import EngineRefused, check_sampling, cut_at_stops, find_python, make_rollout
 from jaxrl_fp16.models.attention import kind_for
 from jaxrl_fp16.parallel import row_shards, shard_batch
 from jaxrl_fp16.sampling import make_sampler
+from jaxrl_fp16.sampling.stopping import stop_table
+from jaxrl_fp16.tokenizer import end_ids, token_bytes
 
 
-def make_engine(setup, model, sampling=None, precision=None):
+def make_engine(setup, model, sampling=None, precision=None, engine=None):
     """`engine(params, tokens, mask, key) -> Rollout` of left-padded host prompts int32 [n,P] and their mask.
 
     Args:
@@ -16,11 +26,77 @@ def make_engine(setup, model, sampling=None, precision=None):
       model: the Decoder that samples; its attention is `kind_for` the precision.
       sampling: a SamplingConfig; None: section `sampling`.
       precision: a Precision; None: the run's `rollout_precision`.
+      engine: jit, or one of `KINDS`; None: `rollout.engine`.
+
+    Raises ValueError for what that engine cannot sample; of another one than jit the rollout raises `EngineError`, and
+    ConfigError for what it refuses at its start.
     """
-    precision = precision or setup.rollout_precision
+    precision, sampling = precision or setup.rollout_precision, sampling or setup.config.sampling
+    engine = engine or setup.config.rollout.engine
+    if engine != "jit":
+        return _other_engine(setup, model, sampling, precision, engine)
     model = model.clone(attention=kind_for(model.attention, precision.policy.compute_dtype))
     sample = make_sampler(
-        model, precision.policy, sampling or setup.config.sampling, eos_id=setup.eos_ids, pad_id=setup.pad_id,
+        model, precision.policy, sampling, eos_id=setup.eos_ids, pad_id=setup.pad_id,
         tokenizer=setup.tokenizer, lockstep=row_shards(setup.mesh) > 1,
     )
     return lambda params, tokens, mask, key: sample(params, *shard_batch((tokens, mask), setup.mesh), key)
+
+
+def check_engine(rollout):
+    """Refuses a section `rollout` whose engine cannot run here: a run of several processes, an interpreter that is not
+    there or lacks the engine's packages. Raises ConfigError; starts nothing."""
+    if rollout.engine == "jit":
+        return
+    with naming("rollout"):
+        if jax.process_count() > 1:
+            raise ValueError(f"engine is {rollout.engine} in a run of {jax.process_count()} processes; allowed: jit, "
+                             "or a run of one process")
+        find_python(rollout)
+
+
+def begin_engine(setup, model, params):
+    """Starts `rollout.engine` with `params` where it is not jit: what can be refused is refused. Raises ConfigError for
+    that, and EngineError."""
+    if setup.config.rollout.engine != "jit":
+        with _refusing():
+            _process(setup, model, setup.rollout_precision, setup.config.rollout.engine).begin(params)
+
+
+def _other_engine(setup, model, sampling, precision, engine):
+    check_sampling(engine, sampling.top_k, sampling.top_p)
+    check_engine(dataclasses.replace(setup.config.rollout, engine=engine))
+    ends = end_ids(setup.tokenizer, names=sampling.end_tokens) if sampling.end_tokens else setup.eos_ids
+    vocab_size = model.config.vocab_size
+    stops = stop_table(sampling.stop, token_bytes(setup.tokenizer, vocab_size)[:vocab_size]) if sampling.stop else None
+
+    def sample(params, tokens, mask, key):
+        prompts = [row[real].tolist() for row, real in zip(tokens, mask.astype(bool))]
+        seed = int(jax.random.bits(key, dtype=jnp.uint32)) >> 1
+        with _refusing():
+            found = _process(setup, model, precision, engine).draw(params, prompts, sampling, seed, ends)
+        found = found if stops is None else cut_at_stops(found, stops)
+        return shard_batch(make_rollout(tokens, mask, found, setup.pad_id), setup.mesh)
+
+    return sample
+
+
+@contextlib.contextmanager
+def _refusing():
+    """Turns an engine's refusal into the command's."""
+    try:
+        yield
+    except EngineRefused as error:
+        raise ConfigError(f"rollout: {error}") from error
+
+
+def _process(setup, model, precision, engine):
+    """The command's `Engine`, started or not."""
+    config = setup.config
+    longest = max(config.sampling.max_new_tokens, config.evaluation.max_new_tokens or 0)
+    settings = {
+        "dtype": precision.policy.compute_dtype.name, "device": "gpu" if config.run.platform == "gpu" else "cpu",
+        "memory_fraction": config.rollout.memory_fraction, "seed": config.run.seed,
+        "max_length": config.training.max_prompt_tokens + longest,
+    }
+    return setup.engines.get(dataclasses.replace(config.rollout, engine=engine), model, settings)

@@ -21,6 +21,7 @@ from jaxrl_fp16.parallel import LOST_PROCESS, from_first_process
 from jaxrl_fp16.tasks import Task
 from jaxrl_fp16.tokenizer import auto_difference
 from jaxrl_fp16.training.checkpoints.checkpoint import CheckpointError, Checkpoints
+from jaxrl_fp16.training.rollouts.engine import begin_engine, check_engine
 from jaxrl_fp16.training.rollouts.evaluate import evaluate, make_evaluators
 from jaxrl_fp16.training.rollouts.reward_model import make_grader, open_reward_model
 from jaxrl_fp16.training.runs.inputs import Inputs, check_inputs, inputs_of
@@ -192,6 +193,9 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
             check_inputs(config.resume, inputs, exporting=command is None)
         with naming("evaluation"):
             evaluators = make_evaluators(bench) if command is not None else []
+        samples = command == "train" or bool(evaluators)
+        if samples:
+            check_engine(config.rollout)
         others = dict(command=command, reference=reference and config.training.reference == "device",
                       critic=critic_model(config, model) if critic else None)
         needs = _check_memory(setup, model, **others)   # before `check` makes rows: as many as the config asks for
@@ -206,6 +210,8 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
             needs = _check_memory(setup, model, **others, reward_model=judge.model)
             check_positions(config, "reward model", judge.model.body.config.max_positions, "reward model")
         params = bench.load_params()
+        if samples:
+            begin_engine(setup, model, params)
         folder = stack.enter_context(open_folder(config, alone=command is not None))
         signals = stack.enter_context(caught_signals())
         watchdog = stack.enter_context(Watchdog(config.training.stage_seconds, "training.stage_seconds"))

@@ -4,6 +4,7 @@ import dataclasses
 from typing import Annotated, Any, ClassVar, Literal
 
 from jaxrl_fp16.config import Doc, load_config
+from jaxrl_fp16.engines import RolloutConfig, check_sampling
 from jaxrl_fp16.logs import LoggingConfig
 from jaxrl_fp16.models.attention import PACKABLE
 from jaxrl_fp16.models.numerics import NumericsConfig
@@ -28,7 +29,8 @@ MAY_CHANGE = ("run.steps", "sft.steps", "dpo.steps", "run.dir", "run.compile_cac
               "generate", "telemetry", "info", "filter.low", "filter.high", "filter.output", "compare.jobs",
               "mismatch", "task.workers", "task.deadline_seconds", "task.batch_seconds", "task.memory_mb",
               "training.stage_seconds", "training.stop_above", "run.heartbeat_seconds", "model.allow_longer",
-              "model.remat")
+              "model.remat", "rollout.python", "rollout.exchange", "rollout.memory_fraction", "rollout.stop_above",
+              "rollout.deadline_seconds")
 
 # Keys that are no longer there, with the defaults that they had: a run that was started with those is resumed.
 GONE: dict[str, Any] = {}
@@ -58,6 +60,7 @@ class Config:
     numerics: NumericsConfig = NumericsConfig()
     task: TaskConfig = TaskConfig()
     sampling: SamplingConfig = SamplingConfig()
+    rollout: RolloutConfig = RolloutConfig()
     algorithm: AlgorithmSection = AlgorithmSection()
     optimizer: OptimizerConfig = OptimizerConfig()
     critic: CriticConfig = CriticConfig()
@@ -80,6 +83,7 @@ class Config:
         check_algorithm(algorithm, self.sampling.group_size, self.training.old_logprobs)
         if algorithm.overlong_penalty:
             overlong_zone(algorithm.overlong_penalty, self.sampling.max_new_tokens)
+        self._check_engine()
         self._check_reward()
         self._check_rows()
         self._check_microbatches()
@@ -91,6 +95,9 @@ class Config:
                 f"training.probe is true with resume {self.resume}; allowed: a run from its start, with what `export` "
                 "writes of a checkpoint as model.path to probe that"
             )
+
+    def _check_engine(self):
+        check_sampling(self.rollout.engine, self.sampling.top_k, self.sampling.top_p)
 
     def _check_reward(self):
         if self.task.reward_model.path is not None and self.training.truncated == "zero":
@@ -171,6 +178,7 @@ class UntrainedConfig(Config):
     trains: ClassVar[bool] = False
 
     def __post_init__(self):
+        self._check_engine()
         self._check_numerics()
 
 
@@ -180,6 +188,7 @@ class MeasuredConfig(Config):
 
     def __post_init__(self):
         resolve_algorithm(self)
+        self._check_engine()
         self._check_microbatches()
         self._check_numerics()
 
@@ -187,11 +196,11 @@ class MeasuredConfig(Config):
 # What the commands that train nothing read, beside the keys at the top: others may be at fault there.
 SAMPLING = ("run", "model", "numerics", "task", "sampling", "training", "mesh")
 USED = {
-    "eval": (*SAMPLING, "evaluation"),
-    "filter": (*SAMPLING, "evaluation", "filter"),
-    "generate": (*SAMPLING, "generate"),
+    "eval": (*SAMPLING, "rollout", "evaluation"),
+    "filter": (*SAMPLING, "rollout", "evaluation", "filter"),
+    "generate": (*SAMPLING, "rollout", "generate"),
     "info": (*SAMPLING, "loss_scale", "algorithm", "info"),
-    "mismatch": (*SAMPLING, "loss_scale", "algorithm", "optimizer", "mismatch"),
+    "mismatch": (*SAMPLING, "rollout", "loss_scale", "algorithm", "optimizer", "mismatch"),
 }
 
 
@@ -209,6 +218,12 @@ def resolve_algorithm(config) -> AlgorithmConfig:
     """The preset of section `algorithm` with that section's other fields in it."""
     fields = {name: value for name, value in vars(config.algorithm).items() if value is not None}
     return get_algorithm(fields.pop("preset"), **fields)
+
+
+def memory_share(config, whole: float) -> float:
+    """JAX's share of a GPU's memory, of the `whole` that it would take alone: another engine on that card has its
+    own."""
+    return whole if config.rollout.engine == "jit" else whole - config.rollout.memory_fraction
 
 
 def check_mesh_rows(config, mesh):

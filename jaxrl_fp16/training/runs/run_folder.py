@@ -127,6 +127,7 @@ def write_record(setup, folder, command, inputs=None, reward_policy=None):
         "policy": _policy_text(setup.precision.policy),
         "rollout_policy": _policy_text(setup.rollout_precision.policy),
         "seed": setup.config.run.seed,
+        **({"engine": setup.engines.facts()} if setup.engines.facts() else {}),
         **({} if reward is None else {"reward_model": setup.config.task.reward_model.path, "reward_policy": reward}),
     }
     _replace(folder / "environment.json", json.dumps(record, indent=2) + "\n")

@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from jaxrl_fp16.config import ConfigError, load_unchecked, naming, naming_at_entry
 from jaxrl_fp16.console import Console
+from jaxrl_fp16.engines import Engines
 from jaxrl_fp16.folders import local_folder
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, load_pretrained, read_config
 from jaxrl_fp16.models.families.config_json import read_json
@@ -43,6 +44,7 @@ class Setup:
     tokenizer: Any
     eos_ids: tuple[int, ...]
     pad_id: int
+    engines: Engines              # the process of `rollout.engine`, once a sampler has started it
 
     @property
     def keys(self):
@@ -74,7 +76,7 @@ class Opened:
 
 @contextlib.contextmanager
 def opened(setup, prompts=True, problems=None):
-    """Gives `Opened`; the task's grading processes end with the context. Raises ConfigError.
+    """Gives `Opened`; the task's grading processes and the engine's end with the context. Raises ConfigError.
 
     prompts: whether the command makes any, by the task's template.  problems: as for `open_task`.
     """
@@ -86,7 +88,8 @@ def opened(setup, prompts=True, problems=None):
                 remark = remark_on(task.template, setup.tokenizer)
         for line in filter(None, (remark, task.note)):
             Console(quiet=jax.process_index() != 0).say(line)
-        yield Opened(setup, task, make_model(setup))
+        with contextlib.closing(setup.engines):
+            yield Opened(setup, task, make_model(setup))
 
 
 def set_up_alone(command, config):
@@ -136,7 +139,8 @@ def set_up(config):
         platform=None, run=dataclasses.replace(config.run, platform=found), task=dated(config, tokenizer),
         model=dataclasses.replace(config.model, attention=attention_of_run(config, mesh, (precision, rollout, critic))),
     )
-    return Setup(config, precision, rollout, critic, mesh, tokenizer, eos_ids, pad_id(tokenizer))
+    engines = Engines(Console(quiet=jax.process_index() != 0).say)
+    return Setup(config, precision, rollout, critic, mesh, tokenizer, eos_ids, pad_id(tokenizer), engines)
 
 
 def _at_home(config):

@@ -5,6 +5,7 @@ import math
 
 import jax
 
+from jaxrl_fp16.engines import EngineError
 from jaxrl_fp16.parallel import LOST_PROCESS, is_lost_process
 from jaxrl_fp16.tasks import BatchDeadline, RewardShapeError, WorkerStartError
 from jaxrl_fp16.training.safety.deadlines import STOPPED, leave
@@ -20,7 +21,7 @@ def ending_in_order(run):
     """What may go wrong at any moment of a run, as a `Guard` that names the last checkpoint too."""
     try:
         yield
-    except (Guard, OSError, BatchDeadline, RewardShapeError, WorkerStartError) as error:
+    except (Guard, OSError, EngineError, BatchDeadline, RewardShapeError, WorkerStartError) as error:
         raise Guard(f"{error}; {run.saved()}") from error
     except (ValueError, jax.errors.JaxRuntimeError) as error:
         if is_lost_process(error):      # at once: whatever else there is to end may wait for the lost one
@@ -58,6 +59,21 @@ class SkipGuard:
         raise Guard(
             f"{self.in_a_row[model]} optimizer steps of the {'critic' if model else 'policy'} skipped {when}: "
             f"gradients are not finite{first}; try precision bf16 or a lower learning rate"
+        )
+
+
+def check_canary(config, metrics):
+    """Stops a run, before its update, whose engine and scorer part beyond `rollout.stop_above`. Not of jit, whose
+    forward is the scorer's own. metrics: of the iteration, with `mismatch/kl_k3`."""
+    if config.rollout.engine == "jit":
+        return
+    value, bound = float(metrics["mismatch/kl_k3"]), config.rollout.stop_above
+    if not value <= bound:      # a NaN compares false
+        raise Guard(
+            f"mismatch/kl_k3 of rollout.engine {config.rollout.engine} against the scorer is {value:g}, above "
+            f"rollout.stop_above {bound:g}; no update was made. It may be: stale weights (all, or a tied head alone); "
+            "a prefix cache of older weights; log-probs of another distribution than was drawn from (temperature, "
+            "top-k, top-p, defaults of the engine's own); another precision. rollout.engine jit has none of them"
         )
 
 

@@ -1,0 +1,97 @@
+"""Section `rollout`: which engine samples, and what is known of each before it is started."""
+
+import dataclasses
+import functools
+import os
+import shutil
+import subprocess
+import sys
+from typing import Annotated, Literal
+
+from annotated_types import Gt, Le
+
+from jaxrl_fp16.config import Doc
+
+OFFLINE = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Kind:
+    """An engine that is a process of its own."""
+
+    modules: tuple[str, ...]        # that its interpreter must have
+    install: str                    # what `pip install` takes
+    environment: dict[str, str]     # variables of its process
+    truncates: str = ""             # why it may not sample with top-k or top-p; "": it may
+
+
+KINDS = {
+    "transformers": Kind(("torch", "transformers", "safetensors"), "torch transformers", OFFLINE),
+    "vllm": Kind(
+        ("vllm",), "vllm", OFFLINE,
+        "vLLM does not say which ids it kept, and without them a scorer cannot renormalise as it did",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class RolloutConfig:
+    """What samples: this program's own jitted sampler, or another engine in a process of its own."""
+
+    engine: Annotated[
+        Literal["jit", *KINDS],
+        Doc("what samples: jit (the trainer's own forward, compiled), or transformers or vllm in a process of its own"),
+    ] = "jit"
+    python: Annotated[
+        str | None, Doc("Python interpreter that has the packages of rollout.engine; null: that of the command itself")
+    ] = None
+    exchange: Annotated[
+        str | None,
+        Doc("folder through which weights go to the engine where /dev/shm lacks room; null: the system's temporary "
+            "folder"),
+    ] = None
+    memory_fraction: Annotated[
+        float, Gt(0), Le(0.8), Doc("share of a GPU's memory that another engine than jit may take there")
+    ] = 0.4
+    stop_above: Annotated[
+        float, Gt(0),
+        Doc("token KL (k3) of the log-probs of another engine than jit against the scorer's; a step above it ends the "
+            "run before its update"),
+    ] = 0.05
+    deadline_seconds: Annotated[
+        float, Gt(0),
+        Doc("seconds for an answer of another engine than jit, which is killed after them and started once more"),
+    ] = 1200.0
+
+
+def check_sampling(engine, top_k, top_p):
+    """Refuses truncated sampling where the engine does not say what it kept. Raises ValueError."""
+    reason = KINDS[engine].truncates if engine in KINDS else ""
+    if reason and (top_k or top_p < 1):
+        able = ", ".join(["jit", *(name for name, kind in KINDS.items() if not kind.truncates)])
+        raise ValueError(f"top_k is {top_k} and top_p {top_p} with rollout.engine {engine}; allowed: 0 and 1, as "
+                         f"{reason}; or one of {able}")
+
+
+@functools.cache
+def find_python(config):
+    """Path of the interpreter for `config.engine`. Refuses one that is not there or lacks the packages: ValueError."""
+    kind, named = KINDS[config.engine], os.path.expanduser(config.python or sys.executable)
+    python = shutil.which(named)
+    if python is None:
+        raise ValueError(f"python is {named}, which is no program here; allowed: the path of a Python interpreter that "
+                         f"has {', '.join(kind.modules)}")
+    code = "import importlib.util, sys; print(*[name for name in sys.argv[1:] if not importlib.util.find_spec(name)])"
+    try:
+        done = subprocess.run([python, "-I", "-c", code, *kind.modules], stdin=subprocess.DEVNULL, capture_output=True,
+                              text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ValueError(f"python is {named}, which does not run as Python ({type(error).__name__}); allowed: an "
+                         "interpreter") from error
+    if done.returncode:
+        raise ValueError(f"python is {named}, which does not run as Python (code {done.returncode}); allowed: an "
+                         "interpreter")
+    if missing := done.stdout.split():
+        raise ValueError(f"python is {named}, which lacks {', '.join(missing)}; rollout.engine {config.engine} needs "
+                         f"an interpreter with: pip install {kind.install}")
+    return python

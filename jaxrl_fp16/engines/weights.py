@@ -1,0 +1,95 @@
+"""Weights on their way to an engine: a Hugging Face folder in memory, with the checksum of every file."""
+
+import contextlib
+import fcntl
+import os
+from pathlib import Path
+import shutil
+import tempfile
+import time
+
+import jax
+import jax.numpy as jnp
+from safetensors import SafetensorError
+
+from jaxrl_fp16.engines.child import checksum
+from jaxrl_fp16.engines.pipe import EngineError
+from jaxrl_fp16.models import PretrainedError, save_pretrained
+
+MEMORY = "/dev/shm"
+PREFIX = "jaxrl_fp16-engine-"
+SPARE = 2       # times the weights' bytes that must be free in memory
+ORPHANED = 60   # seconds after which a folder that nobody holds is taken for one of a process that was killed
+CHANGE = 0.1    # relative, of each weight, by which an engine is shown that its weights change
+
+
+@contextlib.contextmanager
+def exchange_folder(fallback, needed):
+    """Gives a new empty folder, removed at the end: below /dev/shm where `needed` bytes fit twice, else below
+    `fallback` (None: the system's temporary folder). Those of killed processes are removed.
+
+    Raises OSError where it cannot be made.
+    """
+    base = fallback or tempfile.gettempdir()
+    with contextlib.suppress(OSError):
+        if os.access(MEMORY, os.W_OK | os.X_OK) and shutil.disk_usage(MEMORY).free >= SPARE * needed:
+            base = MEMORY
+    _sweep(base)
+    folder = tempfile.mkdtemp(prefix=PREFIX, dir=base)
+    with _held(folder):
+        try:
+            yield Path(folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _held(folder):
+    """Holds the folder's lock, which the system lets go with the process. Raises BlockingIOError where another has."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _sweep(base):
+    """Removes what killed processes of this user left below `base`."""
+    for folder in Path(base).glob(f"{PREFIX}*"):
+        with contextlib.suppress(OSError):
+            found = folder.stat()
+            if found.st_uid == os.getuid() and found.st_mtime < time.time() - ORPHANED:
+                with _held(folder):
+                    shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def written(place, model, params, dtype, version):
+    """Gives `(folder, {file: SHA-256})` of all weights in `dtype`, below the folder `place`; removed at the end.
+
+    There is no `generation_config.json`: nothing in the folder says how to sample. Raises EngineError for weights that
+    `dtype` does not hold, or a folder that cannot be written.
+    """
+    folder = place / f"version-{version}"
+    try:
+        try:
+            save_pretrained(folder, model, params, dtype=dtype, durable=False)
+            files = {path.name: checksum(path) for path in sorted(folder.iterdir())}
+        except PretrainedError as error:
+            raise EngineError(f"the weights cannot be sent: {error}") from error
+        except (OSError, SafetensorError) as error:
+            raise EngineError(f"the weights cannot be written to {place}: {error}") from error
+        yield folder, files
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+@jax.jit
+def changed(params):
+    """Parameters of which each entry differs by `CHANGE`, up and down in turn, so that sums hardly grow."""
+    def change(x):
+        signs = 1 - 2 * (jnp.arange(x.size, dtype=jnp.uint32) % 2).reshape(x.shape).astype(x.dtype)
+        return x * (1 + CHANGE * signs)
+
+    return jax.tree.map(change, params)

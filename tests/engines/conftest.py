@@ -1,0 +1,50 @@
+"""A tiny model, and an engine that fails as it is told."""
+
+from pathlib import Path
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import psutil
+import pytest
+
+from jaxrl_fp16.engines import Engine, RolloutConfig, find_python, pipe
+from jaxrl_fp16.models import Decoder, DecoderConfig, param_shapes
+
+FAKE = Path(__file__).with_name("fake_child.py")
+
+
+@pytest.fixture(scope="session")
+def small():
+    """`(model, params)`, tied, of 23 ids."""
+    model = Decoder(DecoderConfig(family="qwen2", vocab_size=23, hidden_size=16, intermediate_size=24, num_layers=2,
+                                  num_heads=2, num_kv_heads=1, head_dim=8, tie_embeddings=True))
+    generator = np.random.default_rng(0)
+    return model, jax.tree.map(lambda leaf: jnp.asarray(0.5 * generator.normal(size=leaf.shape), jnp.float32),
+                               param_shapes(model))
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path, small):
+    """fake(fault, at=.., times=.., dtype=.., **config) -> an Engine over the fake child; what it said in `.lines`, the
+    child's notes by `.notes()`, living children by `.living()`."""
+    made, log = [], tmp_path / "fake.log"
+    monkeypatch.setattr(pipe, "CHILD", FAKE)
+    monkeypatch.setenv("FAKE_LOG", str(log))
+
+    def start(fault="", at=0, times=1, dtype="float32", **config):
+        for name, value in (("FAULT", fault), ("AT", at), ("TIMES", times)):
+            monkeypatch.setenv(f"FAKE_{name}", str(value))
+        config = RolloutConfig(engine="transformers", **config)
+        settings = {"dtype": dtype, "device": "cpu", "memory_fraction": 0.5, "seed": 0, "max_length": 20}
+        lines = []
+        engine = Engine(config, find_python(config), small[0], settings, lines.append)
+        made.append(engine)
+        notes = lambda kind: [line for line in log.read_text().splitlines() if line.startswith(kind)]
+        living = lambda: [line for line in notes("process") if psutil.pid_exists(int(line.split()[1]))]
+        return types.SimpleNamespace(engine=engine, lines=lines, notes=notes, living=living)
+
+    yield start
+    for engine in made:
+        engine.close()

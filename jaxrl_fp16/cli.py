@@ -31,7 +31,7 @@ COMMANDS = {
     "eval": "accuracy, pass@k and standard error on evaluation.sets",
     "filter": "the problems that a model solves sometimes; continues with --resume RUN_FOLDER",
     "compare": "one config under --precisions fp16 bf16 ..., --seeds 0 1 ...; one report of all runs",
-    "mismatch": "how far sampler and trainer disagree in each precision, as a page; no training",
+    "mismatch": "how far sampler and trainer disagree, by precision and by --engines jit vllm ..., as a page",
     "generate": "responses to prompts, printed",
     "info": "is the model safe in FP16: its weights, activations and gradients against float16's range",
     "export": "the newest checkpoint of --resume RUN_FOLDER as a Hugging Face folder, model/",
@@ -43,7 +43,9 @@ LISTS = {
         "precisions": "compare.precisions", "rollout-precisions": "compare.rollout_precisions",
         "seeds": "compare.seeds",
     },
-    "mismatch": {"precisions": "mismatch.precisions", "rollouts": "mismatch.rollout_files"},
+    "mismatch": {
+        "precisions": "mismatch.precisions", "engines": "mismatch.engines", "rollouts": "mismatch.rollout_files",
+    },
 }
 SHORT = {"compare": {"jobs": "compare.jobs"}}
 

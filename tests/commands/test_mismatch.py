@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 import re
 import signal
 
@@ -12,6 +13,7 @@ import pytest
 from jaxrl_fp16 import cli
 from jaxrl_fp16.commands import mismatch
 from jaxrl_fp16.console import Console
+from jaxrl_fp16.engines import pipe, weights
 from jaxrl_fp16.lab.mismatch import scoring
 from jaxrl_fp16.lab.mismatch.answer import answer
 from jaxrl_fp16.lab.mismatch.rollout_files import load_rollout, save_rollout
@@ -185,8 +187,7 @@ def test_the_page_opens_with_the_answer(whole, read_page):
     low, high = sorted(kl, key=kl.get)
     assert title == "Sampler against scorer: fp16, bf16" and heading == "Every token"
     assert least == f"Sampler and trainer differ least in {low}: by a token KL of {kl[low]:.1e}."
-    assert times in (f"{high} differs {kl[high] / kl[low]:.3g} times as much as {low}.",
-                     f"{high} differs about as much as {low} (within two standard errors).")
+    assert times.startswith(f"{high} differs {kl[high] / kl[low]:.3g} times as much as {low}")
     assert meaning.startswith("Over a response of 16 tokens, the average, its probability differs by a factor of 1")
     assert "100 responses weigh as much as 100 in fp16 and 100 in bf16" in meaning
     assert report["answer"] == [least, times, meaning]
@@ -216,7 +217,7 @@ def test_the_answer_in_words():
         "fp16 and 1 in fp32 (one standard deviation); 100 responses weigh as much as 74.8 in bf16, 99.8 in fp16 and "
         "100 in fp32."]
     assert answered({"fp16": 2e-5, "bf16": 3e-5}, [0.1, 0.1], error=1e-5)[1] == (
-        "bf16 differs about as much as fp16 (within two standard errors).")
+        "bf16 differs 1.5 times as much as fp16, within two standard errors.")
     assert answered({"fp16": 2e-5, "bf16": 2e-5}, [0.1, 0.1])[1] == "bf16 differs as much as fp16."
     one = answered({"fp16": 2e-5}, [0.1])
     assert one[0] == "In fp16 sampler and trainer differ by a token KL of 2.0e-05."
@@ -310,11 +311,77 @@ def test_a_file_of_another_engine_is_scored(start, whole, drawn, tmp_path, capsy
     kept = folder / "rollouts" / "sglang-bf16.npz"
     assert sorted(path.name for path in kept.parent.iterdir()) == ["bf16.npz", "fp16.npz", kept.name]
     seen = read_page(folder / "report.html").text
-    assert "Sampler against scorer: jit fp16, jit bf16, sglang bf16" in seen and "engine sglang" in seen
+    assert "Sampler against scorer: jit, sglang in fp16, bf16" in seen and "engine sglang" in seen
 
     code, alone = start("--rollouts", str(kept))
     assert code == 0 and "no model is loaded" in capsys.readouterr().out
     assert report_of(alone)["metrics"] == {"sglang bf16": report["metrics"]["sglang bf16"]}
+
+
+@pytest.fixture
+def fake_engine(monkeypatch, tmp_path):
+    """The engine of the tests in the place of Transformers: it draws evenly, and says so. Its log."""
+    pytest.importorskip("torch")    # that its interpreter has what Transformers takes is looked at
+    (tmp_path / "memory").mkdir()
+    monkeypatch.setattr(weights, "MEMORY", str(tmp_path / "memory"))
+    monkeypatch.setattr(pipe, "CHILD", Path(__file__).parents[1] / "engines" / "fake_child.py")
+    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "fake.log"))
+    return tmp_path / "fake.log"
+
+
+def test_engines_side_by_side(start, fake_engine, capsys, read_page):
+    """Each engine samples in each precision. One whose samples are no model's is said to be."""
+    code, folder = start("--engines", "jit", "transformers")
+    said = capsys.readouterr().out
+    assert code == 0, said
+    report, labels = report_of(folder), ["jit fp16", "jit bf16", "transformers fp16", "transformers bf16"]
+    assert list(report["metrics"]) == list(report["sides"]) == labels
+    assert "sampling by transformers in bf16" in said and "1 of 22: " in said and "22 of 22: " in said
+    log = fake_engine.read_text().splitlines()
+    assert sum(line.startswith("process") for line in log) == 2, "one for each precision"
+    arrays = stored(folder, "transformers-bf16")
+    assert str(arrays["engine"]) == "transformers"
+    size = float(np.exp(-arrays["logprobs"][arrays["response_mask"]].mean()))
+    assert size == pytest.approx(VOCAB, rel=2e-3)
+    for precision in ("fp16", "bf16"):
+        expected = metrics_in_float64(*two_of(stored(folder, f"transformers-{precision}"), precision, "sampler|scorer"),
+                                      stored(folder, f"transformers-{precision}")["response_mask"])
+        found = report["metrics"][f"transformers {precision}"]["sampler|scorer"]
+        assert found["kl_k3"] == pytest.approx(expected["kl_k3"], rel=1e-3) and found["kl_k3"] > 0.05
+    doubt = "transformers bf16: a token KL of "
+    assert doubt in said and "above rollout.stop_above, 0.05. It may be other weights" in said
+    assert "jit bf16: a token" not in said
+    page = read_page(folder / "report.html")
+    assert {"Beyond any rounding", "Engines side by side", "slope per 1K tokens", "KL where unsure"} <= set(page.text)
+    assert page.tags.count("svg") == 6 and any(text.startswith(doubt) for text in page.text)
+    least, times, _ = report["answer"]
+    assert least.startswith("Sampler and trainer differ least in jit ") and "; in fp16, transformers differs" in times
+
+    code, again = start("--mismatch.rollouts", str(folder), "--engines", "transformers")
+    assert code == 0 and "no model is loaded" in capsys.readouterr().out
+    assert report_of(again)["metrics"] == {name: report["metrics"][name] for name in labels[2:]}
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--engines", "jit", "jit"), "mismatch: engines are jit, jit; allowed: each once"),
+    (("--engines", "sglang"), 'mismatch.engines[0]: "sglang" is not allowed'),
+    (("--engines", "jit", "vllm", "--sampling.top_k", "3"), "mismatch.engines: top_k is 3 and top_p 1.0 with"),
+    (("--engines", "transformers", "--rollout.python", "nowhere"), "python is nowhere, which is no program here"),
+    (("--engines", "transformers", "--mismatch.attribution"), "mismatch.attribution is true and all rollouts are"),
+    (("--engines", "transformers", "--mismatch.rollouts", "nowhere"), "nowhere has no transformers-fp16.npz"),
+])
+def test_engines_that_cannot_be_drawn_are_refused(start, capsys, flags, message):
+    code, folder = start(*flags)
+    error = capsys.readouterr().err
+    assert (code, folder) == (2, None) and message in error and error.count("\n") == 1
+
+
+def test_an_engine_and_a_file_of_it_are_refused(start, drawn, tmp_path, capsys):
+    """Before anything is sampled."""
+    code, folder = start("--engines", "transformers", "--rollouts",
+                         as_file(tmp_path / "a.jsonl", drawn["fp16"], engine="transformers"))
+    error = capsys.readouterr().err
+    assert (code, folder) == (2, None) and "there are two rollouts of transformers fp16; allowed: " in error
 
 
 @pytest.mark.parametrize("changes, flags, message", [

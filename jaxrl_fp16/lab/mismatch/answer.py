@@ -55,9 +55,9 @@ def _step(low_name, high_name, low, high, error):
         return f"{high_name} differs as much as {low_name}"
     if not low:
         return f"{high_name} differs by {high:.1e} and {low_name} by nothing"
-    if not high - low > 2 * error:
-        return f"{high_name} differs about as much as {low_name} (within two standard errors)"
-    return f"{high_name} differs {high / low:.3g} times as much as {low_name}"
+    carried = high - low > 2 * error
+    return f"{high_name} differs {high / low:.3g} times as much as {low_name}" + (
+        "" if carried else ", within two standard errors")
 
 
 def _meaning(drawn, sides, length):

@@ -7,6 +7,7 @@ from jaxrl_fp16.lab.figures import svg_of
 from jaxrl_fp16.lab.mismatch import figures as draw
 from jaxrl_fp16.lab.mismatch.answer import answer
 from jaxrl_fp16.lab.mismatch.attribution_page import attribution_section
+from jaxrl_fp16.lab.mismatch.engines_page import engine_section, engine_table, engines_of
 from jaxrl_fp16.lab.mismatch.stats import (
     DRAWN, PAIRS, binned_kl, by_length, distances, k3, log_ratio, mean_over_tokens, not_finite, pair_logprobs, verdict,
 )
@@ -93,9 +94,14 @@ def distance_table(found, reference, caption=""):
     return said_once(Table(columns, rows, caption), [columns[-1]])
 
 
-def console_tables(found, reference):
-    """`(title, columns, rows)` of what the console shows: each precision's metrics, and the distances."""
-    for name in found["metrics"]:
+def console_tables(found, facts, reference):
+    """`(title, columns, rows)` of what the console shows: each precision's metrics, or the table of engines where there
+    are several, and the distances."""
+    several = len(engines_of(found["sides"])) > 1
+    if several:
+        table = engine_table(found, facts["tokens"])
+        yield "engines side by side", table.columns, table.rows
+    for name in () if several else found["metrics"]:
         columns = [(name, pair) for pair in PAIRS]
         yield (f"sampled and scored in {name}", ("", *(_pair_title(pair, reference) for pair in PAIRS)),
                metric_rows(found, columns))
@@ -151,11 +157,14 @@ def write_report(folder, facts, rollouts, reference, found):
     }
     drawn = {name: svg_of(figure) for name, figure in figures.items()}
     sections = [
-        *_warning(found), *_distance_sections(found, reference, drawn), *_length_sections(found, reference, drawn),
+        *_warnings(found, facts), *engine_section(found, facts["tokens"], reference),
+        *_distance_sections(found, reference, drawn), *_length_sections(found, reference, drawn),
         *([attribution_section(found["attribution"])] if "attribution" in found else []),
         *_number_sections(facts, found, reference),
     ]
-    title = f"Sampler against scorer: {', '.join(found['metrics'])}"
+    engines, precisions = engines_of(sides), dict.fromkeys(side["precision"] for side in sides.values())
+    names = list(sides) if len(engines) == 1 else [f"{', '.join(engines)} in {', '.join(precisions)}"]
+    title = f"Sampler against scorer: {', '.join(names)}"
     return write_page(folder / "report.html", title, answer(found, facts), sections)
 
 
@@ -166,12 +175,24 @@ def _counts(by_label):
     return ", ".join(f"{count:,} ({name})" for name, count in by_label.items())
 
 
-def _warning(found):
+def _warnings(found, facts):
     odd = [f"{name}: {count:,} tokens by the {program}" for name, programs in found["not_finite"].items()
            for program, count in programs.items() if count]
     if odd:
         yield Section("Log-probs that are not finite", "Figures leave such tokens out; metrics do not. "
                       + "; ".join(odd) + ".")
+    doubts = doubts_of(found, facts["config"]["rollout"]["stop_above"])
+    if doubts:
+        yield Section("Beyond any rounding", "\n\n".join(doubts))
+
+
+def doubts_of(found, limit):
+    """A sentence on each side whose token KL no rounding explains: it is above `limit`, `rollout.stop_above`."""
+    return [
+        f"{label}: a token KL of {pairs['sampler|scorer']['kl_k3']:.2g} is above rollout.stop_above, {limit:g}. It may "
+        "be other weights or another tokenizer, another temperature, top-k or top-p, or log-probs of the raw logits."
+        for label, pairs in found["metrics"].items() if pairs["sampler|scorer"]["kl_k3"] > limit
+    ]
 
 
 def _distance_sections(found, reference, drawn):

@@ -110,21 +110,23 @@ def read_prompts(setup):
     return prompts.tokens, prompts.mask
 
 
-def sample_rollout(laboratory, precision, params, prompts):
-    """A ScoredRollout, not yet scored, of `prompts` as `read_prompts` gives them."""
+def sample_rollout(laboratory, engine, precision, params, prompts):
+    """A ScoredRollout, not yet scored, that `engine` draws of `prompts` as `read_prompts` gives them."""
     setup, sampling = laboratory.setup, laboratory.setup.config.sampling
-    engine, key = make_engine(setup, laboratory.model, precision=precision), setup.keys.learning
+    draw, key = make_engine(setup, laboratory.model, precision=precision, engine=engine), setup.keys.learning
     parts = row_shards(setup.mesh)
     at_once = min(setup.config.training.prompts_per_step, -(-len(prompts[0]) // parts) * parts)
 
     def run(number, chunk):
-        return engine(params, *chunk, jax.random.fold_in(key, number))  # the same in every precision
+        return draw(params, *chunk, jax.random.fold_in(key, number))  # the same in every precision
 
-    with laboratory.tally.counted(laboratory.console, f"sampling in {precision.name}"):
+    by = "" if engine == JIT else f"by {engine} "
+    with laboratory.tally.counted(laboratory.console, f"sampling {by}in {precision.name}"):
         found = _in_chunks(laboratory, run, prompts, at_once)
     return ScoredRollout(
         precision.name, sampling.temperature, found.tokens, found.mask, found.response_mask, found.logprobs,
-        found.finished, **vars(found.decisions),
+        found.finished, **vars(found.decisions), engine=engine,
+        version="" if engine == JIT else str(setup.engines.facts().get(engine, "")),
     )
 
 
@@ -252,23 +254,21 @@ def _in_chunks(laboratory, run, arrays, size):
     return jax.tree.map(lambda *x: np.concatenate(x)[: total * len(x[0]) // size], *parts)
 
 
-def check_stored(laboratory, rollouts, key="mismatch.rollouts"):
-    """Refuses stored rollouts, which `key` names, that this model and config cannot have drawn."""
+def check_stored(laboratory, rollout, key):
+    """Refuses a stored rollout, which `key` names, that this model and config cannot have drawn."""
     model, config = laboratory.model.config, laboratory.setup.config
-    vocab, temperature = model.vocab_size, config.sampling.temperature
-    for rollout in rollouts:
-        who = _name_of(rollout)
-        if rollout.vocab_size not in (None, vocab):
-            raise ConfigError(f"{key}: {who} is of a model with vocab_size {rollout.vocab_size}; allowed: that of "
-                              f"this model, {vocab}")
-        if rollout.tokens.max() >= vocab:
-            raise ConfigError(f"{key}: {who}'s tokens are as high as {rollout.tokens.max()}; "
-                              f"allowed: below the model's vocab_size, {vocab}")
-        if rollout.temperature != temperature:
-            raise ConfigError(f"{key}: {who} was sampled at temperature "
-                              f"{rollout.temperature:g}; allowed: sampling.temperature, {temperature:g}")
-        longest, limit = int(rollout.mask.sum(axis=1).max()), model.max_positions
-        if limit is not None and longest > limit and not config.model.allow_longer:
-            raise ConfigError(f"{key}: {who}'s longest row has {longest} tokens, and the model's weights were made for "
-                              f"{limit} positions (max_position_embeddings); allowed: at most these, or "
-                              "model.allow_longer true")
+    vocab, temperature, who = model.vocab_size, config.sampling.temperature, _name_of(rollout)
+    if rollout.vocab_size not in (None, vocab):
+        raise ConfigError(f"{key}: {who} is of a model with vocab_size {rollout.vocab_size}; allowed: that of this "
+                          f"model, {vocab}")
+    if rollout.tokens.max() >= vocab:
+        raise ConfigError(f"{key}: {who}'s tokens are as high as {rollout.tokens.max()}; allowed: below the model's "
+                          f"vocab_size, {vocab}")
+    if rollout.temperature != temperature:
+        raise ConfigError(f"{key}: {who} was sampled at temperature {rollout.temperature:g}; allowed: "
+                          f"sampling.temperature, {temperature:g}")
+    longest, limit = int(rollout.mask.sum(axis=1).max()), model.max_positions
+    if limit is not None and longest > limit and not config.model.allow_longer:
+        raise ConfigError(f"{key}: {who}'s longest row has {longest} tokens, and the model's weights were made for "
+                          f"{limit} positions (max_position_embeddings); allowed: at most these, or "
+                          "model.allow_longer true")

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Optional, get_args, get_type_hints
 from annotated_types import Ge, Gt, Le, MinLen
 
 from jaxrl_fp16.config import Doc
+from jaxrl_fp16.engines import KINDS
 from jaxrl_fp16.models.attention import AttentionKind
 from jaxrl_fp16.models.decoder import DecoderConfig
 from jaxrl_fp16.objectives import PRESETS, AlgorithmConfig, PreferenceConfig
@@ -291,6 +292,11 @@ class MismatchConfig:
         tuple[str, ...], MinLen(1),
         Doc("precisions that `mismatch` compares: each samples, and scores all samples; short: --precisions A B"),
     ] = ("fp16", "bf16")
+    engines: Annotated[
+        tuple[Literal["jit", *KINDS], ...],
+        Doc("engines that `mismatch` draws side by side, each in each precision; []: rollout.engine alone, or with "
+            "mismatch.rollout_files none; short: --engines A B"),
+    ] = ()
     reference: Annotated[str, Doc("precision whose log-probs `mismatch` takes for the exact ones")] = "fp32"
     rollouts: Annotated[str | None, Doc("folder of stored rollouts for `mismatch` to read; null: it samples")] = None
     rollout_files: Annotated[
@@ -305,3 +311,7 @@ class MismatchConfig:
     attribution: Annotated[
         bool, Doc("let `mismatch` measure by module too, on some responses; costs some hundred forwards of them")
     ] = False
+
+    def __post_init__(self):
+        if len(set(self.engines)) < len(self.engines):
+            raise ValueError(f"engines are {', '.join(self.engines)}; allowed: each once")

@@ -30,7 +30,7 @@ COMMANDS = {
     "dpo": "preference optimization on pairs of responses, after a warm start as in train",
     "eval": "accuracy, pass@k and standard error on evaluation.sets",
     "filter": "the problems that a model solves sometimes; continues with --resume RUN_FOLDER",
-    "compare": "one config under --precisions fp16 bf16 ..., --seeds 0 1 ...; one report of all runs",
+    "compare": "one config under --precisions fp16 bf16 ..., --engines ..., --seeds 0 1 ...; one report of all runs",
     "mismatch": "how far sampler and trainer disagree, by precision and by --engines jit vllm ..., as a page",
     "generate": "responses to prompts, printed",
     "info": "is the model safe in FP16: its weights, activations and gradients against float16's range",
@@ -41,7 +41,7 @@ COMMANDS = {
 LISTS = {
     "compare": {
         "precisions": "compare.precisions", "rollout-precisions": "compare.rollout_precisions",
-        "seeds": "compare.seeds",
+        "engines": "compare.engines", "seeds": "compare.seeds",
     },
     "mismatch": {
         "precisions": "mismatch.precisions", "engines": "mismatch.engines", "rollouts": "mismatch.rollout_files",

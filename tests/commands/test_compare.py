@@ -16,6 +16,7 @@ from jaxrl_fp16 import cli
 from jaxrl_fp16.commands import compare
 from jaxrl_fp16.config import ConfigError, load_config, to_dict, to_yaml
 from jaxrl_fp16.lab.compare.answer import answer
+from jaxrl_fp16.lab.compare.figures import look_of
 from jaxrl_fp16.lab.compare.page import show_comparison, write_comparison
 from jaxrl_fp16.lab.compare.processes import Job, run_jobs, shares_of_cores
 from jaxrl_fp16.lab.compare.runs import band, last_step, plan_runs, read_comparison, series, window_of
@@ -43,6 +44,9 @@ def configured(tiny, *flags):
     (["--seeds", "-1"], "compare.seeds[0]: -1 is not allowed; allowed: list of integer >= 0"),
     (["--seeds", "4294967296"], "compare.seeds: [4294967296] is not allowed; allowed: list of integer >= 0, up to"),
     (["--seeds", "one"], 'compare.seeds[0]: "one" is not allowed'),
+    (["--engines", "jit", "jit"], "compare: engines are jit, jit; allowed: one or more, each once"),
+    (["--engines", "sglang"], 'compare.engines[0]: "sglang" is not allowed; allowed: list of jit'),
+    (["--engines", "jit", "vllm", "--sampling.top_k", "3"], "compare.engines: top_k is 3 and top_p 1.0 with rollout."),
     (["--jobs", "0"], "compare.jobs: 0 is not allowed; allowed: integer >= 1"),
     (["--jobs", "1", "2"], '"2" is not allowed; allowed: --key VALUE'),
     (["--rollout_precision", "bf16"], "rollout_precision is 'bf16'; allowed with compare: null"),
@@ -79,6 +83,22 @@ def test_the_ablation_matrix(tiny):
     assert runs[0].config.rollout_precision is None
     cold = plan_runs(configured(tiny), Path("there"))
     assert [run.name for run in cold] == ["fp16-seed0", "bf16-seed0"] and cold[0].config.model.path is None
+
+
+def test_engines_are_an_axis(tiny):
+    config = configured(tiny, "--compare.engines", "[jit, vllm]", "--compare.seeds", "[3]", "--sft.steps", "5",
+                        "--rollout.engine", "transformers", "--compare.rollout_precisions", "[fp16]")
+    runs = plan_runs(config, Path("there"))
+    assert [run.label for run in runs] == ["jit fp16", "jit bf16<-fp16", "vllm fp16", "vllm bf16<-fp16"]
+    assert [run.name for run in runs] == ["jit_fp16-seed3", "jit_bf16_rollout_fp16-seed3", "vllm_fp16-seed3",
+                                          "vllm_bf16_rollout_fp16-seed3"]
+    assert [run.config.rollout.engine for run in runs] == [run.engine for run in runs] == ["jit"] * 2 + ["vllm"] * 2
+    assert compare._warm_run(config, Path("there"), 3).config.rollout.engine == "jit", "which favours no side"
+    alone = configured(tiny, "--rollout.engine", "transformers")
+    runs = plan_runs(alone, Path("there"))
+    assert [(run.name, run.label, run.engine) for run in runs] == [
+        ("fp16-seed0", "fp16", "transformers"), ("bf16-seed0", "bf16", "transformers")]
+    assert compare._warm_run(alone, Path("there"), 0).config.rollout.engine == "transformers"
 
 
 # -- processes -------------------------------------------------------------------------------------------
@@ -266,6 +286,26 @@ def test_who_won_in_other_cases(tiny, tmp_path):
     assert said("none", {}) == ["There is nothing to compare: no side took a step."]
     apart = said("apart", {("fp16", 0): 0.5, ("bf16", 1): 0.5}, "--compare.seeds", "[0, 1]")
     assert apart == ["None can be said to have won: no seed ran on all of fp16, bf16."]
+
+
+def test_a_report_of_engines(tiny, tmp_path, read_page):
+    """Two engines in two precisions: four sides, a colour for each precision and a kind of line for each engine."""
+    rewards = {(f"{engine}_{precision}", seed): 0.5 + 0.1 * (engine == "jit") + 0.001 * seed
+               for engine in ("jit", "vllm") for precision in ("fp16", "bf16") for seed in (0, 1)}
+    comparison = courses(tiny, tmp_path / "engines", rewards,
+                         ("--compare.engines", "[jit, vllm]", "--compare.seeds", "[0, 1]"))
+    assert comparison.sides == ["jit fp16", "jit bf16", "vllm fp16", "vllm bf16"] and len(comparison.runs) == 8
+    looks = [look_of(comparison, side) for side in comparison.sides]
+    assert [look["linestyle"] for look in looks] == ["-", "-", "--", "--"]
+    assert looks[0]["color"] == looks[2]["color"] != looks[1]["color"] == looks[3]["color"]
+    write_comparison(comparison)
+    seen = read_page(comparison.folder / "report.html")
+    assert "tiny: jit fp16, jit bf16, vllm fp16, vllm bf16" in seen.text
+    assert "A side's name begins with the engine that sampled." in " ".join(seen.text)
+    data = json.loads((comparison.folder / "report.json").read_text())
+    assert [run["engine"] for run in data["runs"]] == ["jit", "jit", "vllm", "vllm"] * 2
+    assert len({(row["first"], row["second"]) for row in data["verdicts"]}) == 6
+    assert data["answer"][1].startswith("jit fp16 leads vllm fp16 by 0.1 and vllm bf16 by 0.1; token KL")
 
 
 def test_a_verdict_of_every_row_is_said_once(tiny, tmp_path, read_page):

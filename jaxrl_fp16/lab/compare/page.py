@@ -98,6 +98,8 @@ def _about(comparison):
     pinned = f" Cores that each run had to itself: {' or '.join(map(str, cores))}." if cores else ""
     mixed = any(run.rollout for run in comparison.runs)
     label = " A side named A<-B trains in A and samples in B: the ablation." if mixed else ""
+    if comparison.config.compare.engines:
+        label += " A side's name begins with the engine that sampled."
     seeds = ", ".join(map(str, dict.fromkeys(run.seed for run in comparison.runs)))
     return (
         f"{len(comparison.runs)} runs of {comparison.config.run.steps} steps; seeds: {seeds}. {warm}{pinned}"
@@ -127,7 +129,7 @@ def _data(comparison, found):
 
 
 def _run_data(run):
-    names = ("name", "label", "precision", "rollout", "seed", "code", "ending", "error")
+    names = ("name", "label", "precision", "rollout", "engine", "seed", "code", "ending", "error")
     last = run.records[-1]["step"] if run.records else None
     return {name: getattr(run, name) for name in names} | {"last_step": last} | dict(run.outcome)
 

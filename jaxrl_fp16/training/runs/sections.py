@@ -245,13 +245,18 @@ class FilterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CompareConfig:
-    """The runs that `compare` starts: each precision with each seed."""
+    """The runs that `compare` starts: each engine in each precision with each seed."""
 
     precisions: Annotated[tuple[str, ...], Doc("precisions of the compared runs; short: --precisions A B")] = (
         "fp16", "bf16",
     )
     rollout_precisions: Annotated[
         tuple[str, ...], Doc("sampler's precisions, each combined with each of compare.precisions; []: the run's own")
+    ] = ()
+    engines: Annotated[
+        tuple[Literal["jit", *KINDS], ...],
+        Doc("engines of the compared runs, each combined with each of compare.precisions; []: rollout.engine alone; "
+            "short: --engines A B"),
     ] = ()
     seeds: Annotated[
         tuple[Annotated[int, Ge(0)], ...], Doc("seeds of the compared runs; []: run.seed alone; short: --seeds 0 1 2")
@@ -265,7 +270,7 @@ class CompareConfig:
     ] = 0.25
 
     def __post_init__(self):
-        for name in ("precisions", "rollout_precisions", "seeds"):
+        for name in ("precisions", "rollout_precisions", "engines", "seeds"):
             values = getattr(self, name)
             if len(set(values)) < len(values) or (name == "precisions" and not values):
                 raise ValueError(f"{name} are {', '.join(map(str, values)) or 'none'}; allowed: one or more, each once")

@@ -102,4 +102,4 @@ def test_the_figures_of_the_gpu_are_those_of_the_results():
 
 def test_the_table_of_faults_has_every_row():
     rows = re.findall(r"^\| (\d+) \| ", (DOCS / "reliability.md").read_text(), flags=re.M)
-    assert [int(row) for row in rows] == list(range(1, 33))
+    assert [int(row) for row in rows] == [*range(1, 33), 36, 37]

@@ -212,7 +212,8 @@ class Transformers:
     not depend on its neighbours but through the rounding of matmuls; and no default can come in.
     """
 
-    ROWS = 64   # whose probabilities exist in float64 at once
+    ROWS = 64               # whose probabilities exist in float64 at once
+    TINY = 1.1754944e-38    # the least normal float32: what is below may count as 0
 
     def __init__(self, settings):
         import torch
@@ -304,7 +305,7 @@ class Transformers:
             token = logits.argmax(-1)
             return token, _at(logits.log_softmax(-1), token), [], []
         # Distances from the largest logit are finite at any temperature.
-        scores = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, 1e-38)).clamp(min=-1e30)
+        scores = ((logits - logits.amax(-1, keepdim=True)) / max(temperature, self.TINY)).clamp(min=-1e30)
         if not sampling["top_k"] and sampling["top_p"] >= 1:
             token = self._invert(scores.double().softmax(-1), uniforms)
             return token, _at(scores.log_softmax(-1), token), [], []

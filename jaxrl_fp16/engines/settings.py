@@ -61,7 +61,7 @@ class RolloutConfig:
     deadline_seconds: Annotated[
         float, Gt(0),
         Doc("seconds for an answer of another engine than jit, which is killed after them and started once more"),
-    ] = 1200.0
+    ] = 1800.0
 
 
 def check_sampling(engine, top_k, top_p):

@@ -68,6 +68,12 @@ def test_its_logprobs_are_those_of_what_was_drawn(backend, small, temperature):
     assert temperature == 0 or len(lengths) > 1, "some rows end before others"
 
 
+def test_at_hardly_any_temperature_it_is_greedy(backend):
+    engine = backend()
+    cold, greedy = draw(engine, temperature=1e-45), draw(engine, temperature=0.0)
+    assert [row[0] for row in cold] == [row[0] for row in greedy] and all(set(row[1]) == {0.0} for row in cold)
+
+
 @pytest.mark.parametrize("truncation", [{"top_k": 3}, {"top_p": 0.6}, {"top_k": 5, "top_p": 0.7},
                                         {"top_p": 0.9, "max_support": 4}, {"top_p": 1e-9}])
 def test_kept_ids_renormalise_as_our_scorer_does(backend, small, truncation):

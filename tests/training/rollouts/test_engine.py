@@ -1,12 +1,13 @@
 """What the engine reports of the tokens that it chose: against the scorer, and with the settings of the run."""
 
+import contextlib
 import dataclasses
 
 import jax
 import numpy as np
 import pytest
 
-from jaxrl_fp16.config import parse_config
+from jaxrl_fp16.config import ConfigError, parse_config
 from jaxrl_fp16.forward import score
 from jaxrl_fp16.models import init_params
 from jaxrl_fp16.precision import get_precision
@@ -54,6 +55,47 @@ def test_its_logprobs_are_the_scorers(bench, sampling):
     np.testing.assert_allclose(np.asarray(rollout.logprobs)[mine], np.asarray(scored)[mine], atol=5e-3)
     assert not np.asarray(rollout.logprobs)[~mine].any()
     assert (rollout.support is not None) == bool(sampling)
+
+
+@pytest.fixture
+def other():
+    """What makes `rollout.engine` of a setup Transformers; its process ends with the test."""
+    pytest.importorskip("torch")
+    with contextlib.ExitStack() as stack:
+        def changed(setup):
+            stack.enter_context(contextlib.closing(setup.engines))
+            rollout = dataclasses.replace(setup.config.rollout, engine="transformers")
+            return dataclasses.replace(setup, config=dataclasses.replace(setup.config, rollout=rollout))
+
+        yield changed
+
+
+def test_another_engine_gives_what_ours_does(bench, other):
+    """Kept ids, stop strings, padding and masks; its log-probs are the scorer's as well."""
+    setup, model, params, tokens, mask = bench(top_k=5, top_p=0.9, stop=["1", "2"], group_size=4, max_rows=8)
+    setup = other(setup)
+    mine, theirs = (make_engine(setup, model, engine=name)(params, tokens, mask, jax.random.key(1))
+                    for name in ("jit", None))
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), mine) == jax.tree.map(lambda x: (x.shape, x.dtype), theirs)
+    assert setup.engines.metrics()["rollout/version"] == 1
+    scored, _ = score(model, params, theirs.tokens, theirs.mask, setup.precision.policy, SAMPLING["temperature"],
+                      theirs.decisions)
+    inside, found = np.asarray(theirs.response_mask), np.asarray(theirs.tokens)
+    np.testing.assert_allclose(np.asarray(theirs.logprobs)[inside], np.asarray(scored)[inside], atol=2e-2)
+    assert (np.asarray(theirs.full_logprobs) <= np.asarray(theirs.logprobs) + 1e-6).all()
+    stops = setup.tokenizer.convert_tokens_to_ids(["1", "2"])
+    last = found.shape[1] - 1 - inside[:, ::-1].argmax(axis=1)
+    ends = np.isin(found[np.arange(len(found)), last], [*stops, *setup.eos_ids])
+    assert (ends == np.asarray(theirs.finished)).all() and ends.any() and not ends.all()
+    assert np.isin(found[inside], stops).sum() == np.isin(found[np.arange(len(found)), last], stops).sum()
+    assert (found[:, 6:][~inside[:, 6:]] == setup.pad_id).all()
+
+
+def test_several_processes_sample_by_jit_alone(bench, other, monkeypatch):
+    setup, model, *_ = bench()
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    with pytest.raises(ConfigError, match="rollout: engine is transformers in a run of 2 processes; allowed: jit"):
+        make_engine(other(setup), model)
 
 
 def test_the_key_alone_decides(bench):

@@ -83,7 +83,7 @@ def _run(command, arguments):
     if not arguments or arguments[0].startswith("--"):
         raise ConfigError(f"{command} needs a config file: jaxrl-fp16 {command} CONFIG [--key VALUE ...]")
     path, *rest = arguments
-    config = load_for(command, path, parse_overrides(list(_lengthened(command, rest))))
+    config = load_for(command, path, parse_overrides(list(lengthened(command, rest))))
     if config.run.name is None:
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=Path(path).stem))
     # orbax warns of what it will do by default one day; a person at a console can do nothing about it
@@ -91,7 +91,7 @@ def _run(command, arguments):
     return _guarded(getattr(import_module(f"jaxrl_fp16.commands.{command}"), f"run_{command}"), config)
 
 
-def _lengthened(command, arguments):
+def lengthened(command, arguments):
     """`--seeds 0 1` as `--compare.seeds [0, 1]`, `--jobs 2` as `--compare.jobs 2`."""
     lists, short, rest = LISTS.get(command, {}), SHORT.get(command, {}), list(arguments)
     while rest:

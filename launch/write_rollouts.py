@@ -5,14 +5,16 @@ It needs no jaxrl_fp16. As a command, in an interpreter with Transformers, it sa
 
     python launch/write_rollouts.py MODEL PROMPTS OUT.jsonl --dtype bfloat16 --max-new-tokens 128
 
-MODEL is a Hugging Face folder. PROMPTS is JSONL whose rows have `prompt`, a text or a list of ids, as files of this
-format have; or a file of `mismatch`, such as RUN/rollouts/fp16.npz, for the prompts of its rows. As a module it writes
-what any engine drew (`write_rollouts`), and takes what it needs out of vLLM's results (`rows_of_vllm`).
+MODEL is a Hugging Face folder. PROMPTS is JSONL whose rows have `prompt`: a list of ids, as in files of this format, or
+a text, which is encoded as it is, without a chat template. Or it is a file of `mismatch`, such as
+RUN/rollouts/fp16.npz, for the prompts of its rows. As a module it writes what any engine drew (`write_rollouts`), and
+takes what it needs out of vLLM's results (`rows_of_vllm`).
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -143,9 +145,12 @@ def main(argv):
 
     import transformers
 
+    @functools.cache
+    def tokenizer():    # not AutoTokenizer, which changes what some folders' tokenizer.json says
+        return transformers.PreTrainedTokenizerFast.from_pretrained(asked.model, local_files_only=True)
+
     def encode(text):
-        tokenizer = transformers.AutoTokenizer.from_pretrained(asked.model, local_files_only=True)
-        return tokenizer.encode(text, add_special_tokens=False)
+        return tokenizer().encode(text, add_special_tokens=False)
 
     rows = sample_with_transformers(
         asked.model, read_prompts(asked.prompts, encode), dtype=asked.dtype, samples=asked.samples,

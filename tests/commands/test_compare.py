@@ -17,7 +17,7 @@ from jaxrl_fp16.commands import compare
 from jaxrl_fp16.config import ConfigError, load_config, to_dict, to_yaml
 from jaxrl_fp16.lab.compare.answer import answer
 from jaxrl_fp16.lab.compare.figures import look_of
-from jaxrl_fp16.lab.compare.page import show_comparison, write_comparison
+from jaxrl_fp16.lab.compare.page import show_comparison, verdict_table, write_comparison
 from jaxrl_fp16.lab.compare.processes import Job, run_jobs, shares_of_cores
 from jaxrl_fp16.lab.compare.runs import band, last_step, plan_runs, read_comparison, series, window_of
 from jaxrl_fp16.lab.compare.tables import verdicts
@@ -313,9 +313,13 @@ def test_a_verdict_of_every_row_is_said_once(tiny, tmp_path, read_page):
                     ("--compare.precisions", "[fp16, fp32]"))
     write_comparison(equal)
     seen = read_page(equal.folder / "report.html")
-    said = "fp16 against fp32. In every row seeds: 1; verdict: the same; one seed: no spread is known."
+    said = "fp16 against fp32. One seed: no spread is known. In every row seeds: 1; verdict: the same."
     assert said in seen.text and "verdict" not in seen.text and "95 % interval" not in seen.text
-    assert " ".join(seen.text).count("no spread is known") == 1
+    apart = courses(tiny, tmp_path / "apart", {("fp16", 0): 0.5, ("bf16", 0): 0.6})
+    table = verdict_table(("fp16", "bf16"), verdicts(apart)["fp16", "bf16"])
+    assert table.caption == "fp16 against bf16. One seed: no spread is known. In every row seeds: 1."
+    assert table.columns == ["quantity", "fp16", "bf16", "difference, or factor", "verdict"]
+    assert {row[-1] for row in table.rows} == {"-", "the same"}
 
 
 def test_the_data_file(reported):

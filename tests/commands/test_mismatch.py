@@ -16,7 +16,7 @@ from jaxrl_fp16.console import Console
 from jaxrl_fp16.engines import pipe, weights
 from jaxrl_fp16.lab.mismatch import scoring
 from jaxrl_fp16.lab.mismatch.answer import answer
-from jaxrl_fp16.lab.mismatch.rollout_files import load_rollout, save_rollout
+from jaxrl_fp16.lab.mismatch.rollout_files import load_rollout, load_rollouts, save_rollout
 from jaxrl_fp16.lab.mismatch.stats import by_length, distances, probabilities, verdict
 from jaxrl_fp16.models import Decoder, DecoderConfig
 from jaxrl_fp16.precision import get_precision
@@ -297,23 +297,23 @@ def drawn(whole):
 
 def test_a_file_of_another_engine_is_scored(start, whole, drawn, tmp_path, capsys, read_page):
     """Our own tokens as another engine's, beside ours: the scores are the same, and the page names the engine."""
-    code, folder = start("--mismatch.rollouts", str(whole), "--rollouts", as_file(tmp_path / "a", drawn["bf16"]))
+    code, folder = start("--mismatch.rollouts", str(whole), "--rollouts", as_file(tmp_path / "a", drawn["bf16"]),
+                         "--precisions", "bf16")
     said = capsys.readouterr().out
-    assert code == 0 and "the scorer in fp16, on what sglang bf16 sampled ..." in said
-    assert "1 of 14: " in said, "of another engine the gradient program of its own precision alone"
+    assert code == 0 and "the scorer in bf16, on what sglang bf16 sampled ..." in said and "1 of 6: " in said
     report, before = report_of(folder), report_of(whole)
-    assert list(report["metrics"]) == ["jit fp16", "jit bf16", "sglang bf16"]
+    assert list(report["metrics"]) == ["jit bf16", "sglang bf16"]
     assert report["sides"]["sglang bf16"] == {"engine": "sglang", "version": "0.5", "precision": "bf16"}
     assert report["metrics"]["jit bf16"] == before["metrics"]["bf16"]
     for pair in PAIRS:
         found = report["metrics"]["sglang bf16"][pair]["kl_k3"]
         assert found == pytest.approx(before["metrics"]["bf16"][pair]["kl_k3"], rel=1e-3, abs=1e-13), pair
     kept = folder / "rollouts" / "sglang-bf16.npz"
-    assert sorted(path.name for path in kept.parent.iterdir()) == ["bf16.npz", "fp16.npz", kept.name]
+    assert sorted(path.name for path in kept.parent.iterdir()) == ["bf16.npz", kept.name]
     seen = read_page(folder / "report.html").text
-    assert "Sampler against scorer: jit, sglang in fp16, bf16" in seen and "engine sglang" in seen
+    assert "Sampler against scorer: jit, sglang in bf16" in seen and "engine sglang" in seen
 
-    code, alone = start("--rollouts", str(kept))
+    code, alone = start("--rollouts", str(kept), "--precisions", "bf16")
     assert code == 0 and "no model is loaded" in capsys.readouterr().out
     assert report_of(alone)["metrics"] == {"sglang bf16": report["metrics"]["sglang bf16"]}
 
@@ -336,7 +336,8 @@ def test_engines_side_by_side(start, fake_engine, capsys, read_page):
     assert code == 0, said
     report, labels = report_of(folder), ["jit fp16", "jit bf16", "transformers fp16", "transformers bf16"]
     assert list(report["metrics"]) == list(report["sides"]) == labels
-    assert "sampling by transformers in bf16" in said and "1 of 22: " in said and "22 of 22: " in said
+    assert "sampling by transformers in bf16" in said
+    assert "1 of 22: " in said and "22 of 22: " in said, "another engine's by the gradient program of its own precision"
     log = fake_engine.read_text().splitlines()
     assert sum(line.startswith("process") for line in log) == 2, "one for each precision"
     arrays = stored(folder, "transformers-bf16")
@@ -357,9 +358,8 @@ def test_engines_side_by_side(start, fake_engine, capsys, read_page):
     least, times, _ = report["answer"]
     assert least.startswith("Sampler and trainer differ least in jit ") and "; in fp16, transformers differs" in times
 
-    code, again = start("--mismatch.rollouts", str(folder), "--engines", "transformers")
-    assert code == 0 and "no model is loaded" in capsys.readouterr().out
-    assert report_of(again)["metrics"] == {name: report["metrics"][name] for name in labels[2:]}
+    (again,) = load_rollouts(folder, ["bf16"], ["transformers"])
+    assert (again.engine, again.precision, set(again.scorer)) == ("transformers", "bf16", {"fp16", "bf16", "fp32"})
 
 
 @pytest.mark.parametrize("flags, message", [

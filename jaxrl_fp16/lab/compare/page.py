@@ -10,6 +10,7 @@ from jaxrl_fp16.lab.compare.runs import logged_keys, series, window_of
 from jaxrl_fp16.lab.compare.tables import (
     ONCE, RUN_COLUMNS, VALUE_COLUMNS, VERDICT_COLUMNS, collapse_sentences, run_rows, value_rows, verdict_rows, verdicts,
 )
+from jaxrl_fp16.lab.compare.verdicts import ONE_SEED
 from jaxrl_fp16.lab.figures import save_png, svg_of
 from jaxrl_fp16.lab.page import Figure, Section, Table, said_once, write_page
 from jaxrl_fp16.logs import write_json
@@ -51,10 +52,15 @@ def _lead(comparison, found):
     return [*answer(comparison, found), *([f"Not to the end: {', '.join(failed)}."] if failed else [])]
 
 
-def verdict_table(pair, rows):
-    """Every quantity of two sides."""
-    table = Table(("quantity", *pair, *VERDICT_COLUMNS), list(verdict_rows(rows)), f"{pair[0]} against {pair[1]}")
-    return said_once(table, ONCE)
+def verdict_table(pair, rows, places=range(8)):
+    """Every quantity of two sides, in the columns `places`; what all verdicts say is said once, in the caption."""
+    found = [[line[place] for place in places] for line in verdict_rows(rows)]
+    columns = [("quantity", *pair, *VERDICT_COLUMNS)[place] for place in places]
+    caption = f"{pair[0]} against {pair[1]}"
+    if len(found) > 1 and all(line[-1].endswith(ONE_SEED) for line in found):
+        caption = f"{caption}. {ONE_SEED.capitalize()}"
+        found = [[*line, text.removesuffix(ONE_SEED).rstrip("; ") or "-"] for *line, text in found]
+    return said_once(Table(columns, found, caption), ONCE)
 
 
 def _sections(comparison, found, main):
@@ -159,10 +165,8 @@ def show_comparison(comparison, console):
     found = verdicts(comparison)
     for (first, second), rows in found.items():
         shown = [row for row in rows if row.quantity.key in SHOWN or row.quantity.key.startswith("eval/")]
-        table = [(name, a, b, text) for name, a, b, *_, text in verdict_rows(shown)]
-        title = f"verdicts, {first} against {second}"
-        table = said_once(Table(("", first, second, "verdict"), table, title), ["verdict"])
-        console.table(table.caption.rstrip("."), table.columns, table.rows)
+        table = verdict_table((first, second), shown, (0, 1, 2, 7))
+        console.table(f"verdicts, {table.caption.rstrip('.')}", table.columns, table.rows)
     rows = [[*row[:6], row[8]] for row in run_rows(comparison)]
     console.table("what happened", [*RUN_COLUMNS[:6], RUN_COLUMNS[8]], rows)
     for line in (*_lead(comparison, found), *collapse_sentences(comparison)):

@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 LEVEL = 0.05
+ONE_SEED = "one seed: no spread is known"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -96,11 +97,11 @@ def sentence(pairing: Pairing | None, name: str, first: str, second: str, held: 
     """
     said = {
         "absent": "no seed ran on both sides", "noise": "no difference beyond seed noise",
-        "same": "the same in every seed", "one seed": "one seed: no spread is known",
+        "same": "the same in every seed", "one seed": ONE_SEED,
     }
     found = standing(pairing, held)
     if found == "same" and pairing.p is None:
-        return "the same; one seed: no spread is known"
+        return f"the same; {ONE_SEED}"
     if found in said:
         return said[found]
     verdict = f"{first}'s {name} is {size(pairing)} than {second}'s"

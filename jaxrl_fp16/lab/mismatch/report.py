@@ -99,8 +99,9 @@ def console_tables(found, facts, reference):
     are several, and the distances."""
     several = len(engines_of(found["sides"])) > 1
     if several:
-        table = engine_table(found, facts["tokens"])
-        yield "engines side by side", table.columns, table.rows
+        table, shown = engine_table(found, facts["tokens"]), (0, 1, 3, 4, 5, 6)     # what a console has room for
+        columns, *rows = ([line[place] for place in shown] for line in (table.columns, *table.rows))
+        yield "engines side by side", columns, rows
     for name in () if several else found["metrics"]:
         columns = [(name, pair) for pair in PAIRS]
         yield (f"sampled and scored in {name}", ("", *(_pair_title(pair, reference) for pair in PAIRS)),

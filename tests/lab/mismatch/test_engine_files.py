@@ -18,6 +18,7 @@ import jaxrl_fp16 as rl
 from jaxrl_fp16.lab.mismatch.engine_files import load_rollout_file
 from jaxrl_fp16.lab.mismatch.rollout_files import labelled, load_rollout, save_rollout
 from jaxrl_fp16.precision import get_precision
+from jaxrl_fp16.tokenizer import character_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
 PRECISIONS = [get_precision("fp16"), get_precision("bf16")]
@@ -212,9 +213,9 @@ def test_transformers_samples_as_it_says(tmp_path, capsys, quick_compile):
                               num_heads=2, num_kv_heads=1, head_dim=8)
     model = rl.Decoder(config)
     params = rl.init_params(model, jax.random.key(0))
-    rl.save_pretrained(tmp_path / "model", model, params, dtype="float32",
+    rl.save_pretrained(tmp_path / "model", model, params, dtype="float32", tokenizer=character_tokenizer("0123456789"),
                        generation_config={"eos_token_id": [1, 2], "top_k": 3, "temperature": 0.2})
-    prompts = written(tmp_path / "prompts.jsonl", HEAD, *ROWS)
+    prompts = written(tmp_path / "prompts.jsonl", HEAD, ROWS[0], {"prompt": "12"})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")     # of Transformers about itself
         script.main([str(tmp_path / "model"), str(prompts), str(tmp_path / "out.jsonl"), "--dtype", "float32",
@@ -223,6 +224,8 @@ def test_transformers_samples_as_it_says(tmp_path, capsys, quick_compile):
     fp32 = get_precision("fp32")
     found = load_rollout_file(tmp_path / "out.jsonl", [fp32])
     assert found.engine == "transformers" and found.temperature == 0.7 and len(found.tokens) == 16
+    assert [row[real].tolist() for row, real in zip(found.tokens, found.mask & ~found.response_mask)][7:9] == [
+        [3, 4, 5], character_tokenizer("0123456789").encode("12", add_special_tokens=False)]
     scored = rl.token_logprobs(model, params, found.tokens, found.mask, policy=fp32.policy, temperature=0.7)
     np.testing.assert_allclose(np.where(found.response_mask, scored, 0.0), found.logprobs, atol=2e-5)
     lengths, last = found.response_mask.sum(axis=1), found.tokens[found.response_mask]

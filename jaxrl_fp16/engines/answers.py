@@ -25,12 +25,13 @@ class Responses:
     full: np.ndarray | None = None      # float32 [B,N]
 
 
-def read_responses(arrays, rows, limit, vocab_size, end_ids, kept=0):
+def read_responses(arrays, rows, limit, vocab_size, end_ids, kept=0, finite=True):
     """`Responses` of the arrays of an answer.
 
     Args:
       rows, limit: B and N.
       kept: K, the most ids that may be kept; 0: nothing is truncated.
+      finite: whether log-probs must be numbers.
 
     Raises:
       EngineError: another number of responses or values, an id that is none, a log-prob that is not finite or above 0,
@@ -48,7 +49,8 @@ def read_responses(arrays, rows, limit, vocab_size, end_ids, kept=0):
     if len(tokens) != total or len(logprobs) != total:
         raise EngineError(f"the engine gave {len(tokens)} tokens and {len(logprobs)} log-probs of {total}")
     _check_ids("tokens", tokens, vocab_size)
-    _check_logprobs("log-probs", logprobs)
+    if finite:
+        _check_logprobs("log-probs", logprobs)
     last = np.cumsum(lengths) - 1
     ends = np.isin(tokens, end_ids)
     if ends.sum() != ends[last].sum():

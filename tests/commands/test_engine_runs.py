@@ -10,6 +10,7 @@ import pytest
 from jaxrl_fp16 import cli
 from jaxrl_fp16.engines import engine, pipe, weights
 from jaxrl_fp16.logs import read_metrics
+from jaxrl_fp16.training.checkpoints.checkpoint import CheckpointConfig, Checkpoints
 
 FAKE = Path(__file__).parents[1] / "engines" / "fake_child.py"
 OTHER = ("--rollout.engine", "transformers")
@@ -122,19 +123,16 @@ def test_a_killed_engine_changes_nothing_of_the_run(train_run, fake, children):
 
 @pytest.mark.fault(36)
 def test_one_that_fails_twice_stops_the_run(train_command, fake, capsys, children):
-    """With the last checkpoint intact, from which the run goes on. An ablation, whose dtype is the engine's."""
+    """With the last checkpoint intact. An ablation, whose dtype is the engine's."""
     fake("exit", at=SEEN + 1, times=2)
-    flags = (*LOOSE, "--rollout_precision", "bf16", "--run.steps", "2")
-    run = train_command(*flags)
+    run = train_command(*LOOSE, "--rollout_precision", "bf16", "--run.steps", "2")
     error = capsys.readouterr().err
     assert run.code == 3 and error.count("\n") == 1, error
     assert "rollout.engine transformers failed twice: the engine's process ended with code 7; its last line: " in error
     assert error.endswith("/checkpoints/1\n") and len(children) == 2
     assert json.loads((run.folder / "environment.json").read_text())["engine"]["dtype"] == "bfloat16"
-    ends_clean(children)
-    fake()
-    resumed = train_command(*flags, "--resume", str(run.folder))
-    assert resumed.code == 0 and [record["step"] for record in read_metrics(run.folder)] == [0, 1, 2]
+    with Checkpoints(run.folder / "checkpoints", CheckpointConfig()) as checkpoints:
+        assert checkpoints.arrays(1)[1]["position"] == 8
     ends_clean(children)
 
 
@@ -165,6 +163,8 @@ def test_other_commands_sample_by_it(tiny, fake, tmp_path, capsys, children, com
     assert cli.main([command, str(tiny), *flags]) == 0
     assert len(children) == 1 and (tmp_path / "fake.log").read_text().count("load version-1") == 1
     ends_clean(children)
+    if command == "filter":
+        return
     fake("dtype")
     assert cli.main([command, str(tiny), *flags]) == 2
     assert "rollout: the engine transformers has weights in bfloat16" in capsys.readouterr().err

@@ -30,17 +30,23 @@ COMMANDS = {
     "dpo": "preference optimization on pairs of responses, after a warm start as in train",
     "eval": "accuracy, pass@k and standard error on evaluation.sets",
     "filter": "the problems that a model solves sometimes; continues with --resume RUN_FOLDER",
-    "compare": "one config under --precisions fp16 bf16 ..., --seeds 0 1 ...; one report of all runs",
-    "mismatch": "how far sampler and trainer disagree in each precision, as a page; no training",
+    "compare": "one config under --precisions fp16 bf16 ..., --engines ..., --seeds 0 1 ...; one report of all runs",
+    "mismatch": "how far sampler and trainer disagree, by precision and by --engines jit vllm ..., as a page",
     "generate": "responses to prompts, printed",
     "info": "is the model safe in FP16: its weights, activations and gradients against float16's range",
     "export": "the newest checkpoint of --resume RUN_FOLDER as a Hugging Face folder, model/",
 }
 
 # Flags of a command that are short for a key; those of a list take several values.
-LISTS = {"compare": {
-    "precisions": "compare.precisions", "rollout-precisions": "compare.rollout_precisions", "seeds": "compare.seeds",
-}}
+LISTS = {
+    "compare": {
+        "precisions": "compare.precisions", "rollout-precisions": "compare.rollout_precisions",
+        "engines": "compare.engines", "seeds": "compare.seeds",
+    },
+    "mismatch": {
+        "precisions": "mismatch.precisions", "engines": "mismatch.engines", "rollouts": "mismatch.rollout_files",
+    },
+}
 SHORT = {"compare": {"jobs": "compare.jobs"}}
 
 # The sections that a command's help shows in full, beside the keys at the top of a config.
@@ -77,7 +83,7 @@ def _run(command, arguments):
     if not arguments or arguments[0].startswith("--"):
         raise ConfigError(f"{command} needs a config file: jaxrl-fp16 {command} CONFIG [--key VALUE ...]")
     path, *rest = arguments
-    config = load_for(command, path, parse_overrides(list(_lengthened(command, rest))))
+    config = load_for(command, path, parse_overrides(list(lengthened(command, rest))))
     if config.run.name is None:
         config = dataclasses.replace(config, run=dataclasses.replace(config.run, name=Path(path).stem))
     # orbax warns of what it will do by default one day; a person at a console can do nothing about it
@@ -85,7 +91,7 @@ def _run(command, arguments):
     return _guarded(getattr(import_module(f"jaxrl_fp16.commands.{command}"), f"run_{command}"), config)
 
 
-def _lengthened(command, arguments):
+def lengthened(command, arguments):
     """`--seeds 0 1` as `--compare.seeds [0, 1]`, `--jobs 2` as `--compare.jobs 2`."""
     lists, short, rest = LISTS.get(command, {}), SHORT.get(command, {}), list(arguments)
     while rest:

@@ -51,6 +51,7 @@ share="$(XLA_PYTHON_CLIENT_PREALLOCATE=false "$VENV/bin/python" - "$command" "$@
 import sys
 import jax
 import jaxlib
+from jaxrl_fp16.cli import lengthened
 from jaxrl_fp16.config import ConfigError
 from jaxrl_fp16.training.runs.run_config import load_for, memory_share
 try:
@@ -60,7 +61,7 @@ except RuntimeError as error:
 print(f"jax {jax.__version__}, jaxlib {jaxlib.__version__}, {len(devices)} x {devices[0].device_kind}", file=sys.stderr)
 command, *arguments = sys.argv[1:]
 try:
-    share = memory_share(load_for(command, arguments[0], arguments[1:]), 0.92)
+    share = memory_share(load_for(command, arguments[0], list(lengthened(command, arguments[1:]))), 0.92, command)
 except (ConfigError, IndexError):   # which the command itself says
     share = 0.92
 print(f"{share:.2f}")

@@ -297,13 +297,15 @@ def test_gpu_start_leaves_memory_to_another_engine(project):
 @pytest.mark.parametrize("flags, share", [
     ((), "0.92"), (("--rollout.engine", "transformers"), "0.52"),
     (("--rollout.engine", "vllm", "--rollout.memory_fraction", "0.7"), "0.22"), (("--rollout.engine", "none"), "0.92"),
+    (("--engines", "jit", "vllm", "compare"), "0.52"), (("--engines", "jit", "mismatch"), "0.92"),
 ])
 def test_the_share_is_read_from_the_config(tmp_path, flags, share):
     """The script's own Python, with a JAX that has a GPU."""
     (code,) = re.findall(r"<<'PYTHON'\n(.*?)\nPYTHON", (ROOT / "launch/gpu.sh").read_text(), flags=re.DOTALL)
     code = f"import jax, types; jax.devices = lambda kind: [types.SimpleNamespace(device_kind='H100')]\n{code}"
     (tmp_path / "a.yaml").write_text("run: {steps: 1}\n")
-    done = subprocess.run([sys.executable, "-", "train", str(tmp_path / "a.yaml"), *flags], input=code,
+    *flags, command = flags if "--engines" in flags else (*flags, "train")
+    done = subprocess.run([sys.executable, "-", command, str(tmp_path / "a.yaml"), *flags], input=code,
                           capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(ROOT)})
     assert done.returncode == 0 and done.stdout == f"{share}\n" and "1 x H100" in done.stderr
 

@@ -19,6 +19,10 @@ from sound_input import TENSOR, cut, edit_json, edit_tensor, fill, large_vocabul
 
 DATA = ("--task.name", "math", "--task.path", "data.jsonl", "--task.template", "{problem}")
 POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+ROLLOUTS = """{"format": "jaxrl_fp16 engine rollouts 1", "engine": "vllm", "version": "1", "dtype": "float16", \
+"temperature": 1.0, "vocab_size": 21}
+{"prompt": [3], "response": [4, 5], "logprobs": [-0.5]}
+"""
 # A pickle that makes the file `ran` if anything opens it as one.
 PICKLE = b"cposix\nsystem\n(S'touch ran'\ntR."
 
@@ -316,6 +320,8 @@ def data():
         data_file("gzip cut short", "task: data.jsonl: a damaged gzip file", gzip.compress(good)[:-9]),
         data_file("CSV", "task: data.jsonl, line 1: not JSON (Expecting value: line 1 column 1 (char 0)): it begins "
                   "with 'problem,answer'; allowed: JSONL", b"problem,answer\n1,1\n"),
+        Case(12, "rollouts of another engine", "rollouts.jsonl, line 2: logprobs has 1 entries and response 2; allowed",
+             ("--rollouts", "rollouts.jsonl"), write("rollouts.jsonl", ROLLOUTS), command="mismatch"),
         Case(12, "evaluation set", "evaluation: absent.jsonl: no such data file",
              ("--evaluation.sets", "[{name: a, path: absent.jsonl}]"), config="folder.yaml"),
         Case(13, "all prompts too long", "none of the 64 prompts fits into training.max_prompt_tokens = 3",

@@ -1,4 +1,4 @@
-"""`compare`: one config under several precisions, each run a process of its own, from one warm start a seed.
+"""`compare`: one config by several precisions and engines, each run a process of its own, from one warm start a seed.
 
     runs/NAME-compare-STAMP/
       config.yaml               as given; inputs.json: digests of the data and folders that it names
@@ -24,8 +24,9 @@ import tempfile
 import time
 from typing import Any
 
-from jaxrl_fp16.config import ConfigError, parse_config, to_dict, to_yaml
+from jaxrl_fp16.config import ConfigError, naming, parse_config, to_dict, to_yaml
 from jaxrl_fp16.console import Console
+from jaxrl_fp16.engines import check_sampling
 from jaxrl_fp16.lab.compare.page import show_comparison, write_comparison
 from jaxrl_fp16.lab.compare.processes import Job, core_count, run_jobs, shares_of_cores
 from jaxrl_fp16.lab.compare.runs import CONFIGS, OUTCOMES, Planned, last_step, plan_runs, read_comparison
@@ -80,6 +81,9 @@ def check_runs(config):
             f"rollout_precision is {config.rollout_precision!r}; allowed with compare: null, and "
             "--rollout-precisions instead"
         )
+    with naming("compare.engines"):
+        for engine in config.compare.engines:
+            check_sampling(engine, config.sampling.top_k, config.sampling.top_p)
     planned = plan_runs(config, Path("."), warm=False)
     first = [run for run in planned if run.seed == planned[0].seed]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
@@ -193,12 +197,15 @@ class _Stages:
 
 
 def _warm_run(config, folder, seed):
-    """The warm start of one seed as a run: in float32, which favours no side."""
+    """The warm start of one seed as a run: in float32, and by our own sampler where engines are compared, which favours
+    no side."""
     name = f"warm-seed{seed}"
     run = dataclasses.replace(
         config.run, name=name, dir=str(folder), stamp=False, seed=seed, export=True, steps=config.sft.steps
     )
-    own = dataclasses.replace(config, precision="fp32", rollout_precision=None, run=run, resume=None)
+    engine = "jit" if config.compare.engines else config.rollout.engine
+    own = dataclasses.replace(config, precision="fp32", rollout_precision=None, run=run, resume=None,
+                              rollout=dataclasses.replace(config.rollout, engine=engine))
     return Planned(name, name, "fp32", None, seed, own)
 
 

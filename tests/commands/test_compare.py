@@ -3,6 +3,7 @@
 import json
 import os
 from pathlib import Path
+import re
 import signal
 import subprocess
 import sys
@@ -14,7 +15,9 @@ import pytest
 from jaxrl_fp16 import cli
 from jaxrl_fp16.commands import compare
 from jaxrl_fp16.config import ConfigError, load_config, to_dict, to_yaml
-from jaxrl_fp16.lab.compare.page import show_comparison, write_comparison
+from jaxrl_fp16.lab.compare.answer import answer
+from jaxrl_fp16.lab.compare.figures import look_of
+from jaxrl_fp16.lab.compare.page import show_comparison, verdict_table, write_comparison
 from jaxrl_fp16.lab.compare.processes import Job, run_jobs, shares_of_cores
 from jaxrl_fp16.lab.compare.runs import band, last_step, plan_runs, read_comparison, series, window_of
 from jaxrl_fp16.lab.compare.tables import verdicts
@@ -41,6 +44,9 @@ def configured(tiny, *flags):
     (["--seeds", "-1"], "compare.seeds[0]: -1 is not allowed; allowed: list of integer >= 0"),
     (["--seeds", "4294967296"], "compare.seeds: [4294967296] is not allowed; allowed: list of integer >= 0, up to"),
     (["--seeds", "one"], 'compare.seeds[0]: "one" is not allowed'),
+    (["--engines", "jit", "jit"], "compare: engines are jit, jit; allowed: one or more, each once"),
+    (["--engines", "sglang"], 'compare.engines[0]: "sglang" is not allowed; allowed: list of jit'),
+    (["--engines", "jit", "vllm", "--sampling.top_k", "3"], "compare.engines: top_k is 3 and top_p 1.0 with rollout."),
     (["--jobs", "0"], "compare.jobs: 0 is not allowed; allowed: integer >= 1"),
     (["--jobs", "1", "2"], '"2" is not allowed; allowed: --key VALUE'),
     (["--rollout_precision", "bf16"], "rollout_precision is 'bf16'; allowed with compare: null"),
@@ -77,6 +83,22 @@ def test_the_ablation_matrix(tiny):
     assert runs[0].config.rollout_precision is None
     cold = plan_runs(configured(tiny), Path("there"))
     assert [run.name for run in cold] == ["fp16-seed0", "bf16-seed0"] and cold[0].config.model.path is None
+
+
+def test_engines_are_an_axis(tiny):
+    config = configured(tiny, "--compare.engines", "[jit, vllm]", "--compare.seeds", "[3]", "--sft.steps", "5",
+                        "--rollout.engine", "transformers", "--compare.rollout_precisions", "[fp16]")
+    runs = plan_runs(config, Path("there"))
+    assert [run.label for run in runs] == ["jit fp16", "jit bf16<-fp16", "vllm fp16", "vllm bf16<-fp16"]
+    assert [run.name for run in runs] == ["jit_fp16-seed3", "jit_bf16_rollout_fp16-seed3", "vllm_fp16-seed3",
+                                          "vllm_bf16_rollout_fp16-seed3"]
+    assert [run.config.rollout.engine for run in runs] == [run.engine for run in runs] == ["jit"] * 2 + ["vllm"] * 2
+    assert compare._warm_run(config, Path("there"), 3).config.rollout.engine == "jit", "which favours no side"
+    alone = configured(tiny, "--rollout.engine", "transformers")
+    runs = plan_runs(alone, Path("there"))
+    assert [(run.name, run.label, run.engine) for run in runs] == [
+        ("fp16-seed0", "fp16", "transformers"), ("bf16-seed0", "bf16", "transformers")]
+    assert compare._warm_run(alone, Path("there"), 0).config.rollout.engine == "transformers"
 
 
 # -- processes -------------------------------------------------------------------------------------------
@@ -188,7 +210,7 @@ def reported(tiny, tmp_path_factory):
 
 def test_the_page(reported, read_page):
     seen = read_page(reported.folder / "report.html")
-    assert {"Reward and mismatch", "Verdicts", "Training", "The runs"} <= set(seen.text)
+    assert {"Reward and mismatch", "Verdicts", "Training", "The runs", "How it was tested"} <= set(seen.text)
     assert {"bf16-seed2", "killed by SIGKILL"} <= set(seen.text)
     assert seen.tags.count("svg") == seen.tags.count("figure") >= 4
     said = " ".join(seen.text)
@@ -207,6 +229,97 @@ def test_the_verdicts(reported):
     # Of that seed only the seven steps count that both sides took.
     assert rows["reward"].pairing.second[2] == pytest.approx(0.515)
     assert rows["reward"].pairing.first[2] == pytest.approx(0.517)
+
+
+def test_the_answer_in_three_sentences(reported, read_page):
+    """Who won, by how much, whether seeds carry it; then what was not to the end, and only then a heading."""
+    seen = read_page(reported.folder / "report.html")
+    said = [text for text in seen.text if text][1:]
+    who, how_much, carried, odd, *rest = said[said.index("tiny: fp16, bf16") + 1:]
+    assert who == ("No side can be said to have won: training reward at the end is fp16 0.699, bf16 0.243. "
+                   "The reward collapsed in 0 of 3 runs of fp16 and 2 of 3 runs of bf16.")
+    assert re.fullmatch(r"fp16 leads bf16 by 0.456; token KL between sampler and trainer is, in fp16, 20.\d times "
+                        r"smaller than in bf16.", how_much)
+    assert carried == ("Over 3 seeds, the lead over bf16 lies within seed noise, and the difference in token KL from "
+                       "bf16 goes beyond seed noise.")
+    assert "fp16's is 20.3 times smaller than bf16's" in seen.text
+    assert odd.startswith("Not to the end") and rest[0] == "Reward and mismatch"
+    open_text, folded = (" ".join(part.split()) for part in
+                         (reported.folder / "report.html").read_text().split("<details>", 1))
+    assert "Student" in folded and "Student" not in open_text and folded.count("<details>") == 1
+    assert json.loads((reported.folder / "report.json").read_text())["answer"] == [who, how_much, carried, odd]
+
+
+def courses(tiny, folder, rewards, flags=(), **more):
+    """A comparison of runs of three steps: `{(precision, seed): reward}`, with an evaluation after the last."""
+    folder.mkdir()
+    (folder / "config.yaml").write_text(to_yaml(configured(tiny, *flags)))
+    outcomes = {}
+    for (precision, seed), reward in rewards.items():
+        kl = 2e-8 if precision == "bf16" else 1e-9
+        outcomes |= write_run(folder, f"{precision}-seed{seed}", [reward] * 3, kl, **more)
+    (folder / "outcomes.json").write_text(json.dumps(outcomes))
+    return read_comparison(folder)
+
+
+def test_who_won_in_other_cases(tiny, tmp_path):
+    """One seed; seeds that carry it; none that differ; three sides; a side without a run."""
+    def said(name, rewards, *flags, **more):
+        comparison = courses(tiny, tmp_path / name, rewards, flags, **more)
+        return answer(comparison, verdicts(comparison))
+
+    one = said("one", {("fp16", 0): 0.5, ("bf16", 0): 0.6})
+    assert one == [
+        "bf16 ended with the highest training reward at the end (bf16 0.6, fp16 0.5); one seed makes no win.",
+        "bf16 leads fp16 by 0.1; token KL between sampler and trainer is, in fp16, 20 times smaller than in bf16.",
+        "One seed carries nothing: how much seeds differ among themselves is not known."]
+    three, seeds = ("--compare.precisions", "[fp16, bf16, fp32]"), ("--compare.seeds", "[0, 1, 2]")
+    rewards = {(precision, seed): level + 0.001 * seed * (1 if precision == "bf16" else 2) for seed in range(3)
+               for precision, level in (("fp16", 0.2), ("bf16", 0.9), ("fp32", 0.5))}
+    won = said("won", rewards, *three, *seeds)
+    assert won[0] == "bf16 won: it has the highest training reward at the end (bf16 0.901, fp32 0.502, fp16 0.202)."
+    assert won[1].startswith("bf16 leads fp32 by 0.399 and fp16 by 0.699; token KL")
+    assert won[2].startswith("Over 3 seeds, the lead over fp32 and fp16 goes beyond seed noise, and")
+    same = said("same", {("fp16", 0): 0.5, ("bf16", 0): 0.5}, **{"eval/sums/accuracy": 0.25})
+    assert same[0] == "No side won: sums accuracy at the end is 0.25 on all of them." and "No side leads" in same[1]
+    assert said("alone", {("fp16", 0): 0.5}) == ["There is nothing to compare: fp16 alone took a step."]
+    assert said("none", {}) == ["There is nothing to compare: no side took a step."]
+    apart = said("apart", {("fp16", 0): 0.5, ("bf16", 1): 0.5}, "--compare.seeds", "[0, 1]")
+    assert apart == ["None can be said to have won: no seed ran on all of fp16, bf16."]
+
+
+def test_a_report_of_engines(tiny, tmp_path, read_page):
+    """Two engines in two precisions: four sides, a colour for each precision and a kind of line for each engine."""
+    rewards = {(f"{engine}_{precision}", seed): 0.5 + 0.1 * (engine == "jit") + 0.001 * seed
+               for engine in ("jit", "vllm") for precision in ("fp16", "bf16") for seed in (0, 1)}
+    comparison = courses(tiny, tmp_path / "engines", rewards,
+                         ("--compare.engines", "[jit, vllm]", "--compare.seeds", "[0, 1]"))
+    assert comparison.sides == ["jit fp16", "jit bf16", "vllm fp16", "vllm bf16"] and len(comparison.runs) == 8
+    looks = [look_of(comparison, side) for side in comparison.sides]
+    assert [look["linestyle"] for look in looks] == ["-", "-", "--", "--"]
+    assert looks[0]["color"] == looks[2]["color"] != looks[1]["color"] == looks[3]["color"]
+    write_comparison(comparison)
+    seen = read_page(comparison.folder / "report.html")
+    assert "tiny: jit fp16, jit bf16, vllm fp16, vllm bf16" in seen.text
+    assert "A side's name begins with the engine that sampled." in " ".join(seen.text)
+    data = json.loads((comparison.folder / "report.json").read_text())
+    assert [run["engine"] for run in data["runs"]] == ["jit", "jit", "vllm", "vllm"] * 2
+    assert len({(row["first"], row["second"]) for row in data["verdicts"]}) == 6
+    assert data["answer"][1].startswith("jit fp16 leads vllm fp16 by 0.1 and vllm bf16 by 0.1; token KL")
+
+
+def test_a_verdict_of_every_row_is_said_once(tiny, tmp_path, read_page):
+    equal = courses(tiny, tmp_path / "equal", {("fp16", 0): 0.5, ("fp32", 0): 0.5},
+                    ("--compare.precisions", "[fp16, fp32]"))
+    write_comparison(equal)
+    seen = read_page(equal.folder / "report.html")
+    said = "fp16 against fp32. One seed: no spread is known. In every row seeds: 1; verdict: the same."
+    assert said in seen.text and "verdict" not in seen.text and "95 % interval" not in seen.text
+    apart = courses(tiny, tmp_path / "apart", {("fp16", 0): 0.5, ("bf16", 0): 0.6})
+    table = verdict_table(("fp16", "bf16"), verdicts(apart)["fp16", "bf16"])
+    assert table.caption == "fp16 against bf16. One seed: no spread is known. In every row seeds: 1."
+    assert table.columns == ["quantity", "fp16", "bf16", "difference, or factor", "verdict"]
+    assert {row[-1] for row in table.rows} == {"-", "the same"}
 
 
 def test_the_data_file(reported):

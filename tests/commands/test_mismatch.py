@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import math
+from pathlib import Path
 import re
 import signal
 
@@ -11,11 +13,15 @@ import pytest
 from jaxrl_fp16 import cli
 from jaxrl_fp16.commands import mismatch
 from jaxrl_fp16.console import Console
+from jaxrl_fp16.engines import pipe, weights
 from jaxrl_fp16.lab.mismatch import scoring
-from jaxrl_fp16.lab.mismatch.rollout_files import load_rollout, save_rollout
+from jaxrl_fp16.lab.mismatch.answer import answer
+from jaxrl_fp16.lab.mismatch.rollout_files import load_rollout, load_rollouts, save_rollout
 from jaxrl_fp16.lab.mismatch.stats import by_length, distances, probabilities, verdict
 from jaxrl_fp16.models import Decoder, DecoderConfig
 from jaxrl_fp16.precision import get_precision
+from jaxrl_fp16.tasks import ALPHABET
+from jaxrl_fp16.tokenizer import character_tokenizer
 
 PAIRS = ("sampler|scorer", "scorer|gradient", "sampler|reference", "scorer|reference")
 FLAGS = ("--sampling.max_new_tokens", "24", "--mismatch.prompts", "10", "--mismatch.bins", "5")
@@ -173,6 +179,64 @@ def test_the_page_and_the_folder(whole, capsys):
     assert not any(count for programs in report["not_finite"].values() for count in programs.values())
 
 
+def test_the_page_opens_with_the_answer(whole, read_page):
+    """Which differs least, by how many times, what it means for a response; how it was measured is folded away."""
+    seen, report = read_page(whole / "report.html"), report_of(whole)
+    title, least, times, meaning, heading = [text for text in seen.text if text][2:7]
+    kl = {name: report["metrics"][name]["sampler|scorer"]["kl_k3"] for name in ("fp16", "bf16")}
+    low, high = sorted(kl, key=kl.get)
+    assert title == "Sampler against scorer: fp16, bf16" and heading == "Every token"
+    assert least == f"Sampler and trainer differ least in {low}: by a token KL of {kl[low]:.1e}."
+    assert times.startswith(f"{high} differs {kl[high] / kl[low]:.3g} times as much as {low}")
+    assert meaning.startswith("Over a response of 16 tokens, the average, its probability differs by a factor of 1")
+    assert "100 responses weigh as much as 100 in fp16 and 100 in bf16" in meaning
+    assert report["answer"] == [least, times, meaning]
+    page = (whole / "report.html").read_text()
+    open_text, folded = page.split("<details>", 1)
+    assert "expm1" not in page and "exp(x) - 1 - x" in folded and "exp(x) - 1 - x" not in open_text
+    assert folded.count("<details>") == 2 and "In every row which is farther off: neither" in page
+
+
+def sides_of(*names):
+    return {" ".join(name): dict(zip(("engine", "precision"), name), version="") for name in names}
+
+
+def answered(kls, spreads, error=1e-9, sides=None):
+    sides = sides or {name: {"engine": "jit", "precision": name, "version": ""} for name in kls}
+    found = {"sides": sides, "kl_error": dict.fromkeys(kls, error), "metrics": {
+        name: {"sampler|scorer": {"kl_k3": kl, "seq_log_ratio_std": spread, "ess_seq": 1 / (1 + spread**2)}}
+        for (name, kl), spread in zip(kls.items(), spreads)}}
+    return answer(found, {"responses": dict.fromkeys(kls, 4), "tokens": dict.fromkeys(kls, 512)})
+
+
+def test_the_answer_in_words():
+    assert answered({"bf16": 1.45e-3, "fp16": 2.5e-5, "fp32": 0.0}, [0.58, 0.044, 0.0]) == [
+        "Sampler and trainer differ least in fp32: by not a single bit.",
+        "fp16 differs by 2.5e-05 and fp32 by nothing, bf16 differs 58 times as much as fp16.",
+        "Over a response of 128 tokens, the average, its probability differs by a factor of 1.786 in bf16, 1.045 in "
+        "fp16 and 1 in fp32 (one standard deviation); 100 responses weigh as much as 74.8 in bf16, 99.8 in fp16 and "
+        "100 in fp32."]
+    assert answered({"fp16": 2e-5, "bf16": 3e-5}, [0.1, 0.1], error=1e-5)[1] == (
+        "bf16 differs 1.5 times as much as fp16, within two standard errors.")
+    assert answered({"fp16": 2e-5, "bf16": 2e-5}, [0.1, 0.1])[1] == "bf16 differs as much as fp16."
+    one = answered({"fp16": 2e-5}, [0.1])
+    assert one[0] == "In fp16 sampler and trainer differ by a token KL of 2.0e-05."
+    assert one[1] == "There is no other to compare it with."
+    assert len(answered({"fp16": math.nan}, [math.nan])) == 1
+    assert answered({"fp16": math.nan, "bf16": 1e-3}, [math.nan, 900.0])[2].count("bf16") == 2
+
+
+def test_the_answer_of_several_engines():
+    names = (("jit", "fp16"), ("jit", "bf16"), ("vllm", "fp16"), ("vllm", "bf16"))
+    said = answered(dict(zip(sides_of(*names), (9e-6, 5.4e-4, 2.5e-5, 1.45e-3))), [0.03, 0.4, 0.044, 0.58],
+                    sides=sides_of(*names))
+    assert said[0] == "Sampler and trainer differ least in jit fp16: by a token KL of 9.0e-06."
+    assert said[1] == (
+        "With jit, bf16 differs 60 times as much as fp16; with vllm, bf16 differs 58 times as much as fp16; in fp16, "
+        "vllm differs 2.78 times as much as jit; in bf16, vllm differs 2.69 times as much as jit.")
+    assert "a factor of 1.03 to 1.045 in fp16 and 1.492 to 1.786 in bf16" in said[2]
+
+
 def test_stored_rollouts_give_the_same_numbers_without_a_model(start, whole, monkeypatch, capsys):
     monkeypatch.setattr(mismatch, "open_model", None)
     code, folder = start("--mismatch.rollouts", str(whole), "--task.path", "nowhere")
@@ -206,6 +270,138 @@ def test_rollouts_without_scores_are_scored(start, whole, tmp_path, capsys):
         assert set(first) == set(again)
         for name, array in first.items():
             np.testing.assert_array_equal(again[name], array, err_msg=name)
+
+
+# -- what another engine drew --------------------------------------------------------------------
+
+
+def as_file(path, rollout, engine="sglang", vocab_size=None, **changes):
+    """The file that another engine would have written of `rollout`."""
+    head = {"format": "jaxrl_fp16 engine rollouts 1", "engine": engine, "version": "0.5", "temperature": 1.0,
+            "dtype": {"fp16": "float16", "bf16": "bfloat16"}[rollout.precision], "vocab_size": vocab_size or VOCAB}
+    lines = [head | changes]
+    for tokens, mask, response, logprobs in zip(rollout.tokens, rollout.mask, rollout.response_mask, rollout.logprobs):
+        lines.append({"prompt": tokens[mask & ~response].tolist(), "response": tokens[response].tolist(),
+                      "logprobs": logprobs[response].tolist()})
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return str(path)
+
+
+VOCAB = character_tokenizer(ALPHABET).vocab_size
+
+
+@pytest.fixture(scope="module")
+def drawn(whole):
+    return {name: load_rollout(whole / "rollouts" / f"{name}.npz") for name in ("fp16", "bf16")}
+
+
+def test_a_file_of_another_engine_is_scored(start, whole, drawn, tmp_path, capsys, read_page):
+    """Our own tokens as another engine's, beside ours: the scores are the same, and the page names the engine."""
+    code, folder = start("--mismatch.rollouts", str(whole), "--rollouts", as_file(tmp_path / "a", drawn["bf16"]),
+                         "--precisions", "bf16")
+    said = capsys.readouterr().out
+    assert code == 0 and "the scorer in bf16, on what sglang bf16 sampled ..." in said and "1 of 6: " in said
+    report, before = report_of(folder), report_of(whole)
+    assert list(report["metrics"]) == ["jit bf16", "sglang bf16"]
+    assert report["sides"]["sglang bf16"] == {"engine": "sglang", "version": "0.5", "precision": "bf16"}
+    assert report["metrics"]["jit bf16"] == before["metrics"]["bf16"]
+    for pair in PAIRS:
+        found = report["metrics"]["sglang bf16"][pair]["kl_k3"]
+        assert found == pytest.approx(before["metrics"]["bf16"][pair]["kl_k3"], rel=1e-3, abs=1e-13), pair
+    kept = folder / "rollouts" / "sglang-bf16.npz"
+    assert sorted(path.name for path in kept.parent.iterdir()) == ["bf16.npz", kept.name]
+    seen = read_page(folder / "report.html").text
+    assert "Sampler against scorer: jit, sglang in bf16" in seen and "engine sglang" in seen
+
+    code, alone = start("--rollouts", str(kept), "--precisions", "bf16")
+    assert code == 0 and "no model is loaded" in capsys.readouterr().out
+    assert report_of(alone)["metrics"] == {"sglang bf16": report["metrics"]["sglang bf16"]}
+
+
+@pytest.fixture
+def fake_engine(monkeypatch, tmp_path):
+    """The engine of the tests in the place of Transformers: it draws evenly, and says so. Its log."""
+    pytest.importorskip("torch")    # that its interpreter has what Transformers takes is looked at
+    (tmp_path / "memory").mkdir()
+    monkeypatch.setattr(weights, "MEMORY", str(tmp_path / "memory"))
+    monkeypatch.setattr(pipe, "CHILD", Path(__file__).parents[1] / "engines" / "fake_child.py")
+    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "fake.log"))
+    return tmp_path / "fake.log"
+
+
+def test_engines_side_by_side(start, fake_engine, capsys, read_page):
+    """Each engine samples in each precision. One whose samples are no model's is said to be."""
+    code, folder = start("--engines", "jit", "transformers")
+    said = capsys.readouterr().out
+    assert code == 0, said
+    report, labels = report_of(folder), ["jit fp16", "jit bf16", "transformers fp16", "transformers bf16"]
+    assert list(report["metrics"]) == list(report["sides"]) == labels
+    assert "sampling by transformers in bf16" in said
+    assert "1 of 22: " in said and "22 of 22: " in said, "another engine's by the gradient program of its own precision"
+    log = fake_engine.read_text().splitlines()
+    assert sum(line.startswith("process") for line in log) == 2, "one for each precision"
+    arrays = stored(folder, "transformers-bf16")
+    assert str(arrays["engine"]) == "transformers"
+    size = float(np.exp(-arrays["logprobs"][arrays["response_mask"]].mean()))
+    assert size == pytest.approx(VOCAB, rel=2e-3)
+    for precision in ("fp16", "bf16"):
+        expected = metrics_in_float64(*two_of(stored(folder, f"transformers-{precision}"), precision, "sampler|scorer"),
+                                      stored(folder, f"transformers-{precision}")["response_mask"])
+        found = report["metrics"][f"transformers {precision}"]["sampler|scorer"]
+        assert found["kl_k3"] == pytest.approx(expected["kl_k3"], rel=1e-3) and found["kl_k3"] > 0.05
+    doubt = "transformers bf16: a token KL of "
+    assert doubt in said and "above rollout.stop_above, 0.05. It may be other weights" in said
+    assert "jit bf16: a token" not in said
+    page = read_page(folder / "report.html")
+    assert {"Beyond any rounding", "Engines side by side", "slope per 1K tokens", "KL where unsure"} <= set(page.text)
+    assert page.tags.count("svg") == 6 and any(text.startswith(doubt) for text in page.text)
+    least, times, _ = report["answer"]
+    assert least.startswith("Sampler and trainer differ least in jit ") and "; in fp16, transformers differs" in times
+
+    (again,) = load_rollouts(folder, ["bf16"], ["transformers"])
+    assert (again.engine, again.precision, set(again.scorer)) == ("transformers", "bf16", {"fp16", "bf16", "fp32"})
+
+
+@pytest.mark.parametrize("flags, message", [
+    (("--engines", "jit", "jit"), "mismatch: engines are jit, jit; allowed: each once"),
+    (("--engines", "sglang"), 'mismatch.engines[0]: "sglang" is not allowed'),
+    (("--engines", "jit", "vllm", "--sampling.top_k", "3"), "mismatch.engines: top_k is 3 and top_p 1.0 with"),
+    (("--engines", "transformers", "--rollout.python", "nowhere"), "python is nowhere, which is no program here"),
+    (("--engines", "transformers", "--mismatch.attribution"), "mismatch.attribution is true and all rollouts are"),
+    (("--engines", "transformers", "--mismatch.rollouts", "nowhere"), "nowhere has no transformers-fp16.npz"),
+])
+def test_engines_that_cannot_be_drawn_are_refused(start, capsys, flags, message):
+    code, folder = start(*flags)
+    error = capsys.readouterr().err
+    assert (code, folder) == (2, None) and message in error and error.count("\n") == 1
+
+
+def test_an_engine_and_a_file_of_it_are_refused(start, drawn, tmp_path, capsys):
+    """Before anything is sampled."""
+    code, folder = start("--engines", "transformers", "--rollouts",
+                         as_file(tmp_path / "a.jsonl", drawn["fp16"], engine="transformers"))
+    error = capsys.readouterr().err
+    assert (code, folder) == (2, None) and "there are two rollouts of transformers fp16; allowed: " in error
+
+
+@pytest.mark.parametrize("changes, flags, message", [
+    ({"vocab_size": 500}, (), "mismatch.rollout_files: sglang fp16 is of a model with vocab_size 500; allowed: that"),
+    ({"temperature": 0.7}, (), "sglang fp16 was sampled at temperature 0.7; allowed: sampling.temperature, 1"),
+    ({}, ("--model.max_positions", "8"), "sglang fp16's longest row has 28 tokens, and the model's weights"),
+    ({}, ("--precisions", "bf16"), "dtype is 'float16'; allowed: the compute dtypes of mismatch.precisions, bfloat16"),
+    ({"engine": "a b"}, (), "line 1: engine is 'a b'; allowed: up to 40 letters"),
+    ({}, ("--mismatch.attribution",), "mismatch.attribution is true and all rollouts are another engine's"),
+])
+def test_files_that_do_not_belong_here_are_refused(start, drawn, tmp_path, capsys, changes, flags, message):
+    code, folder = start("--rollouts", as_file(tmp_path / "a.jsonl", drawn["fp16"], **changes), *flags)
+    error = capsys.readouterr().err
+    assert (code, folder) == (2, None) and message in error and error.count("\n") == 1
+
+
+def test_one_engine_twice_is_refused(start, drawn, tmp_path, capsys):
+    files = [as_file(tmp_path / name, drawn["fp16"]) for name in ("a", "b")]
+    code, folder = start("--rollouts", *files)
+    assert (code, folder) == (2, None) and "there are two rollouts of sglang fp16; allowed: " in capsys.readouterr().err
 
 
 def test_a_signal_ends_it_with_what_was_sampled_kept(start, monkeypatch, capsys):

@@ -1,9 +1,11 @@
 """Pages: nothing of a page is fetched, run or left unescaped, and figures follow its theme."""
 
+import dataclasses
+
 import pytest
 
 from jaxrl_fp16.lab.figures import INK, THEME, colour_of, legend, name_axes, new_figure, save_png, svg_of
-from jaxrl_fp16.lab.page import Figure, Section, Table, write_page
+from jaxrl_fp16.lab.page import Figure, Section, Table, said_once, write_page
 
 
 def two_plots():
@@ -24,11 +26,34 @@ def drawn():
 def test_a_page_is_whole_and_asks_for_nothing(tmp_path, drawn, read_page):
     section = Section("a <heading>", "one & two\n\nthree", [Table(("a", "b"), [("<x>", 1.5)], "caption")],
                       [Figure(svg_of(drawn), "seen")])
-    path = write_page(tmp_path / "report.html", "title", "lead", [section])
+    path = write_page(tmp_path / "report.html", "title", ["lead"], [section])
     seen = read_page(path)
     assert {"svg", "table", "h2", "figcaption"} <= set(seen.tags)
     assert {"a <heading>", "one & two", "three", "<x>", "1.5"} <= set(seen.text)
     assert seen.tags.count("p") == 3
+
+
+def test_what_is_folded_is_there_and_closed(tmp_path, read_page):
+    sections = [Section("open", "seen"), Section("how", "by Student's t", [Table(("a",), [("b",)])], folded=True)]
+    path = write_page(tmp_path / "report.html", "title", ["Who.", "By how much."], sections)
+    seen = read_page(path)
+    assert seen.text.index("Who.") < seen.text.index("By how much.") < seen.text.index("open")
+    assert seen.tags.count("details") == seen.tags.count("summary") == 1
+    assert "<details><summary><h2>how" in path.read_text()
+    assert "by Student's t" in seen.text and seen.tags.index("details") < seen.tags.index("table")
+
+
+def test_what_every_row_says_is_said_once():
+    rows = [("a", 1, "-", "no difference"), ("b", 2, "-", "no difference")]
+    table = Table(("", "value", "p", "verdict"), rows, "one against two")
+    short = said_once(table, ("value", "p", "verdict"))
+    assert (short.columns, short.rows) == (["", "value"], [["a", 1], ["b", 2]])
+    assert short.caption == "one against two. In every row verdict: no difference."
+    assert said_once(table, ("value",)) == table
+    one = Table(table.columns, rows[:1])
+    assert said_once(one, ("p", "verdict")) == one and said_once(Table(("a", "b"), []), ("b",)).rows == []
+    other = dataclasses.replace(table, rows=[rows[0], (*rows[1][:3], "a difference")])
+    assert said_once(other, ("verdict",)) == other
 
 
 def test_a_figure_follows_the_theme(drawn):

@@ -1,4 +1,7 @@
-"""A comparison as plots over steps: one colour a precision, a line for the mean over seeds, a band for their spread."""
+"""A comparison as plots over steps: one colour a precision, a line for the mean over seeds, a band for their spread.
+
+Where engines are compared each has lines of its own kind.
+"""
 
 import math
 
@@ -7,6 +10,7 @@ import numpy as np
 from jaxrl_fp16.lab.compare.runs import band, series, window_of
 from jaxrl_fp16.lab.figures import FAINT, colour_of, legend, name_axes, new_figure
 
+LINES = ("-", "--", ":", "-.", (0, (1, 2, 3, 2)), (0, (6, 1)))     # of several engines
 DASHES = {None: "-", "fp16": "--", "bf16": ":", "fp32": "-."}     # by the sampler's precision, where it differs
 REWARD = ("reward", "training reward", "linear")
 MAIN = (
@@ -111,7 +115,11 @@ def look_of(comparison, label):
     """`{color, linestyle}` of a side."""
     run = comparison.of(label)[0]
     place = [other for other in dict.fromkeys(run.precision for run in comparison.runs)].index(run.precision)
-    return {"color": colour_of(run.precision, place), "linestyle": DASHES.get(run.rollout, (0, (1, 2, 3, 2)))}
+    line = DASHES.get(run.rollout, (0, (1, 2, 3, 2)))
+    if len({other.engine for other in comparison.runs}) > 1:
+        kinds = [*dict.fromkeys((other.engine, other.rollout) for other in comparison.runs)]
+        line = LINES[kinds.index((run.engine, run.rollout)) % len(LINES)]
+    return {"color": colour_of(run.precision, place), "linestyle": line}
 
 
 # -- one plot ------------------------------------------------------------------------------------------

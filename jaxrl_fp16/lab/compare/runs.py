@@ -1,12 +1,13 @@
 """The runs of a comparison: which there are, what became of them, and their metrics over steps.
 
-A side is one precision of trainer and sampler; its label is `fp16`, or `fp16<-bf16` where the
-sampler computes in another.
+A side is one engine that samples, in one precision of trainer and sampler; its label is `fp16`, or `fp16<-bf16` where
+the sampler computes in another, after the engine where `compare.engines` names any: `vllm fp16`.
 """
 
 import collections
 from collections.abc import Mapping, Sequence
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -35,6 +36,7 @@ class Planned:
     rollout: str | None      # the sampler's, where it differs
     seed: int
     config: Any
+    engine: str = "jit"      # what samples
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +52,7 @@ class Run:
     error: str                       # of a run that did not end with 0
     outcome: Mapping[str, Any]       # seconds, cpu_seconds, peak_bytes, cores, attempts; empty: not started
     records: Sequence[Mapping]       # metrics.jsonl
+    engine: str = "jit"
 
     @property
     def steps(self):
@@ -93,13 +96,15 @@ def plan_runs(config, folder, warm=True):
     section = config.compare
     runs = []
     for seed in section.seeds or (config.run.seed,):
-        for precision in section.precisions:
+        for engine, precision in itertools.product(section.engines or (config.rollout.engine,), section.precisions):
             for rollout in section.rollout_precisions or (precision,):
                 rollout = None if rollout == precision else rollout
                 name = "_rollout_".join(map(_plain, filter(None, (precision, rollout)))) + f"-seed{seed}"
                 label = f"{precision}<-{rollout}" if rollout else precision
-                own = _config_of(config, folder, name, precision, rollout, seed, warm)
-                runs.append(Planned(name, label, precision, rollout, seed, own))
+                if section.engines:
+                    name, label = f"{engine}_{name}", f"{engine} {label}"
+                own = _config_of(config, folder, name, precision, rollout, seed, warm, engine)
+                runs.append(Planned(name, label, precision, rollout, seed, own, engine))
     return runs
 
 
@@ -107,9 +112,10 @@ def _plain(precision):
     return re.sub(r"[^A-Za-z0-9]+", "_", precision)
 
 
-def _config_of(config, folder, name, precision, rollout, seed, warm):
+def _config_of(config, folder, name, precision, rollout, seed, warm, engine):
     run = dataclasses.replace(config.run, name=name, dir=str(folder), stamp=False, seed=seed)
-    own = dataclasses.replace(config, precision=precision, rollout_precision=rollout, run=run, resume=None)
+    own = dataclasses.replace(config, precision=precision, rollout_precision=rollout, run=run, resume=None,
+                              rollout=dataclasses.replace(config.rollout, engine=engine))
     if not (warm and config.sft.steps):
         return own
     start = str((folder / f"warm-seed{seed}" / "model").resolve())     # however a resumed folder is spelled
@@ -138,7 +144,7 @@ def _read_run(folder, run, outcome):
     outcome = dict(outcome or {})
     code, error = outcome.pop("code", None), outcome.pop("error", "")
     records = read_metrics(folder / run.name) if (folder / run.name / METRICS).exists() else []
-    return Run(run.name, run.label, run.precision, run.rollout, run.seed, code, error, outcome, records)
+    return Run(run.name, run.label, run.precision, run.rollout, run.seed, code, error, outcome, records, run.engine)
 
 
 def last_step(path, tail=2**16):

@@ -7,7 +7,7 @@ import math
 import numpy as np
 
 from jaxrl_fp16.lab.compare.runs import series
-from jaxrl_fp16.lab.compare.verdicts import hold_together, pair, sentence
+from jaxrl_fp16.lab.compare.verdicts import hold_together, pair, sentence, standing
 
 MIB = 2**20
 
@@ -92,6 +92,7 @@ class Verdict:
     first: str
     second: str
     pairing: object      # a Pairing; None: no seed has it on both sides
+    standing: str        # as `verdicts.standing` names it
     text: str
 
 
@@ -115,27 +116,29 @@ def _of_pair(comparison, first, second, names):
     chances = [None if pairing is None else pairing.p for pairing in pairings]
     tests = sum(p is not None for p in chances)
     return [
-        Verdict(quantity, first, second, pairing, sentence(pairing, quantity.name, first, second, held, tests))
+        Verdict(quantity, first, second, pairing, standing(pairing, held),
+                sentence(pairing, quantity.name, first, second, held, tests))
         for quantity, pairing, held in zip(names, pairings, hold_together(chances))
     ]
 
 
+ONCE = ("seeds", "95 % interval", "p", "verdict")     # what is said once where it is the same in every row
 VERDICT_COLUMNS = ("seeds", "difference, or factor", "95 % interval", "p", "verdict")
 
 
 def verdict_rows(rows):
     """Rows of one pair's table: quantity, both sides' means, then `VERDICT_COLUMNS`."""
     for row in rows:
-        p = row.pairing
+        p, text = row.pairing, row.text.replace(f"{row.first}'s {row.quantity.name} is", f"{row.first}'s is")
         if p is None:
-            yield (row.quantity.name, "-", "-", 0, "-", "-", "-", row.text)
+            yield (row.quantity.name, "-", "-", 0, "-", "-", "-", text)
             continue
         times = "x " if p.ratio else ""
         interval = "-" if p.interval is None else " to ".join(f"{end:.3g}" for end in p.interval)
         chance = "-" if p.p is None else f"{p.p:.2g}"
         yield (
             row.quantity.name, spread(p.first), spread(p.second), len(p.first), f"{times}{p.difference:.3g}", interval,
-            chance, row.text,
+            chance, text,
         )
 
 

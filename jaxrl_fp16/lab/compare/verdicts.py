@@ -13,6 +13,7 @@ import math
 import numpy as np
 
 LEVEL = 0.05
+ONE_SEED = "one seed: no spread is known"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,21 +76,46 @@ def hold_together(chances: Sequence[float | None], level: float = LEVEL) -> list
     return held
 
 
+def standing(pairing: Pairing | None, held: bool) -> str:
+    """What the seeds carry: `held`, beyond noise among all tests of a table; `alone`, taken by itself; `noise`; `one
+    seed`, which has no spread; `same`; `absent`, with no seed on both sides."""
+    if pairing is None:
+        return "absent"
+    if pairing.first == pairing.second:
+        return "same"
+    if pairing.p is None:
+        return "one seed"
+    if pairing.p > LEVEL:
+        return "noise"
+    return "held" if held else "alone"
+
+
 def sentence(pairing: Pairing | None, name: str, first: str, second: str, held: bool, tests: int) -> str:
     """The verdict on one quantity, `name`, of the sides `first` and `second`.
 
     held: whether it holds among all `tests` of its table.
     """
-    if pairing is None:
-        return "no seed ran on both sides"
-    if pairing.first == pairing.second:
-        return "the same in every seed" if pairing.p is not None else "the same; one seed: no spread is known"
-    if pairing.p is None:
-        return "one seed: no spread is known"
-    if pairing.p > LEVEL:
-        return "no difference beyond seed noise"
+    said = {
+        "absent": "no seed ran on both sides", "noise": "no difference beyond seed noise",
+        "same": "the same in every seed", "one seed": ONE_SEED,
+    }
+    found = standing(pairing, held)
+    if found == "same" and pairing.p is None:
+        return f"the same; {ONE_SEED}"
+    if found in said:
+        return said[found]
     verdict = f"{first}'s {name} is {size(pairing)} than {second}'s"
-    return verdict if held else f"{verdict}, taken alone; not beyond chance among {tests} comparisons"
+    return verdict if found == "held" else f"{verdict}, taken alone; not beyond chance among {tests} comparisons"
+
+
+def turned(pairing: Pairing | None) -> Pairing | None:
+    """The same with its sides exchanged."""
+    if pairing is None:
+        return None
+    turn = (lambda x: 1 / x) if pairing.ratio else (lambda x: -x)
+    interval = None if pairing.interval is None else tuple(map(turn, reversed(pairing.interval)))
+    return dataclasses.replace(pairing, first=pairing.second, second=pairing.first,
+                               difference=turn(pairing.difference), interval=interval)
 
 
 def size(pairing: Pairing) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from jaxrl_fp16.types import Decisions
 
 FORMAT = "jaxrl_fp16 rollouts 1"
+JIT = "jit"     # our own sampler; a file that names no engine is its
 # field -> (dtype, letters of its shape)
 ARRAYS = {
     "tokens": (np.int32, "BT"), "mask": (np.bool_, "BT"), "response_mask": (np.bool_, "BT"),
@@ -21,6 +22,7 @@ ARRAYS = {
 }
 DECISIONS = {"support": (np.int32, "BNK")}  # likewise; those that the sampler made
 SCORES = ("scorer", "gradient", "entropy")  # each a group of arrays float32 [B,T], one a precision
+ENGINE = ("engine", "version")              # texts, of another engine than our own
 # What NumPy raises for a file that is none of its own, or not whole; a lone array is no context manager.
 DAMAGED = (OSError, EOFError, KeyError, TypeError, ValueError, MemoryError, NotImplementedError, zipfile.BadZipFile,
            zlib.error)
@@ -41,6 +43,9 @@ class ScoredRollout:
     logprobs: np.ndarray       # float32 [B,T]: by the sampler, while it sampled
     finished: np.ndarray       # bool [B]: ended by itself
     support: np.ndarray | None = None   # int32 [B,N,K]: as Rollout's
+    engine: str = JIT          # what sampled, and its version as it says it
+    version: str = ""
+    vocab_size: int | None = None   # ids of the model that sampled, where its file says so
     scorer: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)    # precision -> float32 [B,T]
     gradient: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)  # the gradient program's, likewise
     entropy: dict[str, np.ndarray] = dataclasses.field(default_factory=dict)   # nats a token, by the scorer
@@ -51,20 +56,38 @@ class ScoredRollout:
         return Decisions(self.support)
 
 
-def file_name(precision):
-    """`fp16` -> `fp16.npz`; what a file's name cannot hold becomes a dash."""
-    return re.sub(r"[^A-Za-z0-9_.]+", "-", precision) + ".npz"
+def labelled(rollouts):
+    """`{label: rollout}`: a label is the precision, after the engine where another than our own is among them.
+
+    Raises ValueError for two of one label.
+    """
+    plain, found = all(rollout.engine == JIT for rollout in rollouts), {}
+    for rollout in rollouts:
+        label = rollout.precision if plain else f"{rollout.engine} {rollout.precision}"
+        if label in found:
+            raise ValueError(f"there are two rollouts of {label}; allowed: each engine once in a precision, and two "
+                             "versions or settings of one under names of their own, such as vllm-eager")
+        found[label] = rollout
+    return found
+
+
+def file_name(precision, engine=JIT):
+    """`fp16` -> `fp16.npz`, of another engine `vllm-fp16.npz`; what a file's name cannot hold becomes a dash."""
+    name = precision if engine == JIT else f"{engine}-{precision}"
+    return re.sub(r"[^A-Za-z0-9_.]+", "-", name) + ".npz"
 
 
 def save_rollout(folder, rollout):
-    """Writes `folder/PRECISION.npz` in one piece and gives its path."""
+    """Writes `folder/PRECISION.npz`, or `ENGINE-PRECISION.npz`, in one piece and gives its path."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     arrays = {name: getattr(rollout, name) for name in ARRAYS}
     arrays |= {name: array for name, array in vars(rollout.decisions).items() if array is not None}
     for group in SCORES:
         arrays |= {f"{group}/{precision}": array for precision, array in getattr(rollout, group).items()}
-    path = folder / file_name(rollout.precision)
+    if rollout.engine != JIT:
+        arrays |= {name: np.array(getattr(rollout, name)) for name in ENGINE}
+    path = folder / file_name(rollout.precision, rollout.engine)
     temporary = path.with_suffix(".tmp")
     with open(temporary, "wb") as file:
         np.savez_compressed(file, format=np.array(FORMAT), precision=np.array(rollout.precision),
@@ -87,6 +110,7 @@ def load_rollout(path):
     if str(arrays.pop("format", "")) != FORMAT:
         raise ValueError(f"{path} holds no stored rollouts; allowed: files with format {FORMAT!r}")
     precision, temperature = (_scalar(path, arrays, *field) for field in (("precision", "U"), ("temperature", "f")))
+    made_by = {name: _scalar(path, arrays, name, "U") for name in ENGINE} if "engine" in arrays else {}
     groups = {group: {} for group in SCORES}
     for name in [name for name in arrays if "/" in name]:
         group, _, scored_in = name.partition("/")
@@ -94,7 +118,7 @@ def load_rollout(path):
             raise ValueError(f"{path}: {name} is unknown; allowed before the slash: {', '.join(SCORES)}")
         groups[group][scored_in] = arrays.pop(name)
     _check(path, arrays, groups)
-    return ScoredRollout(precision, temperature, **arrays, **groups)
+    return ScoredRollout(precision, temperature, **arrays, **made_by, **groups)
 
 
 def _one_line(error):
@@ -137,24 +161,27 @@ def _check_array(path, name, array, dtype, letters, sizes):
                          f"{np.dtype(dtype).name} [{shape}]")
 
 
-def load_rollouts(folder, precisions):
-    """A ScoredRollout for each of `precisions`, from a folder of such files or a run folder with `rollouts/`.
+def load_rollouts(folder, precisions, engines=(JIT,)):
+    """A ScoredRollout of each of `engines` in each of `precisions`, from a folder of such files or a run folder with
+    `rollouts/`.
 
     Raises ValueError, naming the folder, where it lacks one or a file is not what it should be.
     """
     folder = Path(folder)
     inner = folder / "rollouts"
     folder = inner if inner.is_dir() else folder
-    paths = sorted(folder.glob("*.npz"))
-    names = {path.name for path in paths}
-    missing = [precision for precision in precisions if file_name(precision) not in names]
+    held = {path.name for path in folder.glob("*.npz")}
+    wanted = {file_name(precision, engine): (precision, engine) for engine in engines for precision in precisions}
+    missing = [name for name in wanted if name not in held]
     if missing:
-        held = ", ".join(sorted(names)) or "no .npz file"
-        raise ValueError(f"{folder} has no {file_name(missing[0])}; it holds {held}; allowed: mismatch.precisions of "
-                         "those that are there")
-    rollouts = [load_rollout(folder / file_name(precision)) for precision in precisions]
-    for precision, rollout in zip(precisions, rollouts):
-        if rollout.precision != precision:
-            raise ValueError(f"{folder / file_name(precision)} was sampled in {rollout.precision!r}; "
-                             f"allowed: {precision!r}")
+        raise ValueError(f"{folder} has no {missing[0]}; it holds {', '.join(sorted(held)) or 'no .npz file'}; "
+                         "allowed: mismatch.precisions of those that are there")
+    rollouts = []
+    for name, (precision, engine) in wanted.items():
+        rollout = load_rollout(folder / name)
+        if (rollout.precision, rollout.engine) != (precision, engine):
+            by = "" if rollout.engine == engine else f" by {rollout.engine!r}"
+            raise ValueError(f"{folder / name} was sampled in {rollout.precision!r}{by}; allowed: {precision!r}"
+                             + (f" by {engine!r}" if by else ""))
+        rollouts.append(rollout)
     return rollouts

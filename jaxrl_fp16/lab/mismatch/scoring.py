@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxrl_fp16.config import ConfigError, naming, naming_at_entry
 from jaxrl_fp16.console import Console, clock
-from jaxrl_fp16.lab.mismatch.rollout_files import ScoredRollout
+from jaxrl_fp16.lab.mismatch.rollout_files import JIT, ScoredRollout
 from jaxrl_fp16.lab.mismatch.stats import k3
 from jaxrl_fp16.models import param_shardings
 from jaxrl_fp16.models.attention import kind_for
@@ -110,29 +110,31 @@ def read_prompts(setup):
     return prompts.tokens, prompts.mask
 
 
-def sample_rollout(laboratory, precision, params, prompts):
-    """A ScoredRollout, not yet scored, of `prompts` as `read_prompts` gives them."""
+def sample_rollout(laboratory, engine, precision, params, prompts):
+    """A ScoredRollout, not yet scored, that `engine` draws of `prompts` as `read_prompts` gives them."""
     setup, sampling = laboratory.setup, laboratory.setup.config.sampling
-    engine, key = make_engine(setup, laboratory.model, precision=precision), setup.keys.learning
+    draw, key = make_engine(setup, laboratory.model, precision=precision, engine=engine), setup.keys.learning
     parts = row_shards(setup.mesh)
     at_once = min(setup.config.training.prompts_per_step, -(-len(prompts[0]) // parts) * parts)
 
     def run(number, chunk):
-        return engine(params, *chunk, jax.random.fold_in(key, number))  # the same in every precision
+        return draw(params, *chunk, jax.random.fold_in(key, number))  # the same in every precision
 
-    with laboratory.tally.counted(laboratory.console, f"sampling in {precision.name}"):
+    by = "" if engine == JIT else f"by {engine} "
+    with laboratory.tally.counted(laboratory.console, f"sampling {by}in {precision.name}"):
         found = _in_chunks(laboratory, run, prompts, at_once)
     return ScoredRollout(
         precision.name, sampling.temperature, found.tokens, found.mask, found.response_mask, found.logprobs,
-        found.finished, **vars(found.decisions),
+        found.finished, **vars(found.decisions), engine=engine,
+        version="" if engine == JIT else str(setup.engines.facts().get(engine, "")),
     )
 
 
 def score_rollouts(laboratory, precision, state, rollouts, gradient=True):
     """`(state, rollouts)`, with `precision`'s log-probs and entropies in each rollout.
 
-    `gradient`: those of the gradient program too. `state` is donated; the one that
-    comes back has the same parameters.
+    `gradient`: those of the gradient program too, for what another engine sampled in its own precision alone. `state`
+    is donated; the one that comes back has the same parameters.
     """
     scorer = make_scorer(
         model_for(laboratory.model, precision), precision.policy,
@@ -152,8 +154,13 @@ def score_rollouts(laboratory, precision, state, rollouts, gradient=True):
     return _score_by_gradient(laboratory, precision, state, done) if gradient else (state, done)
 
 
+def _name_of(rollout):
+    """What it is called beside others, ours by its precision alone."""
+    return rollout.precision if rollout.engine == JIT else f"{rollout.engine} {rollout.precision}"
+
+
 def _announced(laboratory, program, precision, rollout):
-    text = f"{program} in {precision.name}, on what {rollout.precision} sampled"
+    text = f"{program} in {precision.name}, on what {_name_of(rollout)} sampled"
     return laboratory.tally.counted(laboratory.console, text)
 
 
@@ -165,7 +172,7 @@ def _tell(laboratory, program, precision, rollout, logprobs):
         return
     d = mu[finite] - pi[finite]
     laboratory.console.say(
-        f"    sampler in {rollout.precision} | {program} in {precision.name}: token KL (k3) {k3(-d).mean():.2e}, "
+        f"    sampler in {_name_of(rollout)} | {program} in {precision.name}: token KL (k3) {k3(-d).mean():.2e}, "
         f"|log-prob difference| mean {np.abs(d).mean():.2e}, largest {np.abs(d).max():.2e}"
     )
 
@@ -175,6 +182,11 @@ def _score(laboratory, scorer, params, rollout):
         return scorer(params, *shard_batch(chunk, laboratory.setup.mesh))
 
     return _in_chunks(laboratory, run, (rollout.tokens, rollout.mask, rollout.decisions), _rows(laboratory, rollout))
+
+
+def wants_gradient(rollout, precision):
+    """Whether the gradient program of `precision` is asked about a rollout."""
+    return rollout.engine == JIT or rollout.precision == precision.name
 
 
 def _score_by_gradient(laboratory, precision, state, rollouts):
@@ -197,6 +209,9 @@ def _score_by_gradient(laboratory, precision, state, rollouts):
 
     done = []
     for rollout in rollouts:
+        if not wants_gradient(rollout, precision):
+            done.append(rollout)
+            continue
         with _announced(laboratory, "the gradient program", precision, rollout):
             logprobs = _in_chunks(laboratory, run, _idle_batch(algorithm, rollout), _rows(laboratory, rollout))
         _tell(laboratory, "gradient program", precision, rollout, logprobs)
@@ -239,13 +254,21 @@ def _in_chunks(laboratory, run, arrays, size):
     return jax.tree.map(lambda *x: np.concatenate(x)[: total * len(x[0]) // size], *parts)
 
 
-def check_stored(laboratory, rollouts):
-    """Refuses stored rollouts that this model and config cannot have drawn."""
-    vocab, temperature = laboratory.model.config.vocab_size, laboratory.setup.config.sampling.temperature
-    for rollout in rollouts:
-        if rollout.tokens.max() >= vocab:
-            raise ConfigError(f"mismatch.rollouts: {rollout.precision}'s tokens are as high as {rollout.tokens.max()}; "
-                              f"allowed: below the model's vocab_size, {vocab}")
-        if rollout.temperature != temperature:
-            raise ConfigError(f"mismatch.rollouts: {rollout.precision} was sampled at temperature "
-                              f"{rollout.temperature:g}; allowed: sampling.temperature, {temperature:g}")
+def check_stored(laboratory, rollout, key):
+    """Refuses a stored rollout, which `key` names, that this model and config cannot have drawn."""
+    model, config = laboratory.model.config, laboratory.setup.config
+    vocab, temperature, who = model.vocab_size, config.sampling.temperature, _name_of(rollout)
+    if rollout.vocab_size not in (None, vocab):
+        raise ConfigError(f"{key}: {who} is of a model with vocab_size {rollout.vocab_size}; allowed: that of this "
+                          f"model, {vocab}")
+    if rollout.tokens.max() >= vocab:
+        raise ConfigError(f"{key}: {who}'s tokens are as high as {rollout.tokens.max()}; allowed: below the model's "
+                          f"vocab_size, {vocab}")
+    if rollout.temperature != temperature:
+        raise ConfigError(f"{key}: {who} was sampled at temperature {rollout.temperature:g}; allowed: "
+                          f"sampling.temperature, {temperature:g}")
+    longest, limit = int(rollout.mask.sum(axis=1).max()), model.max_positions
+    if limit is not None and longest > limit and not config.model.allow_longer:
+        raise ConfigError(f"{key}: {who}'s longest row has {longest} tokens, and the model's weights were made for "
+                          f"{limit} positions (max_position_embeddings); allowed: at most these, or "
+                          "model.allow_longer true")

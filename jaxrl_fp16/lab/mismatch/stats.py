@@ -70,6 +70,14 @@ def by_length(rollout, pair, reference):
     return dict(length=lengths, log_ratio=ratios, slope=1000 * slope, intercept=intercept, slope_error=1000 * error)
 
 
+def mean_over_tokens(x, mask):
+    """`(mean, its standard error)` of `x` [B,T] where `mask` is 1. A row's tokens are one draw; NaN for one row."""
+    rows = np.where(mask, x, 0.0)[mask.any(axis=1)].sum(axis=1)
+    n, count = len(rows), mask.sum()
+    error = np.sqrt(((rows - rows.mean()) ** 2).sum() * n / (n - 1)) / count if n > 1 else np.nan
+    return rows.sum() / count, error
+
+
 # -- token KL in bins ----------------------------------------------------------------------------
 
 
@@ -117,9 +125,9 @@ def in_bins(x, y, edges):
 
 
 def binned_kl(rollouts, reference, bins):
-    """`{"position" | "entropy" | "length": {precision: {pair: what in_bins gives}}}` of the tokens' k3.
+    """`{"position" | "entropy" | "length": {label: {pair: what in_bins gives}}}` of the tokens' k3.
 
-    The edges are those of all rollouts together, so that precisions share them.
+    The edges are those of all `{label: rollout}` together, so that they share them.
     """
     along = {
         "position": (token_positions, equal_steps),
@@ -130,13 +138,14 @@ def binned_kl(rollouts, reference, bins):
 
 
 def _binned(rollouts, reference, bins, measure, cut):
-    values = [measure(rollout) for rollout in rollouts]
-    edges = cut(np.concatenate(values), bins)
+    values = {label: measure(rollout) for label, rollout in rollouts.items()}
+    edges = cut(np.concatenate(list(values.values())), bins)
     return {
-        rollout.precision: {
-            pair: in_bins(x, k3(log_ratio(rollout, pair, reference)[rollout.response_mask]), edges) for pair in PAIRS
+        label: {
+            pair: in_bins(values[label], k3(log_ratio(rollout, pair, reference)[rollout.response_mask]), edges)
+            for pair in PAIRS
         }
-        for rollout, x in zip(rollouts, values)
+        for label, rollout in rollouts.items()
     }
 
 
@@ -152,17 +161,14 @@ def distances(rollout, reference):
     sampler and scorer are wrong together, 0 where each is on its own. NaN where one has no error.
     """
     mask = rollout.response_mask
-    kl = {pair: k3(log_ratio(rollout, pair, reference)) * mask for pair in DRAWN}
-    gap = (kl["sampler|reference"] - kl["scorer|reference"])[mask.any(axis=1)]
-    count, rows = mask.sum(), len(gap)
-    centred = gap.sum(axis=1) - gap.sum(axis=1).mean()
-    error = np.sqrt((centred**2).sum() * rows / (rows - 1)) / count if rows > 1 else np.nan
+    kl = {pair: k3(log_ratio(rollout, pair, reference)) for pair in DRAWN}
+    difference, error = mean_over_tokens(kl["sampler|reference"] - kl["scorer|reference"], mask)
     sampler, scorer = (log_ratio(rollout, pair, reference)[mask] for pair in DRAWN[1:])
     spread = sampler.std() * scorer.std()
     shared = ((sampler - sampler.mean()) * (scorer - scorer.mean())).mean() / spread if spread else np.nan
     return {
-        **{pair: kl[pair].sum() / count for pair in DRAWN},
-        "difference": gap.sum() / count, "error": error, "shared": shared,
+        **{pair: mean_over_tokens(kl[pair], mask)[0] for pair in DRAWN},
+        "difference": difference, "error": error, "shared": shared,
     }
 
 

@@ -220,10 +220,11 @@ def resolve_algorithm(config) -> AlgorithmConfig:
     return get_algorithm(fields.pop("preset"), **fields)
 
 
-def memory_share(config, whole: float) -> float:
+def memory_share(config, whole: float, command: str = "train") -> float:
     """JAX's share of a GPU's memory, of the `whole` that it would take alone: another engine on that card has its
-    own."""
-    return whole if config.rollout.engine == "jit" else whole - config.rollout.memory_fraction
+    own, whether section `rollout` names it or the `engines` of the command's own section do."""
+    engines = getattr(getattr(config, command, None), "engines", ()) or (config.rollout.engine,)
+    return whole if set(engines) == {"jit"} else whole - config.rollout.memory_fraction
 
 
 def check_mesh_rows(config, mesh):

@@ -6,6 +6,7 @@ from typing import Annotated, Literal, Optional, get_args, get_type_hints
 from annotated_types import Ge, Gt, Le, MinLen
 
 from jaxrl_fp16.config import Doc
+from jaxrl_fp16.engines import KINDS
 from jaxrl_fp16.models.attention import AttentionKind
 from jaxrl_fp16.models.decoder import DecoderConfig
 from jaxrl_fp16.objectives import PRESETS, AlgorithmConfig, PreferenceConfig
@@ -244,13 +245,18 @@ class FilterConfig:
 
 @dataclasses.dataclass(frozen=True)
 class CompareConfig:
-    """The runs that `compare` starts: each precision with each seed."""
+    """The runs that `compare` starts: each engine in each precision with each seed."""
 
     precisions: Annotated[tuple[str, ...], Doc("precisions of the compared runs; short: --precisions A B")] = (
         "fp16", "bf16",
     )
     rollout_precisions: Annotated[
         tuple[str, ...], Doc("sampler's precisions, each combined with each of compare.precisions; []: the run's own")
+    ] = ()
+    engines: Annotated[
+        tuple[Literal["jit", *KINDS], ...],
+        Doc("engines of the compared runs, each combined with each of compare.precisions; []: rollout.engine alone; "
+            "short: --engines A B"),
     ] = ()
     seeds: Annotated[
         tuple[Annotated[int, Ge(0)], ...], Doc("seeds of the compared runs; []: run.seed alone; short: --seeds 0 1 2")
@@ -264,7 +270,7 @@ class CompareConfig:
     ] = 0.25
 
     def __post_init__(self):
-        for name in ("precisions", "rollout_precisions", "seeds"):
+        for name in ("precisions", "rollout_precisions", "engines", "seeds"):
             values = getattr(self, name)
             if len(set(values)) < len(values) or (name == "precisions" and not values):
                 raise ValueError(f"{name} are {', '.join(map(str, values)) or 'none'}; allowed: one or more, each once")
@@ -288,10 +294,21 @@ class MismatchConfig:
     """What `mismatch` samples, scores and draws."""
 
     precisions: Annotated[
-        tuple[str, ...], MinLen(1), Doc("precisions that `mismatch` compares: each samples, and scores all samples")
+        tuple[str, ...], MinLen(1),
+        Doc("precisions that `mismatch` compares: each samples, and scores all samples; short: --precisions A B"),
     ] = ("fp16", "bf16")
+    engines: Annotated[
+        tuple[Literal["jit", *KINDS], ...],
+        Doc("engines that `mismatch` draws side by side, each in each precision; []: rollout.engine alone, or with "
+            "mismatch.rollout_files none; short: --engines A B"),
+    ] = ()
     reference: Annotated[str, Doc("precision whose log-probs `mismatch` takes for the exact ones")] = "fp32"
     rollouts: Annotated[str | None, Doc("folder of stored rollouts for `mismatch` to read; null: it samples")] = None
+    rollout_files: Annotated[
+        tuple[str, ...],
+        Doc("files of rollouts that any engine drew, in the format of docs/rollouts.md, for `mismatch` to score; []: "
+            "none; short: --rollouts FILE ..."),
+    ] = ()
     prompts: Annotated[
         int | None, Ge(1), Doc("prompts of the task that `mismatch` samples from; null: training.prompts_per_step")
     ] = None
@@ -299,3 +316,7 @@ class MismatchConfig:
     attribution: Annotated[
         bool, Doc("let `mismatch` measure by module too, on some responses; costs some hundred forwards of them")
     ] = False
+
+    def __post_init__(self):
+        if len(set(self.engines)) < len(self.engines):
+            raise ValueError(f"engines are {', '.join(self.engines)}; allowed: each once")

@@ -5,7 +5,9 @@ import math
 import numpy as np
 import pytest
 
-from jaxrl_fp16.lab.compare.verdicts import find_collapse, hold_together, pair, paired_t, sentence
+from jaxrl_fp16.lab.compare.verdicts import (
+    find_collapse, hold_together, pair, paired_t, sentence, size, standing, turned,
+)
 
 SEEDS = range(5)
 
@@ -86,6 +88,28 @@ def test_noise_gives_no_difference():
 ])
 def test_what_no_verdict_can_be_given_on(first, second, said):
     assert verdict(pair(first, second, ratio=True)) == said
+
+
+@pytest.mark.parametrize("first, second, held, how", [
+    ({0: 0.9}, {0: 0.1}, False, "one seed"),
+    ({0: 0.9}, {0: 0.9}, False, "same"),
+    ({0: 0.0, 1: 0.0}, {0: 0.0, 1: 0.0}, False, "same"),
+    ({0: 0.9}, {1: 0.1}, False, "absent"),
+    (values(0.5, 0.1), values(0.5, 0.1, seed=1), False, "noise"),
+    (values(0.9, 0.01), values(0.1, 0.01, seed=1), False, "alone"),
+    (values(0.9, 0.01), values(0.1, 0.01, seed=1), True, "held"),
+])
+def test_what_the_seeds_carry(first, second, held, how):
+    assert standing(pair(first, second), held) == how
+
+
+@pytest.mark.parametrize("ratio", [False, True])
+def test_sides_can_be_exchanged(ratio):
+    first, second = values(2.0, 0.1), values(1.0, 0.1, seed=1)
+    one, other = turned(pair(first, second, ratio)), pair(second, first, ratio)
+    assert (one.first, one.second) == (other.first, other.second) and size(one) == size(other)
+    assert one.difference == pytest.approx(other.difference) and one.interval == pytest.approx(other.interval)
+    assert turned(None) is None
 
 
 def test_a_zero_has_no_logarithm():

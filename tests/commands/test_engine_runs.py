@@ -169,6 +169,8 @@ def test_other_commands_sample_by_it(tiny, fake, tmp_path, capsys, children, com
     assert cli.main([command, str(tiny), *flags]) == 0
     assert len(children) == 1 and (tmp_path / "fake.log").read_text().count("load version-1") == 1
     ends_clean(children)
+    if command == "filter":
+        return
     fake("dtype")
     assert cli.main([command, str(tiny), *flags]) == 2
     assert "rollout: the engine transformers has weights in bfloat16" in capsys.readouterr().err

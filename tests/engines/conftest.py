@@ -25,26 +25,39 @@ def small():
                                param_shapes(model))
 
 
-@pytest.fixture
-def fake(monkeypatch, tmp_path, small):
-    """fake(fault, at=.., times=.., dtype=.., **config) -> an Engine over the fake child; what it said in `.lines`, the
-    child's notes by `.notes()`, living children by `.living()`."""
-    made, log = [], tmp_path / "fake.log"
-    monkeypatch.setattr(pipe, "CHILD", FAKE)
-    monkeypatch.setenv("FAKE_LOG", str(log))
+@pytest.fixture(scope="session")
+def start_fake(small):
+    """start_fake(patch, folder, fault, at=.., times=.., dtype=.., **config) -> an Engine over the fake child; what it
+    said in `.lines`, the child's notes by `.notes()`, living children by `.living()`."""
+    made = []
 
-    def start(fault="", at=0, times=1, dtype="float32", **config):
-        for name, value in (("FAULT", fault), ("AT", at), ("TIMES", times)):
-            monkeypatch.setenv(f"FAKE_{name}", str(value))
+    def start(patch, folder, fault="", at=0, times=1, dtype="float32", **config):
+        log = folder / "fake.log"
+        patch.setattr(pipe, "CHILD", FAKE)
+        for name, value in (("LOG", log), ("FAULT", fault), ("AT", at), ("TIMES", times)):
+            patch.setenv(f"FAKE_{name}", str(value))
         config = RolloutConfig(engine="transformers", **config)
         settings = {"dtype": dtype, "device": "cpu", "memory_fraction": 0.5, "seed": 0, "max_length": 20}
         lines = []
-        engine = Engine(config, find_python(config), small[0], settings, lines.append)
-        made.append(engine)
+        made.append(Engine(config, find_python(config), small[0], settings, lines.append))
         notes = lambda kind: [line for line in log.read_text().splitlines() if line.startswith(kind)]
         living = lambda: [line for line in notes("process") if psutil.pid_exists(int(line.split()[1]))]
-        return types.SimpleNamespace(engine=engine, lines=lines, notes=notes, living=living)
+        return types.SimpleNamespace(engine=made[-1], lines=lines, notes=notes, living=living)
 
     yield start
     for engine in made:
         engine.close()
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path, start_fake):
+    """`start_fake` with patches and a folder of the test's own; its engines end with the test."""
+    made = []
+
+    def start(*arguments, **more):
+        made.append(start_fake(monkeypatch, tmp_path, *arguments, **more))
+        return made[-1]
+
+    yield start
+    for found in made:
+        found.engine.close()

@@ -39,6 +39,13 @@ def equal(a, b):
     return all(np.array_equal(getattr(a, name), getattr(b, name)) for name in ("tokens", "lengths", "logprobs"))
 
 
+@pytest.fixture(scope="module")
+def plain(small, start_fake, tmp_path_factory):
+    """What an engine that does not fail draws."""
+    with pytest.MonkeyPatch.context() as patch:
+        return draw(start_fake(patch, tmp_path_factory.mktemp("plain")).engine, small[1])
+
+
 def test_what_it_draws_is_decided_by_the_seed_alone(fake, small):
     """max_rows changes nothing but how many go at once; every row has a seed of its own."""
     found, params = fake(), small[1]
@@ -69,15 +76,14 @@ def test_weights_are_sent_once_whole_and_leave_nothing(fake, small):
 
 @pytest.mark.fault(36)
 @pytest.mark.parametrize("fault", SAYS)
-def test_an_engine_that_fails_once_is_started_once_more(fake, small, fault):
+def test_an_engine_that_fails_once_is_started_once_more(fake, small, fault, plain):
     """With the same weights and the same seeds: what is drawn is what would have been."""
     found = fake(fault, at=SEEN, deadline_seconds=1.0 if fault == "hang" else 20.0)
     drawn = draw(found.engine, small[1])
     assert found.engine.restarts == 1 and found.engine.version == 1 and len(found.living()) == 1
     (line,) = found.lines
     assert SAYS[fault] in line and line.endswith("it is started once more")
-    plain = fake()
-    assert equal(drawn, draw(plain.engine, small[1]))
+    assert equal(drawn, plain)
 
 
 @pytest.mark.fault(36)

@@ -39,10 +39,10 @@ def weights():
     groups = {}
     for row in sorted(result["rows"], key=place):
         groups.setdefault((row["engine"], row["precision"]), []).append(row)
-    lines = [[*key, ", ".join(f"{change:g}" for change in sorted({row["change"] for row in rows})),
+    lines = [[*key, ", ".join(small(change) for change in sorted({row["change"] for row in rows})),
               small(min(row["max_diff_before"] for row in rows)),
               f"{sum(row['ids_equal'] for row in rows)} of {sum(row['prompts'] for row in rows)}",
-              small(max(row["max_diff"] for row in rows)), f"{rows[0]['bound']:g}"] for key, rows in groups.items()]
+              small(max(row["max_diff"] for row in rows)), small(rows[0]["bound"])] for key, rows in groups.items()]
     heads = ["engine", "precision", "changed by, relative", "least difference from before", "rows with the same ids",
              "largest difference", "bound"]
     return f"{table(heads, lines)}\n\n{made_with(result)}"

@@ -16,6 +16,7 @@ import textwrap
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 PAGE = ROOT / "docs" / "engines.md"
+ORDER = "jit", "transformers", "vllm", "fp32", "fp16", "bf16"
 COLUMNS = {"kl_k3": "token KL (k3)", "abs_diff_mean": "mean abs d", "abs_diff_max": "max abs d",
            "prob_diff": "mean abs dp", "seq_log_ratio_std": "std of sequence log ratio"}
 
@@ -23,11 +24,10 @@ COLUMNS = {"kl_k3": "token KL (k3)", "abs_diff_mean": "mean abs d", "abs_diff_ma
 def mismatch():
     """Each engine against our scorer in the same precision, and how many times BF16's KL is FP16's."""
     result = load("engines")
-    ratios = times(result["rows"])
     lines = [[row["engine"], row["precision"], f"{row['rows']} x {row['tokens']}",
               *(small(row[column]) for column in COLUMNS)]
-             for row in sorted(result["rows"], key=lambda row: list(ratios).index(row["engine"]))]
-    words = ", ".join(f"{value:.0f} ({name})" for name, value in ratios.items())
+             for row in sorted(result["rows"], key=place)]
+    words = ", ".join(f"{value:.0f} ({name})" for name, value in times(result["rows"]).items())
     return (f"{table(['engine', 'precision', 'rows x tokens', *COLUMNS.values()], lines)}\n\n"
             f"Over the first {result['short']} tokens of each row BF16's token KL is as many times FP16's: {words}. "
             f"{made_with(result)}")
@@ -37,15 +37,20 @@ def weights():
     """What an engine draws after a `load`, against one that began with those weights."""
     result = load("engine_weights")
     groups = {}
-    for row in result["rows"]:
+    for row in sorted(result["rows"], key=place):
         groups.setdefault((row["engine"], row["precision"]), []).append(row)
-    lines = [[*key, ", ".join(f"{change:g}" for change in sorted({row["change"] for row in rows})),
+    lines = [[*key, ", ".join(small(change) for change in sorted({row["change"] for row in rows})),
               small(min(row["max_diff_before"] for row in rows)),
               f"{sum(row['ids_equal'] for row in rows)} of {sum(row['prompts'] for row in rows)}",
-              small(max(row["max_diff"] for row in rows)), f"{rows[0]['bound']:g}"] for key, rows in groups.items()]
+              small(max(row["max_diff"] for row in rows)), small(rows[0]["bound"])] for key, rows in groups.items()]
     heads = ["engine", "precision", "changed by, relative", "least difference from before", "rows with the same ids",
              "largest difference", "bound"]
     return f"{table(heads, lines)}\n\n{made_with(result)}"
+
+
+def place(row):
+    """By which a table's rows are sorted."""
+    return ORDER.index(row["engine"]), ORDER.index(row["precision"])
 
 
 def times(rows):

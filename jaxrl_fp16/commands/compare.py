@@ -83,7 +83,7 @@ def check_runs(config):
         )
     with naming("compare.engines"):
         for engine in config.compare.engines:
-            check_sampling(engine, config.sampling.top_k, config.sampling.top_p)
+            check_sampling(engine, config.sampling)
     planned = plan_runs(config, Path("."), warm=False)
     first = [run for run in planned if run.seed == planned[0].seed]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

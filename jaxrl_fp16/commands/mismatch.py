@@ -93,7 +93,7 @@ def _engines(config):
     engines = section.engines or (config.rollout.engine,)
     for engine in engines if section.rollouts is None else ():
         with naming("mismatch.engines"):
-            check_sampling(engine, config.sampling.top_k, config.sampling.top_p)
+            check_sampling(engine, config.sampling)
         check_engine(dataclasses.replace(config.rollout, engine=engine))
     return engines
 

@@ -71,11 +71,12 @@ class RolloutConfig:
     ] = 1800.0
 
 
-def check_sampling(engine, top_k, top_p, temperature):
-    """Refuses truncated sampling where the engine does not say what it kept, and temperatures that it does not keep.
-    Raises ValueError."""
+def check_sampling(engine, sampling):
+    """Refuses a SamplingConfig that is truncated where the engine does not say what it kept, or of a temperature that
+    it does not keep. Raises ValueError."""
     if engine not in KINDS:
         return
+    top_k, top_p, temperature = sampling.top_k, sampling.top_p, sampling.temperature
     reason, between = KINDS[engine].truncates, KINDS[engine].temperatures
     if between and temperature and not between[0] <= temperature <= between[1]:
         raise ValueError(f"temperature is {temperature} with rollout.engine {engine}; allowed: 0, or {between[0]:g} to "

@@ -208,13 +208,13 @@ def test_the_cache_leaves_memory_to_others(monkeypatch):
 
 
 def test_a_run_is_refused_before_its_start():
-    check_sampling("vllm", 0, 1.0, 0.0)
-    check_sampling("jit", 5, 0.5, 1e-4)
+    check_sampling("vllm", SamplingConfig(temperature=0.0))
+    check_sampling("jit", SamplingConfig(top_k=5, top_p=0.5, temperature=1e-4))
     for top_k, top_p, temperature, says in ((5, 1.0, 1.0, "top_k is 5"), (0, 0.9, 1.0, "top_p 0.9"),
                                             (0, 1.0, 0.001, "temperature is 0.001.*allowed: 0, or 0.01 to 2"),
                                             (0, 1.0, 3.0, "temperature is 3.0")):
         with pytest.raises(ValueError, match=says):
-            check_sampling("vllm", top_k, top_p, temperature)
+            check_sampling("vllm", SamplingConfig(top_k=top_k, top_p=top_p, temperature=temperature))
 
 
 # -- vLLM itself ---------------------------------------------------------------------------------------

@@ -74,7 +74,7 @@ def begin_engine(setup, model, params):
 
 
 def _other_engine(setup, model, sampling, precision, engine):
-    check_sampling(engine, sampling.top_k, sampling.top_p, sampling.temperature)
+    check_sampling(engine, sampling)
     check_engine(dataclasses.replace(setup.config.rollout, engine=engine))
     ends = end_ids(setup.tokenizer, names=sampling.end_tokens) if sampling.end_tokens else setup.eos_ids
     vocab_size = model.config.vocab_size

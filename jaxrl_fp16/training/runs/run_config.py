@@ -97,7 +97,7 @@ class Config:
             )
 
     def _check_engine(self):
-        check_sampling(self.rollout.engine, self.sampling.top_k, self.sampling.top_p, self.sampling.temperature)
+        check_sampling(self.rollout.engine, self.sampling)
 
     def _check_reward(self):
         if self.task.reward_model.path is not None and self.training.truncated == "zero":

@@ -65,7 +65,7 @@ def run(tiny, compile_cache, tmp_path, monkeypatch, capsys):
     def run(change, body, *flags):
         def changed(*arguments, **options):
             sample = make_sampler(*arguments, **options)
-            return lambda params, tokens, mask, key, watch: change(sample(params, tokens, mask, key), tokens.shape[1])
+            return lambda params, tokens, mask, key: change(sample(params, tokens, mask, key), tokens.shape[1])
 
         monkeypatch.setattr("jaxrl_fp16.training.loops.iterations.learn", watched)
         if change is not None:

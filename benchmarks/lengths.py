@@ -11,7 +11,8 @@ spread as log-normal ones are, with a few rows at the limit (`log-normal`, 128 p
 - update: positions that hold a token; `of_endless`: against a batch of full responses under the same bound of a
   microbatch, the positions of 8 full rows.
 - step: tokens of whole steps (sampling, rewards, scoring, update) beside those of TRL, each at the best of its
-  microbatches, after a few steps in which ours meets most widths. TRL runs under `--trl-python`, in an environment of its own with trl==1.16.
+  microbatches, after a few steps in which ours meets most widths. TRL runs under `--trl-python`, in an environment of
+  its own with trl==1.16.
 - compiles: programs that XLA compiled in 50 updates of random lengths, and the seconds that took.
 - mismatch: token KL (k3) of the sampler against the scorer on rollouts of three seeds, by rows of like length
   (`by_length`) and at the full width (`full_width`).

@@ -26,9 +26,6 @@ COLUMNS = {
     "steps": "steps", "compiled": "programs compiled", "seconds": "seconds of it",
     "seed": "seed", "by_length": "by length", "full_width": "full width", "of_full_width": "ratio",
 }
-RESULTS = ("lengths_sampler", "lengths_update", "lengths_step", "lengths_compiles", "lengths_mismatch",
-           "smollm2_sampler", "smollm2_update", "sampler", "update", "earlier")
-
 
 def passage(name):
     """A table of a result's rows, and how it was made."""

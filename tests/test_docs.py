@@ -107,6 +107,13 @@ def test_the_figures_of_engines_are_those_of_the_results():
     assert re.findall(r"<!-- (\w+): start -->", page) == list(figures["PASSAGES"])
 
 
+def test_the_figures_of_speed_are_those_of_the_results():
+    figures = runpy.run_path(str(DOCS.parent / "benchmarks" / "speed_figures.py"))
+    page = (DOCS / "speed.md").read_text()
+    assert figures["filled"](page) == page, "python benchmarks/speed_figures.py"
+    assert re.findall(r"<!-- (\w+): start -->", page)
+
+
 def test_the_table_of_faults_has_every_row():
     rows = re.findall(r"^\| (\d+) \| ", (DOCS / "reliability.md").read_text(), flags=re.M)
     assert [int(row) for row in rows] == [*range(1, 33), 36, 37]

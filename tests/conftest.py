@@ -81,6 +81,16 @@ def quick_option():
 
 
 @pytest.fixture(scope="module")
+def one_torch_thread():
+    """PyTorch on one thread: others would wait for each other on cores that workers share."""
+    torch = pytest.importorskip("torch")
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
 def quick_compile(quick_option):
     """XLA leaves most optimizations out: for programs whose speed and last bits are no matter of the test."""
     import jax

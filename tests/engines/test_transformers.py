@@ -14,15 +14,7 @@ torch = pytest.importorskip("torch")
 PROMPTS = [[1, 2, 3, 4, 5], [6], [7, 8, 9]]     # left-padded together
 ENDS = [0, 1, 2, 3, 4, 5]
 SAMPLING = {"max_new_tokens": 6, "temperature": 1.0, "top_k": 0, "top_p": 1.0, "max_support": 256, "end_ids": ENDS}
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("quick_compile", "one_torch_thread")
 
 
 @pytest.fixture(scope="module")

@@ -31,13 +31,7 @@ CASES = {
     "llama_bias": dict(attention_bias=True, mlp_bias=True, num_key_value_heads=4, head_dim=8),
 }
 
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_torch_thread")
 
 
 @pytest.fixture(scope="module", params=CASES)

@@ -144,7 +144,7 @@ def token_logprobs(model, params, tokens, mask, *, policy, temperature=1.0, supp
     scored as if it were alone, with 0 at its first token.
 
     It looks at the mask, on the host, and works on rows of like length together, as wide as the longest of them, in
-    one jitted program for each of at most seven widths. Inside a function that is traced all T columns are worked on.
+    one jitted program for each of at most eight widths. Inside a function that is traced all T columns are worked on.
     """
     arrays = tokens, mask, Decisions(support), segments
     parts = None

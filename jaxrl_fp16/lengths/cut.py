@@ -1,6 +1,6 @@
 """Which rows are worked on together, settled on the host from their lengths.
 
-B: rows of a batch.  T: its columns.  R: rows of a part.  W: its columns.
+B: rows of a batch.  T: its columns.  R: rows that are worked on at once.  W: their columns.
 """
 
 import math
@@ -12,20 +12,29 @@ import numpy as np
 
 from jaxrl_fp16.parallel import to_host
 
-# By roots of 2 while it matters, then by halves: a row is padded by a fifth on average.
-SHARES = (1, 2**0.5, 2, 2**1.5, 4, 8, 16)
-STEP = 32  # columns; narrower parts save little, and with few rows starve the matmul
+# By thirds while it matters, then coarser: a row is padded by a sixth on average.
+SHARES = (1, 4 / 3, 16 / 9, 64 / 27, 256 / 81, 4.5, 7, 14)
+STEP = 32  # columns; narrower rows save little, and take programs of their own
+# Positions at once: at most the root of FINE x B x T. Rows of like length are few, so that many at once are filled up
+# with others or with none; a few at once add their gradient more often, which costs as much as some FINE positions.
+FINE, LEAST = 32, 1024
 
 
 class Part(NamedTuple):
-    """Rows that are worked on at once."""
+    """The rows of one width."""
 
-    index: np.ndarray  # int32 [R]: rows of the batch; B where there is none
+    index: np.ndarray  # int32 [N,R]: rows of the batch, R at once; B where there is none. N is what B rows take
+    count: int         # how many of the N have rows, the first ones
     width: int         # W
+
+    @property
+    def rows(self):
+        """int32 [count x R]: what is worked on, with B where there is none."""
+        return self.index[:self.count].ravel()
 
 
 def widths(columns):
-    """The widths that parts of a batch of `columns` may have, in ascending order; seven at most, the last is T."""
+    """The widths that parts of a batch of `columns` may have, in ascending order; eight at most, the last is T."""
     return sorted({min(columns, STEP * math.ceil(columns / share / STEP)) for share in SHARES})
 
 
@@ -42,29 +51,39 @@ def dividing(count, most, shards=1):
 
 
 def cut(lengths, columns, rows, tokens=None, shards=1):
-    """The parts of a batch, a list of `Part`, the widest first; None where all of them would be as wide as the batch.
+    """The parts of a batch, a list of `Part`, the widest first; None where all of it would be as wide as the batch.
 
     Args:
       lengths: int [B], on the host: how many real tokens each row has.
       columns: T.
-      rows: most rows of a part.
-      tokens: most positions of a part; None: as many as `rows` of T columns have.
-      shards: how many devices share the rows of each part.
+      rows: most rows at once.
+      tokens: most positions at once; None: as many as `rows` of T columns have.
+      shards: how many devices share the rows that are worked on at once.
     """
-    allowed = widths(columns)
+    allowed, count = widths(columns), len(lengths)
+    if rows_at(columns, rows, tokens, shards) < count:
+        fine = shards * max(LEAST, math.isqrt(FINE * count * columns // shards))
+        tokens = min(fine, rows * columns if tokens is None else tokens)
     order = np.argsort(-lengths, kind="stable").astype(np.int32)
-    parts, at = [], 0
-    while at < len(order):
+    found, at = {}, 0
+    while at < count:
         width = next(width for width in allowed if width >= lengths[order[at]])
-        left = len(order) - at
         # The last rows may fit into fewer, wider ones, of another program.
-        fitting = [other for other in allowed if other >= width and rows_at(other, rows, tokens, shards) >= left]
+        fitting = [other for other in allowed
+                   if other >= width and rows_at(other, rows, tokens, shards) >= count - at]
         width = min(fitting, key=lambda other: other * rows_at(other, rows, tokens, shards), default=width)
-        count = rows_at(width, rows, tokens, shards)
-        index = order[at:at + count]
-        parts.append(Part(np.pad(index, (0, count - len(index)), constant_values=len(order)), width))
-        at += count
-    return None if all(part.width == columns for part in parts) else parts
+        size = rows_at(width, rows, tokens, shards)
+        found.setdefault(width, []).append(_filled(order[at:at + size], size, count))
+        at += size
+    if [*found] == [columns]:
+        return None
+    return [Part(_filled(np.concatenate(index), -(-count // len(index[0])) * len(index[0]), count)
+                 .reshape(-1, len(index[0])), len(index), width) for width, index in found.items()]
+
+
+def _filled(index, size, nothing):
+    """`index` [n] with `nothing` after it, up to `size`."""
+    return np.pad(index, (0, size - len(index)), constant_values=nothing)
 
 
 def row_lengths(*masks):

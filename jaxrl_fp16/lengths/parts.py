@@ -1,6 +1,6 @@
 """The rows of a part: taken out of the batch and put back within the program that works on them.
 
-B: rows of a batch.  T: its columns.  R: rows of a part.  W: its columns.
+B: rows of a batch.  T: its columns.  R: rows of a part that are worked on at once.  W: their columns.
 """
 
 import contextlib
@@ -16,9 +16,9 @@ from jaxrl_fp16.masking import align, left_align
 
 @struct.dataclass
 class Places:
-    """Where the tokens of a part's rows stand in the batch."""
+    """Where the tokens of R of a part's rows stand in the batch."""
 
-    index: jax.Array    # int32 [R], as Part's
+    index: jax.Array    # int32 [R], of Part's
     order: jax.Array    # int32 [R,T], or [R,2,T] of pairs: `left_align` of their mask
     inverse: jax.Array  # likewise
     present: jax.Array  # bool [R]: False where there is no row
@@ -55,7 +55,7 @@ class Places:
 
 
 def places(mask, index, width, sharding=None):
-    """The `Places` of a part in a batch of mask [B,T] or [B,2,T], bool or 0/1."""
+    """The `Places` of rows `index` [R] in a batch of mask [B,T] or [B,2,T], bool or 0/1."""
     count = mask.shape[0]
     order, inverse = left_align(jnp.asarray(mask).at[index].get(mode="clip"))
     return Places(index, order, inverse, index < count, width, sharding)
@@ -76,9 +76,13 @@ def by_parts(function, jit, told=None):
         shapes = jax.eval_shape(function, params, tree)
         return jax.tree.map(lambda x: pinned(jnp.zeros(x.shape, x.dtype), sharding), shapes)
 
-    def add(found, params, tree, index, width, sharding):
-        at = places(tree[1], index, width, sharding)
-        return jax.tree.map(lambda whole, x: pinned(at.put(whole, x), sharding), found, function(params, at.take(tree)))
+    def add(found, params, tree, index, count, width, sharding):
+        def body(i, found):
+            at = places(tree[1], index[i], width, sharding)
+            results = function(params, at.take(tree))
+            return jax.tree.map(lambda whole, x: pinned(at.put(whole, x), sharding), found, results)
+
+        return lax.fori_loop(0, count, body, found)
 
     begin = jit(begin, static_argnames="sharding")
     add = jit(add, static_argnames=("width", "sharding"), donate_argnums=0)
@@ -89,7 +93,7 @@ def by_parts(function, jit, told=None):
         found = begin(params, tree, sharding=sharding)
         for part in parts:
             with told.of(part):
-                found = add(found, params, tree, part.index, width=part.width, sharding=sharding)
+                found = add(found, params, tree, part.index, part.count, width=part.width, sharding=sharding)
         return found
 
     return run, lambda: begin._cache_size() + add._cache_size()
@@ -113,7 +117,7 @@ class Told:
 
     def of(self, part):
         """Around the call of the program of a Part."""
-        shape = len(part.index), part.width
+        shape = part.index.shape[1], part.width
         if shape in self._seen or self._announce is None:
             return contextlib.nullcontext()
         self._seen.add(shape)

@@ -77,7 +77,7 @@ def make_grader(opened, section, mesh):
 
     A text that is longer than `section.max_length` tokens, or has none, is not cut:
     its reward is not valid, and neither is a score that is not finite. Programs of
-    `rows` x at most seven widths up to `max_length` score them all.
+    `rows` x at most eight widths up to `max_length` score them all.
     """
     def grade(template, prompts, responses, examples) -> Rewards:
         texts = [

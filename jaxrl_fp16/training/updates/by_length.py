@@ -1,6 +1,6 @@
 """An optimizer step whose gradient is summed over parts of the batch, each as wide as its longest row.
 
-B: rows of a batch.  T: columns.  R, W: those of a part.
+B: rows of a batch.  T: columns.  R, W: those that are worked on at once.
 """
 
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from typing import Any
 
 from flax import struct
 import jax
+from jax import lax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -28,7 +29,7 @@ class Objective:
     loss: Callable  # batch -> `(params, rows) -> (share, (metrics' shares, float32 [R,W] to be kept or None))`
     empty: Callable = lambda batch: False           # batch -> bool []: there is nothing to learn from
     masks: Callable = lambda batch: (batch.mask,)   # batch -> its masks of real tokens, [B,T] or [B,2,T]
-    # (batch, `mask -> Places`) -> the part's rows
+    # (batch, `mask -> Places`) -> its rows of those places
     rows: Callable = lambda batch, place: place(batch.mask).take(batch)
 
 
@@ -55,8 +56,8 @@ class Sums:
 def make_step(model, optimizer, objective, microbatches, *, keep=None, state_shardings=None, frozen=False):
     """`update(state, batch, lengths=None) -> (state, metrics)`: one optimizer step by `guarded_step`, `state` donated.
 
-    It looks at the batch's mask, orders the rows by length and adds up the gradients of parts as wide as their
-    longest row, float32, with one jitted program for each of at most seven widths. Where all parts are as wide as
+    It looks at the batch's mask, orders the rows by length and adds up the gradients of a few rows at a time, as wide
+    as the longest of them, float32, in one jitted program for each of at most eight widths. Where all are as wide as
     the batch, or the mask cannot be looked at because the update itself is traced, one program does it all.
 
     Args:
@@ -101,14 +102,17 @@ def make_step(model, optimizer, objective, microbatches, *, keep=None, state_sha
         )
         return _pinned(sums, state_shardings, sharding)
 
-    def add(sums, state, batch, index, width, sharding):
-        def place(mask):
-            return places(mask, index, width, sharding)
+    def add(sums, state, batch, index, count, width, sharding):
+        def body(i, sums):
+            def place(mask):
+                return places(mask, index[i], width, sharding)
 
-        rows, given = objective.rows(batch, place), (sums.loss, sums.grads)
-        (loss, grads), (shares, kept) = add_gradient(objective.loss(batch), state, given, rows)
-        kept = None if kept is None else place(*objective.masks(batch)).put(sums.kept, kept)
-        return _pinned(Sums(loss, grads, add_shares(sums.shares, shares), kept), state_shardings, sharding)
+            rows, given = objective.rows(batch, place), (sums.loss, sums.grads)
+            (loss, grads), (shares, kept) = add_gradient(objective.loss(batch), state, given, rows)
+            kept = None if kept is None else place(*objective.masks(batch)).put(sums.kept, kept)
+            return _pinned(Sums(loss, grads, add_shares(sums.shares, shares), kept), state_shardings, sharding)
+
+        return lax.fori_loop(0, count, body, sums)
 
     def finish(state, sums, batch):
         state, metrics = take_step(optimizer, state, sums.loss, sums.grads, objective.empty(batch), frozen)
@@ -130,14 +134,14 @@ def make_step(model, optimizer, objective, microbatches, *, keep=None, state_sha
         parts = cut(row_lengths(*masks) if lengths is None else lengths, columns, size, budget, shards)
         if parts is None:
             return whole(state, batch, size=at_once)
-        if count == size and budget is None:    # always one part: no sums beside its gradient
+        if count == size and budget is None:    # always all rows at once: no sums beside their gradient
             with told.of(parts[0]):
-                return alone(state, batch, parts[0].index, width=parts[0].width, sharding=sharding)
+                return alone(state, batch, *parts[0].index, width=parts[0].width, sharding=sharding)
         batch = jax.device_put(batch)   # once, and not for each part
         sums = begin(state, batch, sharding=sharding)
         for part in parts:
             with told.of(part):
-                sums = add(sums, state, batch, part.index, width=part.width, sharding=sharding)
+                sums = add(sums, state, batch, part.index, part.count, width=part.width, sharding=sharding)
         return finish(state, sums, batch)
 
     programs = dict(whole=whole, alone=alone, begin=begin, add=add, finish=finish)

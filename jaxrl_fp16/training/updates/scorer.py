@@ -31,7 +31,7 @@ def make_scorer(
     Returns:
       The scorer, of tokens int32 [B,T], their mask bool [B,T] and a rollout's `decisions`. Log-probs are those
       of `token_logprobs`. It looks at the mask, orders the rows by length and works on them in parts as wide as
-      their longest row, one jitted program for each of at most seven widths; where a mask cannot be looked at, in
+      their longest row, one jitted program for each of at most eight widths; where a mask cannot be looked at, in
       a function that is traced, on T columns. `lengths` int [B] on the host, the mask's sums, spare it the look.
 
     Raises:

@@ -45,8 +45,8 @@ def memory_of_part(columns, width):
     """Of the program that adds a part's gradient, and of its sums' bytes."""
     update, state, batch = given(columns, 2)
     sums = jax.eval_shape(lambda state, batch: update.programs["begin"](state, batch, sharding=None), state, batch)
-    index = jax.ShapeDtypeStruct((ROWS,), jnp.int32)
-    program = update.programs["add"].lower(sums, state, batch, index, width=width, sharding=None)
+    index, count = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((2, ROWS), ()))
+    program = update.programs["add"].lower(sums, state, batch, index, count, width=width, sharding=None)
     found = program.compile().memory_analysis()
     return found.temp_size_in_bytes, sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(sums)), found
 

@@ -3,7 +3,8 @@
     JAX_PLATFORMS=cpu python benchmarks/earlier.py --earlier FOLDER [--rows 64] [--tokens 128] [--repeats 5]
 
 FOLDER: a checkout of the earlier commit. The sampler's tokens and the update's positions (with remat) a CPU second;
-`times_earlier` is the median of the ratios of turns that followed one another.
+`times_earlier` is the median of the ratios of turns that followed one another. `mib_earlier` and `mib_this`: the most
+memory that each one's process has held, Python and libraries included.
 """
 
 from __future__ import annotations
@@ -38,7 +39,9 @@ def row_of(part, precision, pairs):
     ratios = [this / earlier for earlier, this in rates]
     return {"part": part, "precision": precision, "earlier": statistics.median(rate[0] for rate in rates),
             "this": statistics.median(rate[1] for rate in rates), "times_earlier": statistics.median(ratios),
-            "least": min(ratios), "most": max(ratios), "runs": len(pairs)}
+            "least": min(ratios), "most": max(ratios),
+            **{f"mib_{name}": pairs[-1][at].peak / 2**20 for at, name in enumerate(("earlier", "this"))},
+            "runs": len(pairs)}
 
 
 def main():

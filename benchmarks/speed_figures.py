@@ -19,7 +19,8 @@ PAGE = ROOT / "docs" / "speed.md"
 COLUMNS = {
     "workload": "workload", "program": "program", "part": "part", "precision": "precision",
     "tokens_per_cpu_second": "tokens a CPU second", "positions_per_cpu_second": "positions a CPU second",
-    "earlier": "earlier", "this": "this", "times_earlier": "times earlier",
+    "earlier": "earlier", "this": "this", "times_earlier": "times earlier", "mib_earlier": "MiB, earlier",
+    "mib_this": "MiB, this",
     "of_endless": "of the same without ends", "of_matmul": "of the matmul's rate",
     "times_baseline": "times the first peer", "times_transformers": "times Transformers", "times_vllm": "times vLLM",
     "times_pytorch": "times PyTorch", "times_trl": "times TRL",

@@ -12,11 +12,13 @@ PAUSE = 0.3  # seconds: OpenMP's threads spin for a while after their work, and 
 
 
 class Spent(NamedTuple):
-    """What one run of a program took: its work in the benchmark's unit, seconds of CPU time and of wall time."""
+    """What one run of a program took: its work in the benchmark's unit, seconds of CPU time and of wall time, and the
+    bytes that its process has held at most so far, where that is one of its own."""
 
     work: float
     cpu: float
     wall: float
+    peak: int = 0
 
 
 def use_one_core():

@@ -244,39 +244,52 @@ def _read(temperature, with_entropy, logits, targets, support):
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(temperature, with_entropy, hidden, head, targets, support):
     """(logprobs, entropies) float32 [B,T] of `targets` int32 [B,T], from hidden [B,T,D] and head [V,D]."""
+    return _read_chunks(temperature, with_entropy, hidden, head, targets, support)[0]
+
+
+def _read_chunks(temperature, with_entropy, hidden, head, targets, support, keep=False):
+    """What `_chunked` returns, and with `keep` the logits [B,T,V]."""
 
     def read_chunk(chunk):
         hidden, targets, support = chunk
-        return _read(temperature, with_entropy, logits_of(hidden, head), targets, support)
+        logits = logits_of(hidden, head)
+        return _read(temperature, with_entropy, logits, targets, support), logits if keep else None
 
     chunks, join = _split(hidden, head, targets, support)
     return join(lax.map(read_chunk, chunks))
 
 
 def _chunked_forward(temperature, with_entropy, *arrays):
-    return _chunked(temperature, with_entropy, *arrays), arrays
+    # A single chunk's logits would be there again when the backward pass begins: they are kept.
+    results, logits = _read_chunks(temperature, with_entropy, *arrays, keep=_chunk_count(*arrays[:2]) == 1)
+    return results, (*arrays, logits)
 
 
 def _chunked_backward(temperature, with_entropy, saved, cotangents):
-    hidden, head, targets, support = saved
+    hidden, head, targets, support, logits = saved
 
     def chunk_gradient(grad_head, chunk):
-        hidden, targets, support, *given = chunk
-        _, pull = jax.vjp(
-            lambda logits: _read(temperature, with_entropy, logits, targets, support), logits_of(hidden, head)
-        )
+        hidden, targets, support, logits, *given = chunk
+        logits = logits_of(hidden, head) if logits is None else logits
+        _, pull = jax.vjp(lambda logits: _read(temperature, with_entropy, logits, targets, support), logits)
         (grad_logits,) = pull(tuple(given))
         grad_logits = grad_logits.astype(head.dtype)
         # Summed over chunks in float32 and rounded once, after the last.
         grad_head = grad_head + matmul("btv,btd->vd", grad_logits, hidden)
         return grad_head, matmul("btv,vd->btd", grad_logits, head).astype(hidden.dtype)
 
-    chunks, join = _split(hidden, head, targets, support, *cotangents)
+    chunks, join = _split(hidden, head, targets, support, logits, *cotangents)
     grad_head, grad_hidden = lax.scan(chunk_gradient, jnp.zeros(head.shape, jnp.float32), chunks)
     return join(grad_hidden), grad_head.astype(head.dtype), None, None
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
+
+
+def _chunk_count(hidden, head):
+    """How many chunks the logits of hidden [B,T,D] and head [V,D] are made in."""
+    rows, columns = hidden.shape[:2]
+    return -(-columns // max(1, LOGIT_BYTES // (4 * rows * head.shape[0])))
 
 
 def _split(hidden, head, *arrays):
@@ -285,8 +298,7 @@ def _split(hidden, head, *arrays):
     Cut along columns, so that rows stay where a mesh has put them.
     """
     rows, columns = hidden.shape[:2]
-    width = max(1, LOGIT_BYTES // (4 * rows * head.shape[0]))
-    count = -(-columns // width)
+    count = _chunk_count(hidden, head)
     width = -(-columns // count)
 
     def cut(x):

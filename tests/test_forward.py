@@ -161,7 +161,7 @@ def assert_close(found, expected, tolerance=2e-5):
         np.testing.assert_allclose(a, b, rtol=tolerance, atol=tolerance * np.abs(b).max())
 
 
-@pytest.mark.parametrize("truncated, columns_at_once", [(False, 1), (True, 5)])
+@pytest.mark.parametrize("truncated, columns_at_once", [(False, 1), (True, 5), (True, COLUMNS)])
 def test_chunks_change_neither_values_nor_gradients(params, monkeypatch, truncated, columns_at_once):
     """5 of 12 columns at once do not divide; every gradient is that of the naive program."""
     monkeypatch.setattr(forward, "LOGIT_BYTES", 4 * ROWS * V * columns_at_once)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import resource
 import sys
 import time
 
@@ -26,5 +27,6 @@ class Turns:
     def end(self, work):
         """Stops the clock; work: what was done, in the benchmark's unit."""
         cpu, wall = self._began
-        spent = {"work": work, "cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall}
+        spent = {"work": work, "cpu": time.process_time() - cpu, "wall": time.perf_counter() - wall,
+                 "peak": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
         self._replies.write(json.dumps(spent) + "\n")

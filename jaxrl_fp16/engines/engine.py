@@ -16,6 +16,7 @@ from jaxrl_fp16.engines.answers import join_responses, read_responses
 from jaxrl_fp16.engines.pipe import EngineError, EngineRefused, Pipe
 from jaxrl_fp16.engines.settings import KINDS, find_python
 from jaxrl_fp16.engines.weights import changed, exchange_folder, written
+from jaxrl_fp16.sampling import Sampled
 from jaxrl_fp16.sampling.support import support_size
 
 SEEDS = 2**31 - 1                       # seeds are below it
@@ -61,16 +62,17 @@ class Engine:
         """Starts the engine and sees a synchronisation act. Raises EngineRefused, EngineError."""
         self._twice(lambda: self._bring(params))
 
-    def draw(self, params, prompts, sampling, seed, end_ids):
+    def draw(self, params, prompts, sampling, seed, end_ids, watch=None):
         """`Responses` of the distribution of `params`, which are sent where they are new, to prompts as lists of ids.
 
         sampling: a SamplingConfig; `stop` and `end_tokens` are the caller's.  seed: an int below 2**31.
+        watch: called with a `Sampled` every few seconds; what it raises ends the engine's process, and the batch.
         The same request is repeated, with the same seeds, by an engine that had to be started anew.
         Raises EngineError, EngineRefused.
         """
         def once():
             self._bring(params)
-            return self.generate(prompts, sampling, seed, end_ids)
+            return self.generate(prompts, sampling, seed, end_ids, watch)
 
         return self._twice(once)
 
@@ -89,7 +91,7 @@ class Engine:
         self._check_version(answer, version)
         self._sent, self.seconds = version, time.perf_counter() - began
 
-    def generate(self, prompts, sampling, seed, end_ids):
+    def generate(self, prompts, sampling, seed, end_ids, watch=None):
         """`Responses` of the weights that were loaded last, each row drawn with a seed of its own."""
         group, vocab_size = sampling.group_size, self._model.config.vocab_size
         seeds = random.Random(seed).sample(range(SEEDS), len(prompts) * group)
@@ -98,10 +100,16 @@ class Engine:
                  "top_k": sampling.top_k, "top_p": sampling.top_p, "max_support": sampling.max_support,
                  "end_ids": list(end_ids)}
         kept = support_size(sampling, vocab_size)
-        parts = []
+        parts, began = [], time.monotonic()
+
+        def meanwhile():
+            if watch is not None:
+                lengths = [length for part in parts for length in part.lengths.tolist()]
+                watch(Sampled(len(lengths), len(seeds), sum(lengths), time.monotonic() - began))
+
         for start in range(0, len(prompts), at_once):
             part, own = prompts[start:start + at_once], seeds[start * group:(start + at_once) * group]
-            arrays = self._ask(part, group, own, asked)
+            arrays = self._ask(part, group, own, asked, meanwhile=meanwhile)
             parts.append(read_responses(arrays, len(own), sampling.max_new_tokens, vocab_size, end_ids, kept))
         return join_responses(parts)
 
@@ -186,11 +194,11 @@ class Engine:
         found = read_responses(arrays, 1, PROBE["max_new_tokens"], size, [], finite=version > 0)
         return found.tokens, found.logprobs
 
-    def _ask(self, prompts, group, seeds, sampling, version=None):
+    def _ask(self, prompts, group, seeds, sampling, version=None, meanwhile=None):
         """The arrays of an answer to `generate`, which carries the version of the weights that were loaded last."""
         flat = np.array([token for prompt in prompts for token in prompt], np.int32)
         lengths = np.array([len(prompt) for prompt in prompts], np.int32)
-        answer, arrays = self._pipe.ask({"op": "generate", "n": group, "sampling": sampling}, tokens=flat,
+        answer, arrays = self._pipe.ask({"op": "generate", "n": group, "sampling": sampling}, meanwhile, tokens=flat,
                                         lengths=lengths, seeds=np.array(seeds, np.int32))
         self._check_version(answer, self._sent if version is None else version)
         return arrays

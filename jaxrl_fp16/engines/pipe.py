@@ -18,6 +18,7 @@ from jaxrl_fp16.engines.child import LENGTHS, FrameError, lengths_of, pack, unpa
 CHILD = Path(__file__).with_name("child.py")
 CHUNK = 1 << 20     # bytes read or written at once
 KEPT = 4096         # last bytes of the child's stderr
+PACE = 2.0          # seconds between looks at what the caller has to say, while an answer is awaited
 
 
 class EngineError(RuntimeError):
@@ -56,10 +57,13 @@ class Pipe:
         """The child's process id."""
         return self._process.pid
 
-    def ask(self, header, **arrays):
-        """`(header, {name: memoryview})` of the answer to a request. Raises EngineError, EngineRefused."""
+    def ask(self, header, meanwhile=None, **arrays):
+        """`(header, {name: memoryview})` of the answer to a request. Raises EngineError, EngineRefused.
+
+        meanwhile: called every `PACE` seconds until the answer is there; what it raises ends the waiting.
+        """
         try:
-            self._until = time.monotonic() + self._seconds
+            self._until, self._meanwhile = time.monotonic() + self._seconds, meanwhile
             self._send(pack(header, **arrays))
             found, more = unpack(*map(self._receive, lengths_of(self._receive(LENGTHS.size))))
         except FrameError as error:
@@ -113,8 +117,12 @@ class Pipe:
     def _wait(self, descriptor, event):
         with selectors.DefaultSelector() as selector:
             selector.register(descriptor, event)
-            if not selector.select(max(0.0, self._until - time.monotonic())):
-                raise EngineError(f"the engine gave no answer within rollout.deadline_seconds = {self._seconds:g} s")
+            while not selector.select(min(PACE, left := max(0.0, self._until - time.monotonic()))):
+                if not left:
+                    raise EngineError(
+                        f"the engine gave no answer within rollout.deadline_seconds = {self._seconds:g} s")
+                if self._meanwhile is not None:
+                    self._meanwhile()
 
     def _died(self):
         """What became of a child that hung up."""

@@ -13,7 +13,7 @@ import numpy as np
 import psutil
 import pytest
 
-from jaxrl_fp16.engines import EngineError, EngineRefused
+from jaxrl_fp16.engines import EngineError, EngineRefused, pipe
 from jaxrl_fp16.engines import weights as exchange
 from jaxrl_fp16.sampling import SamplingConfig
 
@@ -31,8 +31,8 @@ SAYS = {
 SEEN = 3    # answers that the start takes, which sees a synchronisation act
 
 
-def draw(engine, params, seed=7, sampling=SAMPLING, ends=(0,)):
-    return engine.draw(params, PROMPTS, sampling, seed, ends)
+def draw(engine, params, seed=7, sampling=SAMPLING, ends=(0,), watch=None):
+    return engine.draw(params, PROMPTS, sampling, seed, ends, watch)
 
 
 def equal(a, b):
@@ -96,6 +96,24 @@ def test_one_that_fails_again_ends_the_command(fake, small, fault):
     said = SAYS[fault].replace("= 1 s", "= 0.5 s")
     assert said in str(caught.value) and "\n" not in str(caught.value) and time.monotonic() - began < 10
     assert len(found.notes("process")) == 2 and not found.living()
+
+
+def test_a_batch_says_how_far_it_is_and_can_be_ended(fake, small, monkeypatch):
+    """An engine that hangs is not waited for once a signal came."""
+    found, seen = fake("hang", at=SEEN, deadline_seconds=60.0), []
+    monkeypatch.setattr(pipe, "PACE", 0.05)
+
+    def watch(sampled):
+        seen.append(sampled)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    began = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        draw(found.engine, small[1], watch=watch)
+    assert time.monotonic() - began < 20 and not found.living() and found.engine.restarts == 0
+    assert {(each.rows, each.of, each.tokens) for each in seen} == {(0, 6, 0)}
+    assert len(draw(found.engine, small[1]).lengths) == 6     # the next batch starts it again
 
 
 @pytest.mark.fault(36)

@@ -22,8 +22,8 @@ from jaxrl_fp16.tokenizer import end_ids, token_bytes
 def make_engine(setup, model, sampling=None, precision=None, engine=None):
     """`engine(params, tokens, mask, key, watch=None) -> Rollout` of left-padded host prompts int32 [n,P], their mask.
 
-    watch: takes a `Sampled` every few seconds, and may end the batch by an exception. Only of our own sampler, on one
-    device, for responses of `LONG` tokens and more: the others are one call.
+    watch: takes a `Sampled` every few seconds, and may end the batch by an exception. Our own sampler is one call on a
+    mesh, and for responses of fewer than `LONG` tokens.
 
     Args:
       setup: of the run; its tokenizer's ids end a response and fill what follows.
@@ -84,7 +84,8 @@ def _other_engine(setup, model, sampling, precision, engine):
         prompts = [row[real].tolist() for row, real in zip(tokens, mask.astype(bool))]
         seed = int(jax.random.bits(key, dtype=jnp.uint32)) >> 1
         with _refusing():
-            found = _process(setup, model, precision, engine).draw(params, prompts, sampling, seed, ends)
+            found = _process(setup, model, precision, engine).draw(
+                params, prompts, sampling, seed, ends, watch)
         found = found if stops is None else cut_at_stops(found, stops)
         return shard_batch(make_rollout(tokens, mask, found, setup.pad_id), setup.mesh)
 

@@ -1,0 +1,115 @@
+"""What came of a real model's runs, out of the folder of `compare`: a result, a picture and the README's table.
+
+    python benchmarks/real_run.py runs/smollm2_sums-compare-...
+    python benchmarks/real_run.py                                  # the README's table anew, from the result
+
+The runs are those of configs/smollm2_sums.yaml; any other config's with evaluation sets `sampled` and `greedy` do too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+import re
+import statistics
+import textwrap
+
+import matplotlib
+import matplotlib.pyplot as plt
+
+from record import ROOT, record
+
+README, PICTURE = ROOT / "README.md", ROOT / "docs" / "real_run.png"
+RESULT = ROOT / "benchmarks" / "results" / "real_run.json"
+PANELS = {
+    "reward": ("reward, mean of 5 steps", "linear"),
+    "mismatch/kl_k3": ("token KL, engine | scorer", "log"),
+    "mismatch/seq_log_ratio_std": ("std of sequence log ratio", "log"),
+}
+COLORS = {"fp16": "tab:blue", "bf16": "tab:orange"}
+SMOOTH = 5      # steps
+HEADS = {
+    "run": "run", "reward_first": "reward, first 10 steps", "reward_last": "last 10",
+    "sampled_before": "held out before", "sampled_after": "after",
+    "greedy_before": "greedy before", "greedy_after": "after",
+    "kl_k3": "token KL, mean", "seq_log_ratio_std": "std of sequence log ratio", "skipped": "steps skipped",
+    "cpu_seconds": "CPU seconds",
+}
+
+
+def rows_of(report):
+    """A row for each run of a report.json."""
+    found = []
+    for run in report["runs"]:
+        series = report["series"][run["name"]]
+        values = {name: series[name]["values"] for name in series}
+        evaluated = {f"{which}_{when}": values[f"eval/{which}/accuracy"][at] for which in ("sampled", "greedy")
+                     for when, at in (("before", 0), ("after", -1)) if f"eval/{which}/accuracy" in values}
+        found.append({
+            "run": f"{run['label']}, seed {run['seed']}", "precision": run["precision"], "engine": run["engine"],
+            "steps": run["last_step"], "ending": run["ending"],
+            "reward_first": statistics.mean(values["reward"][:10]),
+            "reward_last": statistics.mean(values["reward"][-10:]), **evaluated,
+            "kl_k3": statistics.mean(values["mismatch/kl_k3"]),
+            "seq_log_ratio_std": statistics.mean(values["mismatch/seq_log_ratio_std"]),
+            "skipped": int(sum(values["skipped"])), "cpu_seconds": run["cpu_seconds"],
+            "peak_mib": run["peak_bytes"] / 2**20,
+        })
+    return found
+
+
+def draw(report):
+    """`docs/real_run.png`: a line a run."""
+    matplotlib.use("agg")
+    figure, axes = plt.subplots(1, len(PANELS), figsize=(12, 3.4), layout="constrained")
+    for axis, (name, (title, scale)) in zip(axes, PANELS.items()):
+        for number, run in enumerate(report["runs"]):
+            series = report["series"][run["name"]][name]
+            values, steps = series["values"], series["steps"]
+            if name == "reward":
+                values = [statistics.mean(values[max(0, at - SMOOTH + 1):at + 1]) for at in range(len(values))]
+            axis.plot(steps, values, color=COLORS.get(run["precision"], "gray"), lw=1.4,
+                      ls="-" if run["seed"] == report["runs"][0]["seed"] else "--",
+                      label=f"{run['label']}, seed {run['seed']}")
+        axis.set(title=title, xlabel="step", yscale=scale)
+        axis.grid(alpha=0.3)
+    axes[0].legend(fontsize=8)
+    figure.savefig(PICTURE, dpi=110)
+    plt.close(figure)
+
+
+def passage():
+    """The README's table."""
+    result = json.loads(RESULT.read_text())
+    columns = [name for name in HEADS if any(name in row for row in result["rows"])]
+    lines = [[HEADS[name] for name in columns], ["---"] * len(columns)]
+    lines += [[cell(name, row[name]) for name in columns] for row in result["rows"]]
+    versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("jax", "torch", "transformers"))
+    made = f"Made on {result['date'][:10]} with {versions}; {result['processor']}, one core."
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{textwrap.fill(made, 120)}"
+
+
+def cell(name, value):
+    if isinstance(value, str):
+        return value
+    if name in ("kl_k3", "seq_log_ratio_std"):
+        return f"{value:.1e}" if value < 1e-2 else f"{value:.2g}"
+    return f"{value:,.0f}" if name in ("skipped", "cpu_seconds") else f"{value:.3f}"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("folder", nargs="?", type=Path, help="of `compare`; none: what was recorded last")
+    given = parser.parse_args()
+    if given.folder:
+        report = json.loads((given.folder / "report.json").read_text())
+        draw(report)
+        print(record("real_run", rows_of(report)))
+    README.write_text(re.sub(
+        r"(<!-- real_run: start -->)\n.*?(<!-- real_run: end -->)",
+        lambda match: f"{match[1]}\n{passage()}\n{match[2]}", README.read_text(), flags=re.DOTALL))
+
+
+if __name__ == "__main__":
+    main()

@@ -149,9 +149,9 @@ PROGRAMS = {
     "sampler": (sampler_jaxpr, lambda attended, _: (PROJECTIONS + attended) * (1 + LAYERS) + 2),
     "scorer": (scorer_jaxpr, lambda attended, _: PROJECTIONS + attended + 1),
     # Forward; once more under remat, where nothing needs the result of `down`; two for each backward.
-    # The head: forward, once more, two backward.
+    # The head: forward, two backward; the logits of so few columns are kept.
     "update": (update_jaxpr, lambda attended, grad: (PROJECTIONS + attended) + (PROJECTIONS - 1 + attended)
-               + 2 * PROJECTIONS + grad + 4),
+               + 2 * PROJECTIONS + grad + 3),
     "packed": (packed_jaxpr, lambda attended, grad: PROGRAMS["update"][1](attended, grad)),
     "dpo": (dpo_jaxpr, lambda attended, grad: PROGRAMS["update"][1](attended, grad)),
     # The critic's head is a projection that is not computed again.

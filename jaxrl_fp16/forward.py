@@ -16,6 +16,7 @@ from jaxrl_fp16.masking import align, left_align, segment_positions, zero_where_
 from jaxrl_fp16.models.critic import Critic, decoder_of
 from jaxrl_fp16.models.layers import matmul
 from jaxrl_fp16.models.numerics import DEFAULT, jit, jit_by_model
+from jaxrl_fp16.parallel import constrain, mesh_size
 from jaxrl_fp16.types import Decisions
 
 NONE = Decisions()
@@ -87,7 +88,7 @@ def _aligned_segments(segments, mask, order):
 
 def logits_of(hidden, head):
     """float32 [B,T,V] from hidden states [B,T,D] and head [V,D], both of one dtype."""
-    return matmul("btd,vd->btv", hidden, head)
+    return constrain(matmul("btd,vd->btv", hidden, head), "rows", None, "vocab")
 
 
 @jit_by_model(numerics_of, static_argnames=("model", "policy"))
@@ -249,6 +250,7 @@ def _chunked(temperature, with_entropy, hidden, head, targets, support):
 
 def _read_chunks(temperature, with_entropy, hidden, head, targets, support, keep=False):
     """What `_chunked` returns, and with `keep` the logits [B,T,V]."""
+    head = _gathered(head)
 
     def read_chunk(chunk):
         hidden, targets, support = chunk
@@ -267,6 +269,7 @@ def _chunked_forward(temperature, with_entropy, *arrays):
 
 def _chunked_backward(temperature, with_entropy, saved, cotangents):
     hidden, head, targets, support, logits = saved
+    head = _gathered(head)
 
     def chunk_gradient(grad_head, chunk):
         hidden, targets, support, logits, *given = chunk
@@ -275,12 +278,17 @@ def _chunked_backward(temperature, with_entropy, saved, cotangents):
         (grad_logits,) = pull(tuple(given))
         grad_logits = grad_logits.astype(head.dtype)
         # Summed over chunks in float32 and rounded once, after the last.
-        grad_head = grad_head + matmul("btv,btd->vd", grad_logits, hidden)
+        grad_head = grad_head + constrain(matmul("btv,btd->vd", grad_logits, hidden), "vocab", "embed")
         return grad_head, matmul("btv,vd->btd", grad_logits, head).astype(hidden.dtype)
 
     chunks, join = _split(hidden, head, targets, support, logits, *cotangents)
     grad_head, grad_hidden = lax.scan(chunk_gradient, jnp.zeros(head.shape, jnp.float32), chunks)
     return join(grad_hidden), grad_head.astype(head.dtype), None, None
+
+
+def _gathered(head):
+    """The head [V,D] as every chunk takes it: moved between devices once, in its own dtype."""
+    return constrain(constrain(head, "vocab", "embed"), "vocab", None)
 
 
 _chunked.defvjp(_chunked_forward, _chunked_backward)
@@ -289,7 +297,7 @@ _chunked.defvjp(_chunked_forward, _chunked_backward)
 def _chunk_count(hidden, head):
     """How many chunks the logits of hidden [B,T,D] and head [V,D] are made in."""
     rows, columns = hidden.shape[:2]
-    return -(-columns // max(1, LOGIT_BYTES // (4 * rows * head.shape[0])))
+    return -(-columns // max(1, mesh_size(hidden) * LOGIT_BYTES // (4 * rows * head.shape[0])))
 
 
 def _split(hidden, head, *arrays):

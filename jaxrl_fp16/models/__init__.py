@@ -6,7 +6,7 @@ from jaxrl_fp16.models.hf.export import save_pretrained, save_reward_model
 from jaxrl_fp16.models.families import FAMILIES
 from jaxrl_fp16.models.families.family import Family, Tensor
 from jaxrl_fp16.models.hf.load import PretrainedError, check_range, load_pretrained, load_reward_model, read_config
-from jaxrl_fp16.models.init import init_params, param_axes, param_shapes, param_shardings
+from jaxrl_fp16.models.init import init_params, laid_out_for_decoding, param_axes, param_shapes, param_shardings
 from jaxrl_fp16.models.layers import RopeScaling, YarnScaling
 from jaxrl_fp16.models.numerics import NumericsConfig
 
@@ -27,6 +27,7 @@ __all__ = [
     "init_params",
     "load_pretrained",
     "load_reward_model",
+    "laid_out_for_decoding",
     "param_axes",
     "param_shapes",
     "param_shardings",

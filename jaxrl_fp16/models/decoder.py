@@ -25,6 +25,7 @@ from jaxrl_fp16.models.families import FAMILIES
 from jaxrl_fp16.models.families.family import AttentionShape
 from jaxrl_fp16.models.layers import Projection, RMSNorm, RopeScaling, YarnScaling, rope_angles, rotate
 from jaxrl_fp16.models.numerics import DEFAULT, NumericsConfig
+from jaxrl_fp16.parallel import constrain
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,13 +158,13 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x, angles, cache=None, positions=None, segments=None):
-        c = self.config
+        c, x = self.config, rows_apart(x)
         normed = RMSNorm(c.norm_eps, name="attention_norm")(x).astype(self.dtype)
         attend = attention_of(c, self.kind, self.numerics, name="attention")
         mixed, cache = attend(normed, angles, cache, positions, segments)
-        x = (x + mixed).astype(x.dtype)
+        x = rows_apart((x + mixed).astype(x.dtype))
         normed = RMSNorm(c.norm_eps, name="mlp_norm")(x).astype(self.dtype)
-        x = (x + mlp_of(c, name="mlp")(normed)).astype(x.dtype)
+        x = rows_apart((x + mlp_of(c, name="mlp")(normed)).astype(x.dtype))
         return x, cache if self.keep else None
 
 
@@ -228,7 +229,12 @@ def block_of(model, keep=False):
 
 def embed(embedding, tokens, dtype):
     """Rows of the float32 table, then cast: the gradient is a scatter-add, which float16 would saturate."""
-    return jnp.take(embedding, tokens, axis=0).astype(dtype)
+    return rows_apart(jnp.take(embedding, tokens, axis=0).astype(dtype))
+
+
+def rows_apart(x):
+    """`x` [B,T,D], on a mesh each device with its own rows, whole."""
+    return constrain(x, "rows", None, None)
 
 
 def angles_of(config, positions):

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jaxrl_fp16.models.critic import Critic, decoder_of
 from jaxrl_fp16.models.families import FAMILIES
 from jaxrl_fp16.models.families.family import Tensor
-from jaxrl_fp16.parallel.sharding import tree_shardings
+from jaxrl_fp16.parallel.sharding import constrain, tree_shardings
 
 
 def init_params(model, key, mesh=None):
@@ -41,6 +41,17 @@ def param_axes(model):
 def param_shardings(model, mesh):
     """The same pytree with a NamedSharding for each array."""
     return tree_shardings(param_axes(model), param_shapes(model), mesh)
+
+
+def laid_out_for_decoding(model, compute):
+    """`forward.cast_to_compute`'s tree of a Decoder, each device with all that it multiplies by: a decode step then
+    moves no weights. Whole but along the tensor axis; gathered in the compute dtype."""
+    axes = {"head": PartitionSpec("vocab", "embed"), **param_axes(model)}
+
+    def gathered(leaf, spec):
+        return constrain(constrain(leaf, *spec), *(None if axis == "embed" else axis for axis in spec))
+
+    return jax.tree.map(gathered, compute, axes)
 
 
 def tensor_table(model):

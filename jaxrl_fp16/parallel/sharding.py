@@ -7,6 +7,7 @@ of 4, each device holds both heads.
 """
 
 import jax
+from jax import lax
 from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
@@ -45,6 +46,20 @@ def _mesh_axis(axis, size, mesh):
 def _count(mesh_axis, mesh):
     names = (mesh_axis,) if isinstance(mesh_axis, str) else mesh_axis
     return int(np.prod([mesh.shape[name] for name in names]))
+
+
+def constrain(x, *axes):
+    """`x` of a program that is traced, kept as its logical axes say on the mesh of its arrays; as it comes without one.
+
+    Left alone, XLA may divide an activation's width in place of its rows, and every device then works on all rows.
+    """
+    mesh = jax.typeof(x).sharding.mesh
+    return x if mesh.empty or mesh.size == 1 else lax.with_sharding_constraint(x, axes_sharding(axes, x.shape, mesh))
+
+
+def mesh_size(x):
+    """Over how many devices the arrays of a program that is traced are spread, as far as `x` tells."""
+    return max(jax.typeof(x).sharding.mesh.size, 1)
 
 
 def tree_shardings(axes, shapes, mesh):

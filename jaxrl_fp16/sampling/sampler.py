@@ -18,6 +18,7 @@ from jaxrl_fp16.config import Doc
 from jaxrl_fp16.forward import cast_to_compute, in_compute_dtype, logits_of
 from jaxrl_fp16.masking import align, left_align
 from jaxrl_fp16.models.decoder import unstack_layers
+from jaxrl_fp16.models.init import laid_out_for_decoding
 from jaxrl_fp16.models.numerics import jit
 from jaxrl_fp16.sampling.slots import Recipe, Rows, columns_of, ends_of, enter, fill, run_stage, stages_of
 from jaxrl_fp16.sampling.stopping import stop_table
@@ -95,7 +96,7 @@ def make_sampler(model, policy, config, *, eos_id, pad_id, tokenizer=None, locks
 
     def sample(params, prompt_tokens, prompt_mask, key):
         keys = row_keys(key, len(prompt_tokens), config)
-        compute = cast_to_compute(params, policy, model.numerics)
+        compute = laid_out_for_decoding(model, cast_to_compute(params, policy, model.numerics))
 
         def decode(part):
             return _sample_part(recipe, compute, *part)

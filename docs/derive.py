@@ -61,8 +61,10 @@ PASSAGES = {function.__name__: function for function in (families, tasks, comman
 
 
 def derived(text):
-    """A page's text with its passages written anew."""
+    """A page's text with its passages written anew; others are other scripts'."""
     def fill(match):
+        if match[2] not in PASSAGES:
+            return match[0]
         return f"{match[1]}\n{PASSAGES[match[2]]()}\n{match[3]}"
 
     return re.sub(r"(<!-- (\w+): start -->)\n(?:.*?\n)??(<!-- \2: end -->)", fill, text, flags=re.DOTALL)

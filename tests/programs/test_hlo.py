@@ -5,8 +5,6 @@ from jax import lax
 import jax.numpy as jnp
 import pytest
 
-from jaxrl_fp16.programs.hlo import array_bytes, collectives, read
-
 TEXT = """HloModule jit_f, is_scheduled=true
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -37,30 +35,30 @@ ENTRY %main (p: f32[16]) -> f32[16] {
 """.replace("{TRIPS}", '{"known_trip_count":{"n":"5"}}')
 
 
-def test_collectives_are_counted_with_their_loops():
+def test_collectives_are_counted_with_their_loops(hlo):
     found = [(each.opcode, each.arrays, each.bytes, each.times, each.inside) for each in
-             collectives(read(TEXT, steps=3))]
+             hlo.collectives(hlo.read(TEXT, steps=3))]
     gather = "all-gather", (("bf16", (8, 4)),), 64
     assert found == [(*gather, 5, ("body",)), (*gather, 3, ("body",)), ("all-reduce", (("f32", (16,)),), 64, 1, ())]
-    assert collectives(read(TEXT))[0].name == "jit(f)/here"
+    assert hlo.collectives(hlo.read(TEXT))[0].name == "jit(f)/here"
 
 
-def test_a_loop_of_xlas_own_is_read_as_often_as_it_runs():
+def test_a_loop_of_xlas_own_is_read_as_often_as_it_runs(hlo):
     def step(x, w):
         return jnp.tanh(x @ w), None
 
     compiled = jax.jit(lambda x, w: lax.scan(step, x, w)[0]).lower(jnp.ones((4, 8)), jnp.ones((7, 8, 8))).compile()
-    inside = [each for each in read(compiled.as_text()) if each.inside]
+    inside = [each for each in hlo.read(compiled.as_text()) if each.inside]
     assert inside and all(each.times == 7 for each in inside)
 
 
 @pytest.mark.parametrize(("dtype", "shape", "size"), [
     ("f32", (2, 3), 24), ("bf16", (5,), 10), ("pred", (7,), 7), ("s4", (3,), 2), ("f8e4m3fn", (3,), 3), ("s32", (), 4),
 ])
-def test_bytes(dtype, shape, size):
-    assert array_bytes(dtype, shape) == size
+def test_bytes(hlo, dtype, shape, size):
+    assert hlo.array_bytes(dtype, shape) == size
 
 
-def test_what_is_no_program_is_refused():
+def test_what_is_no_program_is_refused(hlo):
     with pytest.raises(ValueError, match="no ENTRY computation"):
-        read("nothing")
+        hlo.read("nothing")

@@ -3,6 +3,9 @@
 import dataclasses
 import math
 import re
+import types
+
+import pytest
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "c64": 8, "c128": 16}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
@@ -14,6 +17,12 @@ _CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations|call
                      r"false_computation)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _NAME = re.compile(r'op_name="([^"]*)"')
+
+
+@pytest.fixture(scope="session")
+def hlo():
+    """`read`, `collectives` and `array_bytes`."""
+    return types.SimpleNamespace(read=read, collectives=collectives, array_bytes=array_bytes)
 
 
 @dataclasses.dataclass(frozen=True)

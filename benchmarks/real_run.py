@@ -59,6 +59,17 @@ def rows_of(report):
     return found
 
 
+def apart(report):
+    """How many times FP16's token KL that of BF16 is, by the means of all steps, and least at one step of a seed."""
+    series = {(run["precision"], run["seed"]): report["series"][run["name"]]["mismatch/kl_k3"]["values"]
+              for run in report["runs"]}
+    means = {name: statistics.mean(x for (other, _), values in series.items() if other == name for x in values)
+             for name in COLORS}
+    pairs = [(series["bf16", seed], values) for (name, seed), values in series.items() if name == "fp16"]
+    return {"times": means["bf16"] / means["fp16"],
+            "least_times": min(b / a for bf16, fp16 in pairs for b, a in zip(bf16, fp16, strict=True))}
+
+
 def draw(report):
     """`docs/real_run.png`: a line a run."""
     matplotlib.use("agg")
@@ -68,13 +79,14 @@ def draw(report):
             series = report["series"][run["name"]][name]
             values, steps = series["values"], series["steps"]
             if name == "reward":
-                values = [statistics.mean(values[max(0, at - SMOOTH + 1):at + 1]) for at in range(len(values))]
+                values = [statistics.mean(values[at - SMOOTH:at]) for at in range(SMOOTH, len(values) + 1)]
+                steps = steps[SMOOTH - 1:]
             axis.plot(steps, values, color=COLORS.get(run["precision"], "gray"), lw=1.4,
                       ls="-" if run["seed"] == report["runs"][0]["seed"] else "--",
                       label=f"{run['label']}, seed {run['seed']}")
         axis.set(title=title, xlabel="step", yscale=scale)
         axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
+    axes[1].legend(fontsize=8, loc="center", ncol=2)    # between the lines
     figure.savefig(PICTURE, dpi=110)
     plt.close(figure)
 
@@ -86,8 +98,10 @@ def passage():
     lines = [[HEADS[name] for name in columns], ["---"] * len(columns)]
     lines += [[cell(name, row[name]) for name in columns] for row in result["rows"]]
     versions = ", ".join(f"{name} {result['versions'][name]}" for name in ("jax", "torch", "transformers"))
-    made = f"Made on {result['date'][:10]} with {versions}; {result['processor']}, one core."
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{textwrap.fill(made, 120)}"
+    said = (f"BF16's token KL is {result['times']:.0f} times FP16's, and at no step of a seed less than "
+            f"{result['least_times']:.0f} times. Made on {result['date'][:10]} with {versions}; {result['processor']}, "
+            f"one core.")
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + f"\n\n{textwrap.fill(said, 120)}"
 
 
 def cell(name, value):
@@ -105,10 +119,14 @@ def main():
     if given.folder:
         report = json.loads((given.folder / "report.json").read_text())
         draw(report)
-        print(record("real_run", rows_of(report)))
-    README.write_text(re.sub(
-        r"(<!-- real_run: start -->)\n.*?(<!-- real_run: end -->)",
-        lambda match: f"{match[1]}\n{passage()}\n{match[2]}", README.read_text(), flags=re.DOTALL))
+        print(record("real_run", rows_of(report), apart(report)))
+    README.write_text(filled(README.read_text()))
+
+
+def filled(text):
+    """The README's text with the table written anew."""
+    return re.sub(r"(<!-- real_run: start -->)\n.*?(<!-- real_run: end -->)",
+                  lambda match: f"{match[1]}\n{passage()}\n{match[2]}", text, flags=re.DOTALL)
 
 
 if __name__ == "__main__":

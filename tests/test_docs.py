@@ -114,6 +114,13 @@ def test_the_figures_of_speed_are_those_of_the_results():
     assert re.findall(r"<!-- (\w+): start -->", page)
 
 
+def test_the_real_runs_table_is_that_of_its_result(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS.parent / "benchmarks"))    # where its neighbours are
+    figures = runpy.run_path(str(DOCS.parent / "benchmarks" / "real_run.py"))
+    page = (DOCS.parent / "README.md").read_text()
+    assert "<!-- real_run: start -->" in page and figures["filled"](page) == page, "python benchmarks/real_run.py"
+
+
 def test_the_table_of_faults_has_every_row():
     rows = re.findall(r"^\| (\d+) \| ", (DOCS / "reliability.md").read_text(), flags=re.M)
     assert [int(row) for row in rows] == [*range(1, 33), 36, 37]

@@ -27,7 +27,7 @@ PANELS = {
     "mismatch/kl_k3": ("token KL, engine | scorer", "log"),
     "mismatch/seq_log_ratio_std": ("std of sequence log ratio", "log"),
 }
-COLORS = {"fp16": "tab:blue", "bf16": "tab:orange"}
+COLORS = {"fp16": "#c2410c", "bf16": "#1d4ed8"}    # as in the reports
 SMOOTH = 5      # steps
 HEADS = {
     "run": "run", "reward_first": "reward, first 10 steps", "reward_last": "last 10",

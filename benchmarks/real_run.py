@@ -18,6 +18,7 @@ import textwrap
 import matplotlib
 import matplotlib.pyplot as plt
 
+from jaxrl_fp16.lab.figures import ACCENT, SECOND
 from record import ROOT, record
 
 README, PICTURE = ROOT / "README.md", ROOT / "docs" / "real_run.png"
@@ -27,7 +28,7 @@ PANELS = {
     "mismatch/kl_k3": ("token KL, engine | scorer", "log"),
     "mismatch/seq_log_ratio_std": ("std of sequence log ratio", "log"),
 }
-COLORS = {"fp16": "#c2410c", "bf16": "#1d4ed8"}    # as in the reports
+COLORS = {"fp16": ACCENT, "bf16": SECOND}     # as in the reports
 SMOOTH = 5      # steps
 HEADS = {
     "run": "run", "reward_first": "reward, first 10 steps", "reward_last": "last 10",

@@ -13,6 +13,7 @@ CARRIED = {
     "alone": "goes beyond seed noise taken alone, but not among all comparisons of its table",
     "noise": "lies within seed noise",
     "one seed": "rests on one seed",
+    "alike": "is as much in every seed, so that no spread is known",
     "same": "is none: every seed gives the same",
     "absent": "is unknown, as no seed ran on both sides",
 }

@@ -14,6 +14,7 @@ import numpy as np
 
 LEVEL = 0.05
 ONE_SEED = "one seed: no spread is known"
+NO_SPREAD = 1e-9    # of the mean difference: less is rounding
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +49,11 @@ def pair(first: Mapping[int, float], second: Mapping[int, float], ratio: bool = 
 
 
 def paired_t(differences: Sequence[float]):
-    """`(mean, standard error, half of the 95 % interval, p)` of n differences; the last three None for n = 1."""
+    """`(mean, standard error, half of the 95 % interval, p)` of n differences; the last three None for n = 1.
+
+    The last two are None too where all differ alike and by more than nothing, as shares of a few problems do: that two
+    such numbers agree does not say that there is no noise.
+    """
     from scipy import stats  # here: it takes a second, and only verdicts need it
 
     differences = np.asarray(differences, np.float64)
@@ -56,8 +61,8 @@ def paired_t(differences: Sequence[float]):
     if n < 2:
         return mean, None, None, None
     error = float(stats.sem(differences))
-    if error == 0:  # every seed differs by exactly the same: by nothing, or beyond any noise
-        return mean, 0.0, 0.0, 0.0 if mean else 1.0
+    if error <= NO_SPREAD * abs(mean):
+        return mean, error, *((None, None) if mean else (0.0, 1.0))
     spread = stats.t(n - 1)
     return mean, error, float(spread.ppf(1 - LEVEL / 2)) * error, 2 * float(spread.sf(abs(mean) / error))
 
@@ -78,13 +83,14 @@ def hold_together(chances: Sequence[float | None], level: float = LEVEL) -> list
 
 def standing(pairing: Pairing | None, held: bool) -> str:
     """What the seeds carry: `held`, beyond noise among all tests of a table; `alone`, taken by itself; `noise`; `one
-    seed`, which has no spread; `same`; `absent`, with no seed on both sides."""
+    seed`, which has no spread; `alike`, all seeds by as much, which has none either; `same`; `absent`, with no seed on
+    both sides."""
     if pairing is None:
         return "absent"
     if pairing.first == pairing.second:
         return "same"
     if pairing.p is None:
-        return "one seed"
+        return "one seed" if len(pairing.first) == 1 else "alike"
     if pairing.p > LEVEL:
         return "noise"
     return "held" if held else "alone"
@@ -98,6 +104,7 @@ def sentence(pairing: Pairing | None, name: str, first: str, second: str, held: 
     said = {
         "absent": "no seed ran on both sides", "noise": "no difference beyond seed noise",
         "same": "the same in every seed", "one seed": ONE_SEED,
+        "alike": "by as much in every seed: no spread is known",
     }
     found = standing(pairing, held)
     if found == "same" and pairing.p is None:

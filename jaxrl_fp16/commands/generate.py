@@ -6,7 +6,7 @@ from jaxrl_fp16.parallel import row_shards
 from jaxrl_fp16.tasks import Example
 from jaxrl_fp16.tokenizer import encode_prompts
 from jaxrl_fp16.training.rollouts.collect import PromptBatch, rendered, sample_and_grade
-from jaxrl_fp16.training.rollouts.engine import make_engine
+from jaxrl_fp16.training.rollouts.engine import first_batch, make_engine
 from jaxrl_fp16.training.runs.positions import check_positions
 from jaxrl_fp16.training.runs.setup import opened, set_up_alone
 
@@ -23,7 +23,7 @@ def run_generate(config):
         with naming("generate"):
             prompts = _prompts(config, setup, task, examples)
         engine, params = make_engine(setup, bench.model), bench.load_params()
-        with log.announce("compiling the sampler"):
+        with log.announce(first_batch(setup)):
             graded = sample_and_grade(engine, params, prompts, task, setup, setup.keys.evaluation)
     for text, example, responses, rewards in zip(prompts.texts, examples, graded.responses, graded.rewards.values):
         log.say(f"> {text}")

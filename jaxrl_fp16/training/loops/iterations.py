@@ -17,7 +17,7 @@ from jaxrl_fp16.training.rollouts.collect import (
     cut_reward, next_prompts, prompt_encoder, sample_and_grade, set_aside, truncation_rule,
 )
 from jaxrl_fp16.training.rollouts.dynamic import sample_unequal
-from jaxrl_fp16.training.rollouts.engine import make_engine
+from jaxrl_fp16.training.rollouts.engine import first_batch, make_engine
 from jaxrl_fp16.training.runs.learner import check_critic, critic_model
 from jaxrl_fp16.training.runs.run import announced, open_run
 from jaxrl_fp16.training.runs.run_config import resolve_algorithm
@@ -42,7 +42,7 @@ def iterations(run, algorithm, start):
         run.stage(f"step {step}: sampling and grading", told=True)
         tell = run.tell(f"step {step}: sampling")
         draw = partial(draw_batch, run, engine, learner.sampling_params, sample_key, tell)
-        with announced(run.log, first, "compiling the sampler"):
+        with announced(run.log, first, first_batch(setup)):
             prompts, graded, draws = sample_unequal(draw, position, rounds, config.training.truncated, setup.mesh)
         position, sampled = prompts.position, time.perf_counter()
         said = said or say_cut_reward(run, step, graded)

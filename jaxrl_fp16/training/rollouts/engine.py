@@ -53,6 +53,12 @@ def make_engine(setup, model, sampling=None, precision=None, engine=None):
     return sampled
 
 
+def first_batch(setup):
+    """What a run's first batch takes its time for, in words."""
+    engine = setup.config.rollout.engine
+    return "compiling the sampler" if engine == "jit" else f"sampling by {engine}"
+
+
 def check_engine(rollout):
     """Refuses a section `rollout` whose engine cannot run here: a run of several processes, an interpreter that is not
     there or lacks the engine's packages. Raises ConfigError; starts nothing."""

@@ -4,6 +4,8 @@ from html.parser import HTMLParser
 import json
 import os
 from pathlib import Path
+import subprocess
+import sys
 
 import pytest
 
@@ -116,6 +118,21 @@ def quick_environment(quick_option):
     own = (f"--{name}={str(value).lower()}" for name, value in quick_option.items())
     flags = [os.environ.get("XLA_FLAGS", ""), *own]
     return {"JAX_PLATFORMS": "cpu", "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "XLA_FLAGS": " ".join(flags)}
+
+
+@pytest.fixture(scope="session")
+def on_four_devices(quick_environment):
+    """on_four_devices(path): the tests of a file pass in a process of its own, which has 4 virtual devices."""
+    def run(path):
+        flags = quick_environment["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
+        ended = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", path], text=True, capture_output=True,
+            env=os.environ | quick_environment | {"XLA_FLAGS": flags},
+            timeout=600,  # seconds; it only ends a hang, and a busy machine is slow
+        )
+        assert ended.returncode == 0, ended.stdout + ended.stderr
+
+    return run
 
 
 @pytest.fixture(scope="session")

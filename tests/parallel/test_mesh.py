@@ -115,12 +115,8 @@ def run_python(*arguments, **environment):
                             stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
 
-def test_on_four_devices(quick_environment):
-    flags = quick_environment["XLA_FLAGS"] + " --xla_force_host_platform_device_count=4"
-    run = run_python("-m", "pytest", "-p", "no:cacheprovider", HERE / "four_devices.py",
-                     **quick_environment | {"XLA_FLAGS": flags})
-    out, _ = run.communicate(timeout=300)
-    assert run.returncode == 0, out
+def test_on_four_devices(on_four_devices):
+    on_four_devices(HERE / "four_devices.py")
 
 
 def test_in_two_processes(quick_environment, tmp_path):

@@ -209,7 +209,8 @@ def _load(recipe, rows, state):
 def _advance(recipe, weights, state):
     """The state with one more token of each row that goes on."""
     (params, layers), config = weights, recipe.config
-    hidden, caches = decode_step(recipe.model, params, layers, state.token, state.caches, state.position)
+    with jax.named_scope("decode_step"):    # by which `plan` knows the loop in what was compiled
+        hidden, caches = decode_step(recipe.model, params, layers, state.token, state.caches, state.position)
     keys = jax.vmap(jax.random.fold_in)(state.keys, state.drawn)
     drawn = draw(config, logits_of(hidden, params["head"])[:, 0], keys)
     token, going = drawn[0], ~state.done

@@ -13,6 +13,7 @@ import pytest
 from jaxrl_fp16.models import Decoder, DecoderConfig, param_shapes, param_shardings
 from jaxrl_fp16.objectives import get_algorithm
 from jaxrl_fp16.parallel import MeshConfig, batch_sharding, make_mesh, state_shardings
+from jaxrl_fp16.plan import hlo
 from jaxrl_fp16.precision import get_precision
 from jaxrl_fp16.sampling import SamplingConfig, make_sampler
 from jaxrl_fp16.training.updates import init_train_state, make_update
@@ -44,10 +45,9 @@ def rows_on(mesh, dtype, *shape):
     return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))
 
 
-@pytest.fixture
-def moved(hlo):
-    """A lowered program -> the collectives of what it compiles to."""
-    return lambda program: hlo.collectives(hlo.read(program.compile().as_text()))
+def moved(program):
+    """The collectives of what a lowered program compiles to."""
+    return hlo.collectives(hlo.read(program.compile().as_text()))
 
 
 def most(instructions):
@@ -55,7 +55,7 @@ def most(instructions):
     return max((math.prod(shape) for each in instructions for _, shape in each.arrays), default=0)
 
 
-def test_a_device_scores_its_own_rows(mesh, moved):
+def test_a_device_scores_its_own_rows(mesh):
     scorer = make_scorer(MODEL, PRECISION.policy, microbatch_size=ROWS)
     score = jax.jit(lambda params, tokens, mask: scorer(params, tokens, mask)[0])
     found = moved(score.lower(
@@ -68,7 +68,7 @@ def test_a_device_scores_its_own_rows(mesh, moved):
     assert sum(each.times for each in heads) == 1     # gathered once, in the compute dtype
 
 
-def test_an_update_moves_weights_and_not_rows(mesh, moved):
+def test_an_update_moves_weights_and_not_rows(mesh):
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6))
     start = lambda params, key: init_train_state(params, optimizer, PRECISION.loss_scale, key)
     shapes = jax.eval_shape(start, param_shapes(MODEL), jax.eval_shape(lambda: jax.random.key(0)))
@@ -86,7 +86,7 @@ def test_an_update_moves_weights_and_not_rows(mesh, moved):
     assert layers and most(layers) <= max(ACTIVATION // mesh.shape["fsdp"], 96 * WIDTH)
 
 
-def test_a_decode_step_moves_no_weights(mesh, moved):
+def test_a_decode_step_moves_no_weights(mesh):
     sample = make_sampler(MODEL, PRECISION.policy, SamplingConfig(max_new_tokens=COLUMNS - PROMPT, group_size=2),
                           eos_id=1, pad_id=0, lockstep=True)
     found = moved(sample.lower(

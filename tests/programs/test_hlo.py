@@ -3,7 +3,10 @@
 import jax
 from jax import lax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+
+from jaxrl_fp16.plan import hlo
 
 TEXT = """HloModule jit_f, is_scheduled=true
 
@@ -35,7 +38,7 @@ ENTRY %main (p: f32[16]) -> f32[16] {
 """.replace("{TRIPS}", '{"known_trip_count":{"n":"5"}}')
 
 
-def test_collectives_are_counted_with_their_loops(hlo):
+def test_collectives_are_counted_with_their_loops():
     found = [(each.opcode, each.arrays, each.bytes, each.times, each.inside) for each in
              hlo.collectives(hlo.read(TEXT, steps=3))]
     gather = "all-gather", (("bf16", (8, 4)),), 64
@@ -43,7 +46,7 @@ def test_collectives_are_counted_with_their_loops(hlo):
     assert hlo.collectives(hlo.read(TEXT))[0].name == "jit(f)/here"
 
 
-def test_a_loop_of_xlas_own_is_read_as_often_as_it_runs(hlo):
+def test_a_loop_of_xlas_own_is_read_as_often_as_it_runs():
     def step(x, w):
         return jnp.tanh(x @ w), None
 
@@ -55,10 +58,10 @@ def test_a_loop_of_xlas_own_is_read_as_often_as_it_runs(hlo):
 @pytest.mark.parametrize(("dtype", "shape", "size"), [
     ("f32", (2, 3), 24), ("bf16", (5,), 10), ("pred", (7,), 7), ("s4", (3,), 2), ("f8e4m3fn", (3,), 3), ("s32", (), 4),
 ])
-def test_bytes(hlo, dtype, shape, size):
+def test_bytes(dtype, shape, size):
     assert hlo.array_bytes(dtype, shape) == size
 
 
-def test_what_is_no_program_is_refused(hlo):
+def test_what_is_no_program_is_refused():
     with pytest.raises(ValueError, match="no ENTRY computation"):
         hlo.read("nothing")

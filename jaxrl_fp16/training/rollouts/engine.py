@@ -39,18 +39,32 @@ def make_engine(setup, model, sampling=None, precision=None, engine=None):
     engine = engine or setup.config.rollout.engine
     if engine != "jit":
         return _other_engine(setup, model, sampling, precision, engine)
-    model = model.clone(attention=kind_for(model.attention, precision.policy.compute_dtype))
-    given = dict(eos_id=setup.eos_ids, pad_id=setup.pad_id, tokenizer=setup.tokenizer)
     if setup.mesh.size == 1 and sampling.max_new_tokens >= LONG:
-        sample = make_stepwise_sampler(model, precision.policy, sampling, **given)
+        sample = make_stepwise_sampler(*_given(setup, model, sampling, precision), **_ids(setup))
     else:
-        whole = make_sampler(model, precision.policy, sampling, **given, lockstep=row_shards(setup.mesh) > 1)
+        whole = jitted_sampler(setup, model, sampling, precision)
         sample = lambda params, tokens, mask, key, watch: whole(params, tokens, mask, key)
 
     def sampled(params, tokens, mask, key, watch=None):
         return sample(params, *shard_batch((tokens, mask), setup.mesh), key, watch)
 
     return sampled
+
+
+def jitted_sampler(setup, model, sampling=None, precision=None):
+    """Our own sampler as one jitted `sample(params, tokens, mask, key) -> Rollout`; arguments as for `make_engine`."""
+    precision, sampling = precision or setup.rollout_precision, sampling or setup.config.sampling
+    return make_sampler(*_given(setup, model, sampling, precision), **_ids(setup),
+                        lockstep=row_shards(setup.mesh) > 1)
+
+
+def _given(setup, model, sampling, precision):
+    model = model.clone(attention=kind_for(model.attention, precision.policy.compute_dtype))
+    return model, precision.policy, sampling
+
+
+def _ids(setup):
+    return dict(eos_id=setup.eos_ids, pad_id=setup.pad_id, tokenizer=setup.tokenizer)
 
 
 def first_batch(setup):

@@ -116,6 +116,18 @@ def set_up(config):
     found = _platform(wanted)
     if config.run.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.run.compile_cache))
+    return _set_up_on(config, found)
+
+
+def set_up_for(config, platform, devices):
+    """`set_up` for devices that this machine need not have, of a `gpu` or `tpu`: programs can be compiled with it."""
+    config = _at_home(config)
+    _check_folders(config)
+    return _set_up_on(config, platform, devices)
+
+
+def _set_up_on(config, found, devices=None):
+    """The Setup on a platform that is settled; devices: of the mesh, None: all that JAX finds."""
     with naming("precision"):
         precision = get_precision_on(found, config.precision, config.loss_scale)
     with naming("rollout_precision"):
@@ -125,7 +137,7 @@ def set_up(config):
         with naming("critic.precision"):
             critic = get_precision_on(found, config.critic.precision or precision.name, config.critic.loss_scale)
     with naming("mesh"):
-        mesh = make_mesh(config.mesh)
+        mesh = make_mesh(config.mesh, devices)
         if config.trains:
             check_mesh_rows(config, mesh)
     with naming("model.tokenizer" if config.model.tokenizer else "model.path"):
@@ -253,12 +265,12 @@ def make_model(setup):
 def _needs_remat(setup, model):
     """Whether an update keeps layer inputs alone: unless all would fit with room to spare. On an H200 an update was
     slower without (benchmarks/results/gpu_speed_without_remat.json)."""
-    device = setup.mesh.local_devices[0]
+    device = setup.mesh.devices.flatten()[0]
     if device.platform != "cpu":
         return True
     needs = estimate(setup.config, model, setup.mesh, setup.precision.policy.compute_dtype)
     # Hosts may differ, their programs may not.
-    return sum(needs.values()) > int(from_first_process(lambda: str(device_bytes(device)))) / 8
+    return sum(needs.values()) > int(from_first_process(lambda: str(device_bytes(setup.mesh.local_devices[0])))) / 8
 
 
 def load_params(setup, model, any_weights=False):

@@ -5,7 +5,6 @@ B: rows of a batch.  T: columns.  R, W: those that are worked on at once.
 
 from collections.abc import Callable
 import dataclasses
-from functools import partial
 from typing import Any
 
 from flax import struct
@@ -124,14 +123,20 @@ def make_step(model, optimizer, objective, microbatches, *, keep=None, state_sha
     add = jit(add, numerics, donate_argnums=0, static_argnames=("width", "sharding"))
     finish = jit_update(finish, model, state_shardings)
 
-    def update(state, batch, lengths=None):
-        masks = objective.masks(batch)
-        count, columns = masks[0].shape[0], masks[0].shape[-1]
-        sharding, shards = row_sharding(masks[0])
+    def shape_of(batch):
+        """(B, T, rows of all columns that are worked on at once, how the rows are spread, over how many devices)."""
+        mask, *_ = objective.masks(batch)
+        count, columns = mask.shape[0], mask.shape[-1]
+        sharding, shards = row_sharding(mask)
         at_once = size if budget is None else dividing(count, rows_at(columns, size, budget, shards), shards)
+        return count, columns, at_once, sharding, shards
+
+    def update(state, batch, lengths=None):
+        count, columns, at_once, sharding, shards = shape_of(batch)
         if traced(state, batch) or count % size:    # which `split_rows` refuses
             return whole(state, batch, size=at_once if count % size == 0 else size)
-        parts = cut(row_lengths(*masks) if lengths is None else lengths, columns, size, budget, shards)
+        lengths = row_lengths(*objective.masks(batch)) if lengths is None else lengths
+        parts = cut(lengths, columns, size, budget, shards)
         if parts is None:
             return whole(state, batch, size=at_once)
         if count == size and budget is None:    # always all rows at once: no sums beside their gradient
@@ -145,7 +150,8 @@ def make_step(model, optimizer, objective, microbatches, *, keep=None, state_sha
         return finish(state, sums, batch)
 
     programs = dict(whole=whole, alone=alone, begin=begin, add=add, finish=finish)
-    update.lower, update.programs = partial(whole.lower, size=size), programs
+    update.lower = lambda state, batch: whole.lower(state, batch, size=shape_of(batch)[2])
+    update.programs = programs
     update._cache_size = lambda: sum(program._cache_size() for program in programs.values())
     return update
 

@@ -49,6 +49,7 @@ def make_scorer(
         return run(params, (tokens, mask, decisions), lengths)
 
     scorer._cache_size = run._cache_size
+    scorer.lower = lambda params, tokens, mask, decisions=NONE: run.lower(params, (tokens, mask, decisions))
     return scorer
 
 
@@ -90,11 +91,16 @@ def _over_rows(function, numerics, size, budget, told):
     whole = jit(whole, numerics, static_argnames="size")
     narrow, narrow_programs = by_parts(function, partial(jit, numerics=numerics), told)
 
-    def run(params, tree, lengths=None):
-        mask = tree[1]
+    def shape_of(mask):
+        """(B, T, rows of all columns that are worked on at once, how the rows are spread, over how many devices)."""
         count, columns = mask.shape
         sharding, shards = row_sharding(mask)
         at_once = size if budget is None else dividing(count, rows_at(columns, size, budget, shards), shards)
+        return count, columns, at_once, sharding, shards
+
+    def run(params, tree, lengths=None):
+        mask = tree[1]
+        count, columns, at_once, sharding, shards = shape_of(mask)
         if traced(params, tree) or count % size:    # which `split_rows` refuses
             return whole(params, tree, size=at_once if count % size == 0 else size)
         lengths = row_lengths(mask) if lengths is None else lengths
@@ -103,5 +109,6 @@ def _over_rows(function, numerics, size, budget, told):
             return whole(params, tree, size=at_once)
         return narrow(params, tree, parts, sharding)
 
+    run.lower = lambda params, tree: whole.lower(params, tree, size=shape_of(tree[1])[2])
     run._cache_size = lambda: whole._cache_size() + narrow_programs()
     return run

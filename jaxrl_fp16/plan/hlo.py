@@ -3,9 +3,8 @@
 import dataclasses
 import math
 import re
-import types
 
-import pytest
+import numpy as np
 
 BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "bf16": 2, "f16": 2, "c64": 8, "c128": 16}
 COLLECTIVES = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
@@ -17,12 +16,10 @@ _CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations|call
                      r"false_computation)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
 _NAME = re.compile(r'op_name="([^"]*)"')
-
-
-@pytest.fixture(scope="session")
-def hlo():
-    """`read`, `collectives` and `array_bytes`."""
-    return types.SimpleNamespace(read=read, collectives=collectives, array_bytes=array_bytes)
+_GROUPS = re.compile(r"replica_groups=(?:\{(\{[^=]*?\})\}|(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?))")
+_MATMUL = re.compile(r"\b(dot|convolution|custom-call)\(([^)]*)\)")
+_GEMM = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul|dot)[^"]*"')
+_PAIRS = re.compile(r"source_target_pairs=\{(\{[^=]*?\})\}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +37,29 @@ class Instruction:
     def bytes(self):
         """Of its results, of one time."""
         return sum(array_bytes(dtype, shape) for dtype, shape in self.arrays)
+
+
+    @property
+    def groups(self):
+        """Of a collective: int [N,M], the devices of each group, by their places in the mesh; None where all are one."""
+        if pairs := _PAIRS.search(self.text):
+            return _listed(pairs[1])
+        found = _GROUPS.search(self.text)
+        if found is None:
+            return None
+        return _listed(found[1]) if found[1] else _counted(found[2])
+
+
+def _listed(text):
+    return np.array([[int(n) for n in group.split(",")] for group in re.findall(r"\{([\d,]+)\}", text)])
+
+
+def _counted(text):
+    """`[4,2]<=[2,2,2]T(0,2,1)`: all places in a grid, its axes in another order, cut into groups."""
+    shape, grid, order = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
+    numbers = lambda text: [int(n) for n in text.split(",")]
+    places = np.arange(math.prod(numbers(grid))).reshape(numbers(grid))
+    return (places.transpose(numbers(order)) if order else places).reshape(numbers(shape))
 
 
 def array_bytes(dtype, shape):
@@ -77,6 +97,26 @@ def read(text, steps=1):
 def collectives(instructions):
     """Those that move arrays between devices; of an asynchronous pair the start."""
     return [each for each in instructions if each.opcode in COLLECTIVES]
+
+
+def dots(text):
+    """The matmuls of a program, each as dtypes `(left, right, result)`; also those inside of fusions and of a vendor's
+    library."""
+    computations, _ = _computations(text)
+    found = []
+    for lines in computations.values():
+        dtypes = {}
+        for line in lines:
+            name, body = _INSTRUCTION.match(line).groups()
+            arrays = _ARRAY.findall(body.split("(", 1)[0] if not body.startswith("(") else body)
+            dtypes[name] = arrays[0][0] if arrays else ""
+            called = _MATMUL.search(body)
+            if called is None or called[1] == "custom-call" and not _GEMM.search(body):
+                continue
+            operands = [each.strip().lstrip("%").split(" ")[-1].lstrip("%") for each in called[2].split(",")]
+            if all(each in dtypes for each in operands[:2]):
+                found.append((*(dtypes[each] for each in operands[:2]), dtypes[name]))
+    return found
 
 
 def _computations(text):

@@ -56,7 +56,7 @@ def filter_problems(config):
     """
     if not config.sampling.temperature:
         raise ConfigError("sampling.temperature is 0; allowed: above 0, as all samples of a problem would be one")
-    setup = set_up(config)
+    setup = set_up(config, "filter")
     config = setup.config
     if config.resume is not None:
         check_resumed(config, config.resume, "filter")

@@ -43,7 +43,7 @@ ATTRIBUTED = 16  # responses of each precision: attribution costs as much for ea
 def run_mismatch(config):
     """Makes the report of `config` in a new run folder; gives the exit code. Raises ConfigError for what is refused."""
     _refuse_unused(config)
-    setup = set_up(config)
+    setup = set_up(config, "mismatch")
     config, section = setup.config, setup.config.mismatch
     precisions = [_open_precision(setup, "precisions", name) for name in section.precisions]
     reference = _open_precision(setup, "reference", section.reference)

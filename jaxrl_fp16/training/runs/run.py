@@ -191,7 +191,7 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
     may raise more of them, before the run folder is made, and gives lines to say at the start.
     """
     check_models_beside(config, critic, rewarded)
-    setup = set_up(config)
+    setup = set_up(config, command)
     config = setup.config
     if config.resume is not None:
         check_resumed(config, config.resume, command)

@@ -227,15 +227,16 @@ def memory_share(config, whole: float, command: str = "train") -> float:
     return whole if set(engines) == {"jit"} else whole - config.rollout.memory_fraction
 
 
-def check_mesh_rows(config, mesh):
-    """Refuses rows that the mesh cannot divide evenly, with the arithmetic."""
+def check_mesh_rows(config, mesh, command="train"):
+    """Refuses rows of `command` that the mesh cannot divide evenly, with the arithmetic."""
     parts = row_shards(mesh)
-    for key, rows in (
-        ("training.microbatch_size", config.training.microbatch_size),
-        ("training.prompts_per_step", config.training.prompts_per_step),
-        ("sft.microbatch_size", config.sft.microbatch_size),
-        ("dpo.microbatch_size", config.dpo.microbatch_size),
-    ):
+    sections = {"sft": ["sft"], "warmup": ["sft"], "dpo": ["dpo"]}.get(command, ["training"])
+    if config.sft.steps and "sft" not in sections:
+        sections.append("sft")
+    keys = [f"{section}.microbatch_size" for section in sections]
+    for key in [*keys, *(["training.prompts_per_step"] if "training" in sections else [])]:
+        section, name = key.split(".")
+        rows = getattr(getattr(config, section), name)
         if rows % parts:
             raise ValueError(
                 f"{key} is {rows}; allowed: multiples of mesh data x fsdp = "
@@ -243,7 +244,7 @@ def check_mesh_rows(config, mesh):
             )
     tokens, longest = config.training.microbatch_tokens, config.training.max_prompt_tokens
     longest += config.sampling.max_new_tokens
-    if tokens is not None and tokens < longest * parts:
+    if "training" in sections and tokens is not None and tokens < longest * parts:
         raise ValueError(
             f"training.microbatch_tokens is {tokens}; allowed: null, or at least max_prompt_tokens + max_new_tokens "
             f"for each of mesh data x fsdp = {parts} devices, {longest * parts}"

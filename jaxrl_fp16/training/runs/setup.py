@@ -96,11 +96,11 @@ def set_up_alone(command, config):
     """`set_up` of a command that reads no run folder."""
     if config.resume is not None:
         raise ConfigError(f"{command} reads no run folder; allowed: --model.path {config.resume}/model, after export")
-    return set_up(config)
+    return set_up(config, command)
 
 
-def set_up(config):
-    """Checks `config` against this machine and gives a `Setup`. Raises ConfigError.
+def set_up(config, command="train"):
+    """Checks `config` against this machine and gives a `Setup` for a command. Raises ConfigError.
 
     Chooses JAX's platform, so it comes before any other use of JAX.
     """
@@ -116,17 +116,17 @@ def set_up(config):
     found = _platform(wanted)
     if config.run.compile_cache:
         jax.config.update("jax_compilation_cache_dir", os.path.expanduser(config.run.compile_cache))
-    return _set_up_on(config, found)
+    return _set_up_on(config, found, command)
 
 
 def set_up_for(config, platform, devices):
     """`set_up` for devices that this machine need not have, of a `gpu` or `tpu`: programs can be compiled with it."""
     config = _at_home(config)
     _check_folders(config)
-    return _set_up_on(config, platform, devices)
+    return _set_up_on(config, platform, "train", devices)
 
 
-def _set_up_on(config, found, devices=None):
+def _set_up_on(config, found, command, devices=None):
     """The Setup on a platform that is settled; devices: of the mesh, None: all that JAX finds."""
     with naming("precision"):
         precision = get_precision_on(found, config.precision, config.loss_scale)
@@ -139,7 +139,7 @@ def _set_up_on(config, found, devices=None):
     with naming("mesh"):
         mesh = make_mesh(config.mesh, devices)
         if config.trains:
-            check_mesh_rows(config, mesh)
+            check_mesh_rows(config, mesh, command)
     with naming("model.tokenizer" if config.model.tokenizer else "model.path"):
         tokenizer = _tokenizer(config)
         files = [_json_of_folder(config.model, name) for name in ("generation_config.json", "config.json")]

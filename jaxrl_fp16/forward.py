@@ -16,7 +16,7 @@ from jaxrl_fp16.masking import align, left_align, segment_positions, zero_where_
 from jaxrl_fp16.models.critic import Critic, decoder_of
 from jaxrl_fp16.models.layers import matmul
 from jaxrl_fp16.models.numerics import DEFAULT, jit, jit_by_model
-from jaxrl_fp16.parallel import constrain, mesh_size
+from jaxrl_fp16.parallel import constrain, mesh_size, rows_spread
 from jaxrl_fp16.types import Decisions
 
 NONE = Decisions()
@@ -245,12 +245,11 @@ def _read(temperature, with_entropy, logits, targets, support):
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _chunked(temperature, with_entropy, hidden, head, targets, support):
     """(logprobs, entropies) float32 [B,T] of `targets` int32 [B,T], from hidden [B,T,D] and head [V,D]."""
-    return _read_chunks(temperature, with_entropy, hidden, head, targets, support)[0]
+    return _read_chunks(temperature, with_entropy, hidden, _gathered(head), targets, support)[0]
 
 
 def _read_chunks(temperature, with_entropy, hidden, head, targets, support, keep=False):
-    """What `_chunked` returns, and with `keep` the logits [B,T,V]."""
-    head = _gathered(head)
+    """What `_chunked` returns of a gathered head, and with `keep` the logits [B,T,V]."""
 
     def read_chunk(chunk):
         hidden, targets, support = chunk
@@ -261,15 +260,19 @@ def _read_chunks(temperature, with_entropy, hidden, head, targets, support, keep
     return join(lax.map(read_chunk, chunks))
 
 
-def _chunked_forward(temperature, with_entropy, *arrays):
-    # A single chunk's logits would be there again when the backward pass begins: they are kept.
-    results, logits = _read_chunks(temperature, with_entropy, *arrays, keep=_chunk_count(*arrays[:2]) == 1)
+def _chunked_forward(temperature, with_entropy, hidden, head, targets, support):
+    # The backward pass follows at once: it finds the head gathered, and the logits of a single chunk.
+    arrays = hidden, _gathered(head), targets, support
+    results, logits = _read_chunks(temperature, with_entropy, *arrays, keep=_chunk_count(hidden, head) == 1)
     return results, (*arrays, logits)
 
 
 def _chunked_backward(temperature, with_entropy, saved, cotangents):
     hidden, head, targets, support, logits = saved
-    head = _gathered(head)
+    spread = _spread(hidden)
+
+    def apart(x):
+        return x if spread == 1 else x.reshape(spread, -1, *x.shape[1:])
 
     def chunk_gradient(grad_head, chunk):
         hidden, targets, support, logits, *given = chunk
@@ -277,13 +280,25 @@ def _chunked_backward(temperature, with_entropy, saved, cotangents):
         _, pull = jax.vjp(lambda logits: _read(temperature, with_entropy, logits, targets, support), logits)
         (grad_logits,) = pull(tuple(given))
         grad_logits = grad_logits.astype(head.dtype)
-        # Summed over chunks in float32 and rounded once, after the last.
-        grad_head = grad_head + constrain(matmul("btv,btd->vd", grad_logits, hidden), "vocab", "embed")
+        # Summed over chunks in float32 and rounded once, after the last. On a mesh each device adds up its own rows'.
+        spec = "btv,btd->vd" if spread == 1 else "sbtv,sbtd->svd"
+        grad_head = grad_head + by_rows(matmul(spec, apart(grad_logits), apart(hidden)))
         return grad_head, matmul("btv,vd->btd", grad_logits, head).astype(hidden.dtype)
 
+    def by_rows(x):
+        return x if spread == 1 else constrain(x, "rows", "vocab", None)
+
     chunks, join = _split(hidden, head, targets, support, logits, *cotangents)
-    grad_head, grad_hidden = lax.scan(chunk_gradient, jnp.zeros(head.shape, jnp.float32), chunks)
-    return join(grad_hidden), grad_head.astype(head.dtype), None, None
+    shape = head.shape if spread == 1 else (spread, *head.shape)
+    grad_head, grad_hidden = lax.scan(chunk_gradient, by_rows(jnp.zeros(shape, jnp.float32)), chunks)
+    grad_head = grad_head if spread == 1 else jnp.sum(grad_head, axis=0)
+    return join(grad_hidden), constrain(grad_head, "vocab", "embed").astype(head.dtype), None, None
+
+
+def _spread(hidden):
+    """Over how many devices the rows of hidden [B,T,D] are divided; 1 where they do not divide."""
+    shards = rows_spread(hidden)
+    return shards if hidden.shape[0] % shards == 0 else 1
 
 
 def _gathered(head):

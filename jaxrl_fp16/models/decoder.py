@@ -23,7 +23,7 @@ from jaxrl_fp16.masking import segment_positions
 from jaxrl_fp16.models import attention
 from jaxrl_fp16.models.families import FAMILIES
 from jaxrl_fp16.models.families.family import AttentionShape
-from jaxrl_fp16.models.layers import Projection, RMSNorm, RopeScaling, YarnScaling, rope_angles, rotate
+from jaxrl_fp16.models.layers import Projection, RMSNorm, RopeScaling, YarnScaling, rope_angles, rotate, shared
 from jaxrl_fp16.models.numerics import DEFAULT, NumericsConfig
 from jaxrl_fp16.parallel import constrain
 
@@ -101,9 +101,10 @@ class Attention(nn.Module):
         c = self.shape
         kept = jnp.float32 if self.numerics.float32_cache else x.dtype
         weights = jnp.float32 if self.numerics.float32_weights else None
-        q = self._heads("q", c.heads)(x)
-        k = self._heads("k", c.kv_heads)(x)
-        v = self._heads("v", c.kv_heads)(x).astype(kept)
+        wide = shared(x)
+        q = self._heads("q", c.heads)(wide)
+        k = self._heads("k", c.kv_heads)(wide)
+        v = self._heads("v", c.kv_heads)(wide).astype(kept)
         if c.qk_norm:
             q, k = RMSNorm(self.norm_eps, name="q_norm")(q), RMSNorm(self.norm_eps, name="k_norm")(k)
         q, k = (rotate(x, angles, c.rotary_scale).astype(kept) for x in (q, k))

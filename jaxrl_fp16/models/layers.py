@@ -43,15 +43,48 @@ def _matmul_forward(spec, a, b):
 
 def _matmul_backward(spec, saved, cotangent):
     a, b = saved
-    inputs, out = spec.split("->")
-    left, right = inputs.split(",")
-    cotangent = cotangent.astype(a.dtype)
-    grad_a = _einsum(f"{out},{right}->{left}", cotangent, b)
-    grad_b = _einsum(f"{left},{out}->{right}", a, cotangent)
+    grad_a, grad_b = _gradients(spec, a, b, cotangent)
     return grad_a.astype(a.dtype), grad_b.astype(b.dtype)
 
 
+def _gradients(spec, a, b, cotangent):
+    """float32: with respect to both inputs of a matmul, from its cotangent rounded to their dtype."""
+    inputs, out = spec.split("->")
+    left, right = inputs.split(",")
+    cotangent = cotangent.astype(a.dtype)
+    return _einsum(f"{out},{right}->{left}", cotangent, b), _einsum(f"{left},{out}->{right}", a, cotangent)
+
+
 matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project(spec, x, kernel):
+    """`matmul` of `x`, rounded to the dtype of `kernel`, whose gradient with respect to a float32 `x` is not rounded.
+
+    So several projections of one input add up their gradients in float32, and round the sum once; over a mesh's tensor
+    axis they are then one sum.
+    """
+    return _einsum(spec, x.astype(kernel.dtype), kernel)
+
+
+def _project_forward(spec, x, kernel):
+    rounded = x.astype(kernel.dtype)
+    return _einsum(spec, rounded, kernel), (jnp.zeros((), x.dtype), rounded, kernel)
+
+
+def _project_backward(spec, saved, cotangent):
+    like, x, kernel = saved
+    grad_x, grad_kernel = _gradients(spec, x, kernel, cotangent)
+    return grad_x.astype(like.dtype), grad_kernel.astype(kernel.dtype)
+
+
+project.defvjp(_project_forward, _project_backward)
+
+
+def shared(x):
+    """`x` as the input of several projections."""
+    return x.astype(jnp.float32)
 
 
 class Projection(nn.Module):
@@ -69,7 +102,7 @@ class Projection(nn.Module):
     def __call__(self, x):
         normal = nn.initializers.normal(self.fan_in**-0.5)
         kernel = self.param("kernel", normal, self.shape, jnp.float32)
-        y = matmul(self.spec, x, kernel)
+        y = project(self.spec, x, kernel)
         if self.bias_shape is not None:
             y = y + self.param("bias", nn.initializers.zeros, self.bias_shape, jnp.float32)
         return y
@@ -100,8 +133,9 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         width, inner = x.shape[-1], self.intermediate_size
-        project = partial(Projection, "btd,df->btf", (width, inner), width, (inner,) if self.bias else None)
-        hidden = nn.silu(project(name="gate")(x)) * project(name="up")(x)
+        projected = partial(Projection, "btd,df->btf", (width, inner), width, (inner,) if self.bias else None)
+        wide = shared(x)
+        hidden = nn.silu(projected(name="gate")(wide)) * projected(name="up")(wide)
         down = Projection("btf,fd->btd", (inner, width), inner, (width,) if self.bias else None, name="down")
         return down(hidden.astype(x.dtype))
 

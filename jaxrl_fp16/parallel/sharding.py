@@ -62,6 +62,12 @@ def mesh_size(x):
     return max(jax.typeof(x).sharding.mesh.size, 1)
 
 
+def rows_spread(x):
+    """Over how many devices the rows of a batch are divided, as far as `x` of a program that is traced tells."""
+    mesh = jax.typeof(x).sharding.mesh
+    return 1 if mesh.empty else row_shards(mesh)
+
+
 def tree_shardings(axes, shapes, mesh):
     """`axes_sharding` leaf by leaf; `axes` is a pytree of PartitionSpecs of logical axes."""
     return jax.tree.map(lambda axis, leaf: axes_sharding(axis, leaf.shape, mesh), axes, shapes)

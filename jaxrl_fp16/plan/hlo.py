@@ -19,6 +19,7 @@ _NAME = re.compile(r'op_name="([^"]*)"')
 _GROUPS = re.compile(r"replica_groups=(?:\{(\{[^=]*?\})\}|(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?))")
 _MATMUL = re.compile(r"\b(dot|convolution|custom-call)\(([^)]*)\)")
 _GEMM = re.compile(r'custom_call_target="[^"]*(?:gemm|matmul|dot)[^"]*"')
+_AXES = re.compile(r"replica_groups=mesh\[([^\]]*)\](?:, device_ids=\(([^()]*(?:\([\d,]+\))?)\))? \{([^}]*)\}")
 _PAIRS = re.compile(r"source_target_pairs=\{(\{[^=]*?\})\}")
 
 
@@ -40,10 +41,23 @@ class Instruction:
 
 
     @property
+    def moved(self):
+        """Of a collective: bytes of what enters or of what leaves a device, whichever is more, of one time."""
+        parts = 1 if self.opcode != "reduce-scatter" else self.members or 1
+        return self.bytes * parts
+
+    @property
+    def members(self):
+        """Of a collective: how many devices take part in one; None: all of them."""
+        return None if self.groups is None else self.groups.shape[1]
+
+    @property
     def groups(self):
         """Of a collective: int [N,M], the devices of each group, by their places in the mesh; None where all are one."""
         if pairs := _PAIRS.search(self.text):
             return _listed(pairs[1])
+        if found := _AXES.search(self.text):
+            return _along(*found.groups())
         found = _GROUPS.search(self.text)
         if found is None:
             return None
@@ -57,9 +71,30 @@ def _listed(text):
 def _counted(text):
     """`[4,2]<=[2,2,2]T(0,2,1)`: all places in a grid, its axes in another order, cut into groups."""
     shape, grid, order = re.fullmatch(r"\[([\d,]+)\]<=\[([\d,]+)\](?:T\(([\d,]+)\))?", text).groups()
-    numbers = lambda text: [int(n) for n in text.split(",")]
-    places = np.arange(math.prod(numbers(grid))).reshape(numbers(grid))
-    return (places.transpose(numbers(order)) if order else places).reshape(numbers(shape))
+    return _in_order(grid, order).reshape(_numbers(shape))
+
+
+def _along(axes, devices, chosen):
+    """`mesh['a'=4,'b'=2] {'a'}`: the groups along some axes of a grid of all places, or of `devices` in that order."""
+    sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", axes)}
+    chosen = re.findall(r"'(\w+)'", chosen)
+    if devices:
+        grid, order = re.fullmatch(r"\[([\d,]+)\](?:T\(([\d,]+)\))?", devices).groups()
+        places = _in_order(grid, order)
+    else:
+        places = np.arange(math.prod(sizes.values()))
+    last = [name for name in sizes if name not in chosen] + chosen
+    places = places.reshape([*sizes.values()]).transpose([[*sizes].index(name) for name in last])
+    return places.reshape(-1, math.prod(sizes[name] for name in chosen))
+
+
+def _in_order(grid, order):
+    places = np.arange(math.prod(_numbers(grid))).reshape(_numbers(grid))
+    return (places.transpose(_numbers(order)) if order else places).reshape(-1)
+
+
+def _numbers(text):
+    return [int(n) for n in text.split(",")]
 
 
 def array_bytes(dtype, shape):

@@ -46,8 +46,8 @@ def _moved(each, shape, step):
     place = "decode" if any(body in step for body in each.inside) else "loop" if each.inside else "once"
     return {
         "kind": each.opcode, "axes": axes_of(each.groups, shape), "place": place, "times": each.times,
-        "arrays": [[dtype, list(size)] for dtype, size in each.arrays], "bytes": each.bytes,
-        "group": int(np.prod(shape)) if each.groups is None else int(each.groups.shape[1]), "name": each.name,
+        "arrays": [[dtype, list(size)] for dtype, size in each.arrays], "bytes": each.moved,
+        "group": each.members or int(np.prod(shape)), "name": each.name,
     }
 
 

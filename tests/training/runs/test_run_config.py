@@ -1,6 +1,7 @@
 """The config of a run: what it refuses, and that every field says what it is."""
 
 from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -130,6 +131,18 @@ def test_rows_that_a_mesh_does_not_divide():
     check_mesh_rows(Config(training=TrainingConfig(microbatch_tokens=4 * 1280)), mesh)
     with pytest.raises(ValueError, match="training.microbatch_tokens is 5119; allowed: null, or .* = 4 devices, 5120"):
         check_mesh_rows(Config(training=TrainingConfig(microbatch_tokens=5119)), mesh)
+
+
+def test_only_rows_of_the_command_are_divided():
+    mesh = SimpleNamespace(shape={"data": 1, "fsdp": 128, "tensor": 1})
+    config = Config(training=TrainingConfig(microbatch_size=128, prompts_per_step=128))
+    check_mesh_rows(config, mesh)
+    warm = replace(config, sft=replace(config.sft, steps=1))
+    for command, config in (("sft", config), ("train", warm), ("mismatch", warm)):
+        with pytest.raises(ValueError, match="sft.microbatch_size is 8; allowed: multiples .* = 128"):
+            check_mesh_rows(config, mesh, command)
+    with pytest.raises(ValueError, match="dpo.microbatch_size is 8"):
+        check_mesh_rows(config, mesh, "dpo")
 
 
 def test_every_field_says_what_it_is():

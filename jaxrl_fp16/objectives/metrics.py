@@ -107,7 +107,12 @@ def importance_metrics(importance, mask, normalizer):
 
 def merge_metrics(stacked):
     """The minibatch's metrics out of its microbatches', stacked on axis 0 as `lax.scan` stacks them."""
-    return finish_metrics({name: rule_of(name).microbatches(x, axis=0) for name, x in stacked.items()})
+    return finish_metrics({name: stacked_shares(name, x.reshape(-1)) for name, x in stacked.items()})
+
+
+def stacked_shares(name, shares):
+    """One metric's share, a scalar, of several microbatches: from theirs stacked on axis 0, or from a scalar."""
+    return rule_of(name).microbatches(shares, axis=0) if shares.ndim else shares
 
 
 def no_shares(names):

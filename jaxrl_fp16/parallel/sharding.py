@@ -9,7 +9,7 @@ of 4, each device holds both heads.
 import jax
 from jax import lax
 from jax.experimental import multihost_utils
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 import numpy as np
 
 RULES = {
@@ -39,12 +39,20 @@ def axes_sharding(axes, shape, mesh):
 def _mesh_axis(axis, size, mesh):
     if axis is not None and axis not in RULES:
         raise ValueError(f"logical axis {axis!r} is unknown; allowed: {', '.join(RULES)}")
-    found = RULES.get(axis)
-    return None if found is None or size % _count(found, mesh) else found
+    names = _shared(RULES.get(axis), mesh)
+    if not names or size % _count(names, mesh):
+        return None
+    return names[0] if len(names) == 1 else names
 
 
-def _count(mesh_axis, mesh):
-    names = (mesh_axis,) if isinstance(mesh_axis, str) else mesh_axis
+def _shared(rule, mesh):
+    """The mesh axes of a rule that the program's arrays are spread over; inside a `shard_map` its own axes are not."""
+    names = () if rule is None else (rule,) if isinstance(rule, str) else rule
+    own = [name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Manual]
+    return tuple(name for name in names if name not in own)
+
+
+def _count(names, mesh):
     return int(np.prod([mesh.shape[name] for name in names]))
 
 
@@ -59,13 +67,22 @@ def constrain(x, *axes):
 
 def mesh_size(x):
     """Over how many devices the arrays of a program that is traced are spread, as far as `x` tells."""
-    return max(jax.typeof(x).sharding.mesh.size, 1)
+    mesh = jax.typeof(x).sharding.mesh
+    return _count(_shared(mesh.axis_names, mesh), mesh)
 
 
 def rows_spread(x):
     """Over how many devices the rows of a batch are divided, as far as `x` of a program that is traced tells."""
     mesh = jax.typeof(x).sharding.mesh
     return 1 if mesh.empty else row_shards(mesh)
+
+
+def copies_of(x):
+    """`(mesh, count)`: over how many copies of the model, the mesh axis `data`, the rows of `x` [B,...] of a program that
+    is traced are divided; 1 without a mesh, or where they do not divide."""
+    mesh = jax.typeof(x).sharding.mesh
+    count = 1 if mesh.empty else _count(_shared("data", mesh), mesh)
+    return mesh, 1 if x.shape[0] % count else count
 
 
 def tree_shardings(axes, shapes, mesh):
@@ -85,7 +102,7 @@ def batch_sharding(mesh):
 
 def row_shards(mesh):
     """Into how many parts the rows of a batch are divided."""
-    return _count(RULES["rows"], mesh)
+    return _count(_shared(RULES["rows"], mesh), mesh)
 
 
 def shard_batch(tree, mesh):

@@ -35,11 +35,14 @@ def memory_of(compiled):
 
 
 def decode_body(instructions):
-    """Names of the bodies of the loops that decode, one a stage; in the order of the program."""
-    found = [each.inside[-1] for each in instructions if each.inside and f"/{DECODE}/" in each.name]
-    counted = {body: found.count(body) for body in dict.fromkeys(found)}
-    return [body for body in counted if not any(body in each.inside[:-1] for each in instructions if each.inside
-                                                and each.inside[-1] in counted)] or list(counted)
+    """Names of the bodies of the loops that decode, one a stage, in the order of the program."""
+    found = {}
+    for each in instructions:
+        before, inside, _ = each.name.partition(f"/{DECODE}/")
+        depth = before.count("while/body")
+        if inside and 0 < depth <= len(each.inside):
+            found[each.inside[depth - 1]] = None
+    return list(found)
 
 
 def _moved(each, shape, step):

@@ -17,8 +17,10 @@ from jaxrl_fp16.forward import numerics_of
 from jaxrl_fp16.lengths import Told, cut, dividing, pinned, places, row_lengths, row_sharding, rows_at, traced
 from jaxrl_fp16.models.numerics import jit
 from jaxrl_fp16.objectives import merge_metrics
-from jaxrl_fp16.objectives.metrics import add_shares, finish_metrics, no_shares
-from jaxrl_fp16.training.updates.step import add_gradient, guarded_step, jit_update, join_rows, take_step
+from jaxrl_fp16.objectives.metrics import add_shares, finish_metrics, no_shares, stacked_shares
+from jaxrl_fp16.training.updates.step import (
+    add_gradient, guarded_step, jit_update, join_rows, no_gradient, take_step, whole_gradient,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,8 +48,8 @@ class Microbatches:
 class Sums:
     """What the parts of a batch add up to."""
 
-    loss: jax.Array         # float32 []
-    grads: Any              # float32 tree like the trained parameters, scaled
+    loss: jax.Array         # float32 [], or of each copy of the model that a mesh has, [copies]
+    grads: Any              # float32 tree like the trained parameters, scaled; likewise
     shares: dict            # of the metrics
     kept: jax.Array | None  # float32 [B,T]
 
@@ -96,7 +98,7 @@ def make_step(model, optimizer, objective, microbatches, *, keep=None, state_sha
         _, (shares, kept) = jax.eval_shape(objective.loss(batch), state.sampling_params, batch)
         shape = objective.masks(batch)[0].shape
         sums = Sums(
-            jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained_params), no_shares(shares),
+            *no_gradient(state, None if sharding is None else batch), no_shares(shares),
             None if kept is None else jnp.zeros(shape, kept.dtype),
         )
         return _pinned(sums, state_shardings, sharding)
@@ -109,12 +111,14 @@ def make_step(model, optimizer, objective, microbatches, *, keep=None, state_sha
             rows, given = objective.rows(batch, place), (sums.loss, sums.grads)
             (loss, grads), (shares, kept) = add_gradient(objective.loss(batch), state, given, rows)
             kept = None if kept is None else place(*objective.masks(batch)).put(sums.kept, kept)
+            shares = {name: stacked_shares(name, x) for name, x in shares.items()}
             return _pinned(Sums(loss, grads, add_shares(sums.shares, shares), kept), state_shardings, sharding)
 
         return lax.fori_loop(0, count, body, sums)
 
     def finish(state, sums, batch):
-        state, metrics = take_step(optimizer, state, sums.loss, sums.grads, objective.empty(batch), frozen)
+        loss, grads = whole_gradient((sums.loss, sums.grads))
+        state, metrics = take_step(optimizer, state, loss, grads, objective.empty(batch), frozen)
         return state, {**finish_metrics(sums.shares), **metrics, **({keep: sums.kept} if keep else {})}
 
     whole = jit_update(whole, model, state_shardings, static_argnames="size")
@@ -162,8 +166,12 @@ def _pinned(sums, state_shardings, rows):
         return sums
     shardings = state_shardings.trained_params
     everywhere = NamedSharding(jax.tree.leaves(shardings)[0].mesh, PartitionSpec())
+    own = everywhere
+    if sums.loss.ndim:    # of each copy of the model
+        own = NamedSharding(everywhere.mesh, PartitionSpec("data"))
+        shardings = jax.tree.map(lambda x: NamedSharding(x.mesh, PartitionSpec("data", *x.spec)), shardings)
     return Sums(
-        pinned(sums.loss, everywhere), jax.tree.map(pinned, sums.grads, shardings),
+        pinned(sums.loss, own), jax.tree.map(pinned, sums.grads, shardings),
         {name: pinned(x, everywhere) for name, x in sums.shares.items()},
         None if sums.kept is None else pinned(sums.kept, rows or everywhere),
     )

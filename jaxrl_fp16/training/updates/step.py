@@ -7,11 +7,13 @@ new state, adjust the scale.
 
 import jax
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 import jax.numpy as jnp
 import optax
 
 from jaxrl_fp16.forward import numerics_of
 from jaxrl_fp16.models.numerics import jit
+from jaxrl_fp16.parallel import copies_of
 
 
 def guarded_step(loss_fn, optimizer, state, batch, microbatch_size, *, empty=False, frozen=False):
@@ -70,14 +72,56 @@ def _accumulate(loss_fn, state, microbatches):
     def body(sums, microbatch):
         return add_gradient(loss_fn, state, sums, microbatch)
 
-    zeros = jax.tree.map(jnp.zeros_like, state.trained_params)
-    (loss, grads), aux = lax.scan(body, (jnp.zeros(()), zeros), microbatches)
-    return loss, grads, aux
+    sums = no_gradient(state, jax.tree.map(lambda x: x[0], microbatches))
+    sums, aux = lax.scan(body, sums, microbatches)
+    return *whole_gradient(sums), aux
+
+
+def no_gradient(state, rows=None):
+    """The sums that `add_gradient` begins with, of `(loss, scaled float32 gradients)`; `rows`: a tree of arrays that
+    are spread as a microbatch is, None: it is not.
+
+    Where a mesh has copies of the model each has sums of its own, along an axis in front: their gradients cross the
+    wires once, in `whole_gradient`, and not for each microbatch.
+    """
+    mesh, copies = (None, 1) if rows is None else copies_of(_first_of(rows))
+    if copies == 1:
+        return jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.trained_params)
+
+    def zeros(x):
+        spec = PartitionSpec("data", *[PartitionSpec.UNCONSTRAINED] * x.ndim)
+        return lax.with_sharding_constraint(jnp.zeros((copies, *x.shape), x.dtype), NamedSharding(mesh, spec))
+
+    return zeros(jnp.zeros(())), jax.tree.map(zeros, state.trained_params)
 
 
 def add_gradient(loss_fn, state, sums, microbatch):
-    """`((loss, scaled float32 gradients), aux)`: `sums`, of the microbatches before, with those of this one."""
+    """`(sums, aux)`: `sums`, of the microbatches before, with this one; where there are copies, each scalar of aux is an
+    array with one value of each."""
+    if not sums[0].ndim:
+        return _add_gradient(loss_fn, state, sums, microbatch)
 
+    def of_copy(state, sums, microbatch):
+        sums, aux = _add_gradient(loss_fn, state, jax.tree.map(lambda x: x[0], sums), microbatch)
+        return jax.tree.map(lambda x: x[None], sums), jax.tree.map(lambda x: x[None] if x.ndim == 0 else x, aux)
+
+    (mesh, _), own = copies_of(_first_of(microbatch)), PartitionSpec("data")
+    rows = jax.tree.map(lambda x: own if x.ndim else PartitionSpec(), microbatch)
+    return jax.shard_map(
+        of_copy, mesh=mesh, axis_names={"data"}, in_specs=(PartitionSpec(), own, rows), out_specs=own, check_vma=False,
+    )(state, sums, microbatch)
+
+
+def whole_gradient(sums):
+    """`(loss, scaled float32 gradients)` of all copies of the model."""
+    return sums if not sums[0].ndim else jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+
+
+def _first_of(microbatch):
+    return next(x for x in jax.tree.leaves(microbatch) if x.ndim)
+
+
+def _add_gradient(loss_fn, state, sums, microbatch):
     def scaled_loss(params):
         share, aux = loss_fn(state.with_trained(params).sampling_params, microbatch)
         return state.loss_scale.scale(share), (share, aux)

@@ -34,6 +34,7 @@ training/runs
 training/loops
 training
 lab
+plan
 commands
 cli
 __main__

@@ -18,6 +18,7 @@ import jax.numpy as jnp
 
 from jaxrl_fp16.masking import segment_positions
 from jaxrl_fp16.models.layers import matmul
+from jaxrl_fp16.parallel import platform_of
 
 BLOCK = 64
 
@@ -65,11 +66,13 @@ def _check_fused(kind, q, weights_dtype):
 
 
 def store(x):
-    """How a cache keeps `x`: as it is, and bfloat16 as its bits (uint16).
+    """How a cache keeps `x`: as it is, and on a CPU bfloat16 as its bits (uint16).
 
-    XLA's CPU backend would convert a whole bfloat16 cache to float32 and back at each write.
+    XLA's CPU backend would convert a whole bfloat16 cache to float32 and back at each write; a TPU's would make the
+    whole cache anew at each step out of its bits.
     """
-    return lax.bitcast_convert_type(x, jnp.uint16) if x.dtype == jnp.bfloat16 else x
+    bits = x.dtype == jnp.bfloat16 and platform_of(x) == "cpu"
+    return lax.bitcast_convert_type(x, jnp.uint16) if bits else x
 
 
 def store_keys(kind, k):
@@ -86,7 +89,7 @@ def slot_axes(kind):
 
 
 def _restore(x, dtype):
-    return lax.bitcast_convert_type(x, dtype)
+    return x if x.dtype != jnp.uint16 else lax.bitcast_convert_type(x, dtype)
 
 
 # -- blockwise: the online softmax of FlashAttention (2205.14135) ------------------------------

@@ -71,6 +71,12 @@ def mesh_size(x):
     return _count(_shared(mesh.axis_names, mesh), mesh)
 
 
+def platform_of(x):
+    """`cpu`, `gpu` or `tpu`: for what a program that is traced is made, as far as `x` tells; else what JAX runs on."""
+    device = jax.typeof(x).sharding.mesh.abstract_device
+    return jax.default_backend() if device is None else device.platform
+
+
 def rows_spread(x):
     """Over how many devices the rows of a batch are divided, as far as `x` of a program that is traced tells."""
     mesh = jax.typeof(x).sharding.mesh

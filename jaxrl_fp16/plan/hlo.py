@@ -15,6 +15,7 @@ _OPCODE = re.compile(r"(?:^|[\s)}])([a-z][a-z0-9\-]*)\(")
 _CALLED = re.compile(r"\b(calls|to_apply|body|condition|branch_computations|called_computations|true_computation|"
                      r"false_computation)=(?:\{([^}]*)\}|%?([\w.\-]+))")
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"')
+_CHANNEL = re.compile(r"channel_id=(\d+)")
 _NAME = re.compile(r'op_name="([^"]*)"')
 _GROUPS = re.compile(r"replica_groups=(?:\{(\{[^=]*?\})\}|(\[[\d,]+\]<=\[[\d,]+\](?:T\([\d,]+\))?))")
 _MATMUL = re.compile(r"\b(dot|convolution|custom-call)\(([^)]*)\)")
@@ -32,6 +33,7 @@ class Instruction:
     times: int                                      # how often it runs
     inside: tuple[str, ...]                         # bodies of loops around it, the outermost first
     name: str                                       # where in the Python program it comes from
+    operands: tuple[tuple[str, tuple[int, ...]], ...]   # dtype and shape of what it reads, where those are arrays
     text: str                                       # all of it
 
     @property
@@ -109,24 +111,50 @@ def read(text, steps=1):
     steps: how often a loop runs whose count the compiler does not know.
     """
     computations, entry = _computations(text)
-    found = []
+    found, channels = [], set()
 
-    def walk(name, times, inside):
+    def walk(name, times, inside, fused=""):
+        made = {}
         for line in computations[name]:
-            instruction, called = _instruction(line, times, inside)
-            found.append(instruction)
-            if instruction.opcode == "fusion":
-                continue
+            instruction, called = _instruction(line, times, inside, made)
+            if not fused:
+                found.append(instruction)
+            elif instruction.opcode in COLLECTIVES:
+                # Of a TPU: one collective is in several fusions, of other work that it goes on beside.
+                channel = _CHANNEL.search(line)
+                if channel is None or channel[1] not in channels:
+                    channels.add(channel and channel[1])
+                    found.append(_scattering(instruction, computations[name]) if "scatter" in fused else instruction)
             count, around = times, inside
             if instruction.opcode == "while":
                 known = _TRIPS.search(line)
-                count, around = times * (int(known[1]) if known else steps), (*inside, called["body"][0])
+                trips = int(known[1]) if known else _trips(computations[called["condition"][0]]) or steps
+                count, around = times * trips, (*inside, called["body"][0])
             for kind, names in called.items():
                 for other in names if kind not in ("to_apply", "condition") or instruction.opcode == "call" else ():
-                    walk(other, count, around)
+                    walk(other, count, around, fused or (other if instruction.opcode == "fusion" else ""))
 
     walk(entry, 1, ())
     return found
+
+
+def _trips(condition):
+    """How often a loop runs whose condition compares a counter with a constant; None where it does otherwise."""
+    root = next((line for line in condition if line.lstrip().startswith("ROOT")), "")
+    compared = re.search(r"compare\(%?([\w.\-]+), %?([\w.\-]+)\), direction=LT", root)
+    if compared is None:
+        return None
+    for line in condition:
+        constant = re.match(rf"\s+%?{re.escape(compared[2])} = s32\[\]\S* constant\((\d+)\)", line)
+        if constant:
+            return int(constant[1])
+    return None
+
+
+def _scattering(reduced, lines):
+    """An all-reduce of a fusion that keeps a part of it, as the reduce-scatter that it is."""
+    root, _ = _instruction(next(line for line in lines if line.lstrip().startswith("ROOT")), reduced.times, ())
+    return dataclasses.replace(reduced, opcode="reduce-scatter", arrays=root.arrays)
 
 
 def collectives(instructions):
@@ -171,8 +199,9 @@ def _computations(text):
     return found, entry
 
 
-def _instruction(line, times, inside):
-    body = _INSTRUCTION.match(line)[2]
+def _instruction(line, times, inside, made=None):
+    """The Instruction of a line, and what it calls; made: the arrays of the lines before by name, to which it adds."""
+    own, body = _INSTRUCTION.match(line).groups()
     depth, end = 0, len(body)
     # The results come first: an array, or a tuple in parentheses.
     if body.startswith("("):
@@ -191,7 +220,13 @@ def _instruction(line, times, inside):
     called = {match[1]: [name.strip().lstrip("%") for name in (match[2] or match[3]).split(",")]
               for match in _CALLED.finditer(rest)}
     name = _NAME.search(rest)
-    return Instruction(opcode, tuple(arrays), times, inside, name[1] if name else "", line.strip()), called
+    operands = []
+    if made is not None:
+        made[own] = arrays
+        inputs = rest[rest.index(opcode) + len(opcode):].lstrip("-start").split(")")[0]
+        operands = [made[each][0] for each in re.findall(r"%([\w.\-]+)", inputs) if len(made.get(each, ())) == 1]
+    return Instruction(opcode, tuple(arrays), times, inside, name[1] if name else "", tuple(operands),
+                       line.strip()), called
 
 
 def _results_of_start(opcode, arrays):

@@ -34,6 +34,7 @@ COMMANDS = {
     "mismatch": "how far sampler and trainer disagree, by precision and by --engines jit vllm ..., as a page",
     "generate": "responses to prompts, printed",
     "info": "is the model safe in FP16: its weights, activations and gradients against float16's range",
+    "plan": "does it fit --target h100x8 or v5e-16, and what crosses the wires: compiled for it, without having one",
     "export": "the newest checkpoint of --resume RUN_FOLDER as a Hugging Face folder, model/",
 }
 
@@ -47,7 +48,7 @@ LISTS = {
         "precisions": "mismatch.precisions", "engines": "mismatch.engines", "rollouts": "mismatch.rollout_files",
     },
 }
-SHORT = {"compare": {"jobs": "compare.jobs"}}
+SHORT = {"compare": {"jobs": "compare.jobs"}, "plan": {"target": "plan.target", "search": "plan.search"}}
 
 # The sections that a command's help shows in full, beside the keys at the top of a config.
 OWN = {

@@ -3,7 +3,8 @@
     python -m jaxrl_fp16.plan.child < REQUEST.json
 
 REQUEST: `config` (a mapping), `target`, `program`, `layers` (null: all), `text` (null, or a file for the optimised HLO).
-The last line of what it prints is `summary.of`'s mapping as JSON, or `{"refused": why}`.
+The last line of what it prints is `summary_of`'s mapping as JSON, with `facts` of the whole model, or
+`{"refused": why}`. Without a `program` nothing is compiled.
 """
 
 import json
@@ -14,6 +15,7 @@ import time
 from jax.experimental import topologies
 
 from jaxrl_fp16.config import ConfigError, parse_config
+from jaxrl_fp16.plan.facts import facts_of
 from jaxrl_fp16.plan.programs import lowered, with_layers
 from jaxrl_fp16.plan.summary import summary_of
 from jaxrl_fp16.plan.targets import description_of, get_target
@@ -36,7 +38,11 @@ def answer(request):
     target, start = get_target(request["target"]), time.process_time()
     try:
         setup = set_up_for(parse_config(Config, request["config"], "config"), target.chip.platform, devices_of(target))
-        model = with_layers(make_model(setup), request["layers"])
+        whole = make_model(setup)
+        facts = facts_of(setup, whole)
+        if request["program"] is None:
+            return {"facts": facts}
+        model = with_layers(whole, request["layers"])
         program = lowered(setup, model, request["program"])
     except (ConfigError, ValueError) as error:
         return {"refused": str(error)}
@@ -44,7 +50,7 @@ def answer(request):
     text = compiled.as_text()
     if request["text"] is not None:
         Path(request["text"]).write_text(text)
-    return {**summary_of(compiled, text, setup, model), "seconds": time.process_time() - start}
+    return {**summary_of(compiled, text, setup, model), "facts": facts, "seconds": time.process_time() - start}
 
 
 if __name__ == "__main__":

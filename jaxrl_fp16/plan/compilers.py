@@ -49,13 +49,20 @@ def find_compiler(platform):
     )
 
 
+def has_cudnn(folders):
+    """Whether cuDNN, which compiles its own attention, is in one of the folders or in this environment."""
+    if any((Path(folder) / "nvidia" / "cudnn").is_dir() for folder in folders):
+        return True
+    return importlib.util.find_spec("nvidia") is not None and importlib.util.find_spec("nvidia.cudnn") is not None
+
+
 def compile_program(config, target, program, layers=None, text=None, seconds=None):
     """What `summary_of` says of one program of a config, compiled for a Target.
 
     Args:
       config: a mapping of plain values.
       target: a `Target`.
-      program: one of `programs.names_of`.
+      program: one of `programs.names_of`; None: the `facts` of the run alone.
       layers: of the model; None: all.
       text: a file for the optimised HLO; None: it is not kept.
       seconds: after which the compiler is given up; None: never.
@@ -72,8 +79,8 @@ def compile_program(config, target, program, layers=None, text=None, seconds=Non
         done = subprocess.run([sys.executable, "-m", "jaxrl_fp16.plan.child"], input=json.dumps(request), text=True,
                               capture_output=True, env=environment, timeout=seconds)
     except subprocess.TimeoutExpired as error:
-        raise CompileError(f"the compiler for {target.name} had not finished the {program} after {seconds:g} s"
-                           ) from error
+        raise CompileError(f"the compiler for {target.name} had not finished the {program} after {seconds:g} s; "
+                           "allowed: a larger plan.seconds") from error
     if done.returncode:
         raise CompileError(f"the compiler for {target.name} did not take the {program}: "
                            f"{_reason(done.stderr, done.returncode)}")

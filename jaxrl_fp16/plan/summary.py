@@ -20,10 +20,9 @@ def summary_of(compiled, text, setup, model):
     """
     instructions = hlo.read(text)
     bodies = decode_bodies(instructions)
-    shape = [setup.mesh.shape[axis] for axis in MESH_AXES]
     return {
         "memory": memory_of(compiled), "layers": model.config.num_layers,
-        "moved": [_moved(each, shape, bodies) for each in hlo.collectives(instructions)],
+        "moved": [_moved(each, setup.mesh, bodies) for each in hlo.collectives(instructions)],
         "dots": sorted({f"{left} x {right} -> {result}" for left, right, result in hlo.dots(text)}),
         "decode": decode_of(instructions, bodies[-1], setup, model) if bodies else None,
     }
@@ -102,18 +101,29 @@ def _touched(kernel):
     return sum(read) + sum(made)
 
 
-def _moved(each, shape, bodies):
-    place = "decode" if any(body in bodies for body in each.inside) else "loop" if each.inside else "once"
+def _moved(each, mesh, bodies):
+    stages = [place for place, body in enumerate(bodies) if body in each.inside]
+    place = "loop" if each.inside else "once"
+    if stages:    # of several stages of decoding, which follow one another, the last stands for all
+        place = "decode" if stages[0] == len(bodies) - 1 else "earlier stage"
+    shape = [mesh.shape[axis] for axis in MESH_AXES]
+    groups = np.arange(mesh.size)[None] if each.groups is None else each.groups
     return {
-        "kind": each.opcode, "axes": axes_of(each.groups, shape), "place": place, "times": each.times,
+        "kind": each.opcode, "axes": axes_of(groups, shape), "place": place, "times": each.times,
         "arrays": [[dtype, list(size)] for dtype, size in each.arrays], "bytes": each.moved,
-        "group": each.members or int(np.prod(shape)), "name": each.name,
+        "group": int(groups.shape[1]), "hosts": hosts_of(groups, mesh), "name": each.name,
     }
 
 
 def axes_of(groups, shape):
     """The mesh axes that a collective's groups span, joined by +."""
-    if groups is None:
-        return "+".join(axis for axis, size in zip(MESH_AXES, shape) if size > 1)
     places = np.stack(np.unravel_index(groups, shape))   # [axes, groups, members]
     return "+".join(axis for axis, at in zip(MESH_AXES, places) if (at != at[:, :1]).any())
+
+
+def hosts_of(groups, mesh):
+    """Over how many hosts the widest of a collective's groups goes; the chips of a TPU's slice count as one."""
+    devices = mesh.devices.flatten()
+    if devices[0].platform == "tpu":
+        return 1
+    return max(len({devices[place].process_index for place in group}) for group in groups)

@@ -19,7 +19,7 @@ from jaxrl_fp16.telemetry import TelemetryConfig
 from jaxrl_fp16.training.checkpoints.checkpoint import CheckpointConfig
 from jaxrl_fp16.training.runs.sections import (
     AlgorithmSection, CompareConfig, CriticConfig, DPOConfig, EvaluationConfig, FilterConfig, GenerateConfig,
-    InfoConfig, MismatchConfig, ModelConfig, RunConfig, SFTConfig, TrainingConfig,
+    InfoConfig, MismatchConfig, ModelConfig, PlanConfig, RunConfig, SFTConfig, TrainingConfig,
 )
 from jaxrl_fp16.training.updates.optimizer import OptimizerConfig
 
@@ -27,7 +27,7 @@ from jaxrl_fp16.training.updates.optimizer import OptimizerConfig
 MAY_CHANGE = ("run.steps", "sft.steps", "dpo.steps", "run.dir", "run.compile_cache", "run.export", "logging",
               "checkpoint", "evaluation", "mesh", "resume", "training.reference", "training.tokenisation_rows",
               "generate", "telemetry", "info", "filter.low", "filter.high", "filter.output", "compare.jobs",
-              "mismatch", "task.workers", "task.deadline_seconds", "task.batch_seconds", "task.memory_mb",
+              "mismatch", "plan", "task.workers", "task.deadline_seconds", "task.batch_seconds", "task.memory_mb",
               "training.stage_seconds", "training.stop_above", "run.heartbeat_seconds", "model.allow_longer",
               "model.remat", "rollout.python", "rollout.exchange", "rollout.memory_fraction", "rollout.stop_above",
               "rollout.deadline_seconds")
@@ -73,6 +73,7 @@ class Config:
     compare: CompareConfig = CompareConfig()
     info: InfoConfig = InfoConfig()
     mismatch: MismatchConfig = MismatchConfig()
+    plan: PlanConfig = PlanConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     logging: LoggingConfig = LoggingConfig()
     telemetry: TelemetryConfig = TelemetryConfig()

@@ -290,6 +290,22 @@ class InfoConfig:
 
 
 @dataclasses.dataclass(frozen=True)
+class PlanConfig:
+    """What `plan` compiles a config's programs for."""
+
+    target: Annotated[
+        str | None,
+        Doc("machine that `plan` compiles for: h100x8 (GPUs), v5e-16 (chips), v5p-256 (cores, two a chip), or a "
+            "topology, h100:1x4x8 (slices x hosts x GPUs), v5p:2x2x1; null: none, which `plan` refuses"),
+    ] = None
+    search: Annotated[bool, Doc("compile the update for up to six meshes of the same devices and compare them")] = False
+    output: Annotated[
+        str | None, Doc("folder of `plan`'s page and figures; null: run.dir/plan-, with run.name and the target")
+    ] = None
+    seconds: Annotated[float, Gt(0), Doc("seconds after which `plan` gives one compiler up")] = 1800.0
+
+
+@dataclasses.dataclass(frozen=True)
 class MismatchConfig:
     """What `mismatch` samples, scores and draws."""
 

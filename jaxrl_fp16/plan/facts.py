@@ -1,0 +1,74 @@
+"""What is known of a run's step before anything is compiled: sizes, and the arithmetic that it asks for.
+
+n: prompts of a step.  P: prompt columns.  N: new tokens.  T = P + N.
+"""
+
+import jax
+
+from jaxrl_fp16.models import FAMILIES, param_shapes
+from jaxrl_fp16.parallel import row_shards
+from jaxrl_fp16.plan.programs import bytes_on_a_device, learner_on, params_on
+from jaxrl_fp16.training.safety.memory import estimate
+
+
+def facts_of(setup, model):
+    """Plain values of a Setup and the whole model: bytes are of one device, FLOP and rows of all together.
+
+    learner: bytes of what stays on a device from step to step. flops: of each program, once; those of the sampler by
+    `prefill` and `decode`, every response as long as it may be. must_read: bytes that a decode step reads at least,
+    weights and, at half of the responses' length, the cache.
+    """
+    config, mesh = setup.config, setup.mesh
+    t, s = config.training, config.sampling
+    learner, half = learner_on(setup, model), setup.precision.policy.compute_dtype.itemsize
+    rows, columns = t.prompts_per_step * s.group_size, t.max_prompt_tokens + s.max_new_tokens
+    layers, head = _matmul_parameters(model)
+    attention = FAMILIES[model.config.family].attention(model.config)
+    # A query and all keys before it: a product with the keys and one with the values.
+    mixed = 4 * attention.heads * attention.head_dim * model.config.num_layers
+
+    def forward(rows, columns):
+        return rows * columns * (2 * (layers + head) + mixed * columns / 2)
+
+    def learn(rows):
+        again = 2 * layers + mixed * columns / 2 if model.remat else 0
+        return 3 * forward(rows, columns) + rows * columns * again
+
+    shards, tensor = row_shards(mesh), mesh.shape["tensor"]
+    slots = min(rows, s.max_rows or rows)
+    kept = half * attention.cached * model.config.num_layers * (t.max_prompt_tokens + s.max_new_tokens / 2)
+    prefill = t.prompts_per_step * t.max_prompt_tokens * (2 * layers + mixed * t.max_prompt_tokens / 2)
+    decode = rows * (2 * (layers + head) + mixed * (t.max_prompt_tokens + s.max_new_tokens / 2))
+    updates = t.epochs * rows // t.minibatch_size
+    return {
+        "layers": model.config.num_layers, "parameters": sum(x.size for x in jax.tree.leaves(param_shapes(model))),
+        "kv_heads": attention.kv_heads, "attention": model.attention, "remat": model.remat, "precision": setup.precision.name,
+        "rollout_precision": setup.rollout_precision.name, "half": half, "rows": rows, "columns": columns,
+        "updates": updates, "new_tokens": s.max_new_tokens, "mesh": dict(mesh.shape),
+        "learner": {
+            "policy": bytes_on_a_device(learner.actor), "policy parameters": bytes_on_a_device(learner.actor.params),
+            "critic": bytes_on_a_device(learner.critic) if learner.critic else 0,
+            "critic parameters": bytes_on_a_device(learner.critic.params) if learner.critic else 0,
+            "reference": bytes_on_a_device(params_on(model, mesh))
+            if learner.reference is not None and t.reference == "device" else 0,
+        },
+        "flops": {"prefill": prefill, "decode": decode * s.max_new_tokens, "scorer": forward(rows, columns),
+                  "values": forward(rows, columns), "update": learn(t.minibatch_size),
+                  "critic update": learn(t.minibatch_size)},
+        "must_read": half * (layers + head) / tensor + kept * slots / shards / _heads_apart(attention, tensor),
+        "rounds": -(-rows // slots),
+        "estimate": estimate(config, model, mesh, setup.precision.policy.compute_dtype,
+                             reference=learner.reference is not None),
+    }
+
+
+def _matmul_parameters(model):
+    """Of one model: those of the layers' kernels, and those of the head."""
+    shapes = param_shapes(model)
+    layers = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["layers"])
+                 if path[-1].key == "kernel")
+    return layers, model.config.vocab_size * model.config.hidden_size
+
+
+def _heads_apart(attention, tensor):
+    return 1 if attention.kv_heads % tensor else tensor

@@ -90,16 +90,12 @@ class _Plan:
         own = tuple(facts["mesh"].values())
         rows = (config.training.minibatch_size, config.training.prompts_per_step)
         meshes = meshes_for(self.target.chips, self.target.near_chips, own, rows, facts["kv_heads"])
-        jobs = [(mesh, depth) for mesh in meshes for depth in DEPTHS]
         with ThreadPoolExecutor(AT_ONCE) as pool:
-            done = list(pool.map(lambda job: self._on_mesh(*job), jobs))
-        found = {}
-        for mesh, few, more in zip(meshes, done[::2], done[1::2]):
-            refused = next((each for each in (few, more) if isinstance(each, str)), None)
-            found[mesh] = refused or self._reckoned(carried_on(few, more, facts["layers"]), more["facts"], mesh)
-        return found
+            done = list(pool.map(self._on_mesh, meshes))
+        return {mesh: each if isinstance(each, str) else self._reckoned(each, mesh) for mesh, each in zip(meshes, done)}
 
-    def _reckoned(self, summary, facts, mesh):
+    def _reckoned(self, summary, mesh):
+        facts = summary["facts"]
         return {"needs": sum(needs_of("update", summary, facts).values()), "micro": self._micro(mesh),
                 "moved": sum(moved_in_step({"update": summary}, facts).values()),
                 "seconds": seconds_of("update", summary, facts, self.target)}
@@ -108,12 +104,12 @@ class _Plan:
         t = self.config["training"]
         return microbatch_for(mesh, t["microbatch_size"], t["minibatch_size"])
 
-    def _on_mesh(self, mesh, layers):
+    def _on_mesh(self, mesh):
         axes = dict(zip(("data", "fsdp", "tensor"), mesh))
         config = {**self.config, "mesh": {**self.config["mesh"], **axes},
                   "training": {**self.config["training"], "microbatch_size": self._micro(mesh)}}
         try:
-            return self._told("update", layers, config, f" on {' x '.join(map(str, mesh))}")
+            return self._told("update", None, config, f" on {' x '.join(map(str, mesh))}")
         except (CompileError, ValueError) as error:
             return str(error)
 

@@ -19,7 +19,7 @@ def answer(found, facts, target):
     most, free = max(needs, key=needs.get), room(target)
     share = needs[most] / free
     fits = "It fits" if share <= FITS else "It fits barely" if share <= TIGHT else "It does not fit"
-    yield (f"{fits}: the {most} takes most, {needs[most] / GIB:,.1f} GiB of the {free / GIB:,.1f} GiB that a run has on "
+    yield (f"{fits}: the {most} takes most, {_number(needs[most] / GIB)} GiB of the {free / GIB:,.1f} GiB that a run has on "
            f"each of {target.said}.")
     seconds = {name: seconds_of(name, each, facts, target) for name, each in found.items()}
     least, longest = sum(map(at_best, seconds.values())), sum(map(one_by_one, seconds.values()))
@@ -49,7 +49,7 @@ def advice(found, facts, target):
         largest = max(needs, key=needs.get)
         keys = {"sampler": "sampling.max_rows (fewer rows at once), mesh.tensor"}.get(
             name, "training.microbatch_size, training.microbatch_tokens")
-        if largest in ("arguments", "the run's other states"):
+        if largest in ("arguments", "other states"):
             keys = f"mesh.fsdp (here {mesh['fsdp']})" + (", training.reference: host" if facts["learner"]["reference"]
                                                         else "")
         yield f"The {name} is {over / GIB:,.1f} GiB too large, most of it {largest}. What lowers it: {keys}."
@@ -78,14 +78,15 @@ def tables(found, facts, target):
     rows = []
     for name, each in found.items():
         needs = needs_of(name, each, facts)
-        rows.append([name, *(f"{size / GIB:,.2f}" for size in needs.values()), f"{sum(needs.values()) / GIB:,.2f}",
-                     f"{sum(needs.values()) / room(target):.0%}"])
-    columns = ("program", "arguments", "results", "temporary", "code", "other states", "sum", "of what there is")
+        total = sum(needs.values())
+        rows.append([name, *(_number(size / GIB) for size in needs.values()), _number(total / GIB),
+                     f"{total / room(target):.0%}"])
+    columns = ("program", *needs, "sum", "of what there is")
     yield Table(columns, rows, "GiB on a device while a program runs. Results: those that no donated array holds. Other "
                 "states: what the run keeps there meanwhile, such as Adam's moments while it samples.")
     moved = sorted(moved_in_step(found, facts).items(), key=lambda item: -item[1])
     places = {"once": "once a call", "loop": "in loops", "decode": "at each decode step"}
-    rows = [[name, places[place], axes, kind, f"{size / 1e9:,.2f}"] for (name, place, axes, kind), size in moved
+    rows = [[name, places[place], axes, kind, _number(size / 1e9)] for (name, place, axes, kind), size in moved
             if size >= 1e7] or [["all programs", "-", "-", "-", "0"]]
     yield Table(("program", "where", "mesh axis", "collective", "GB a step"), rows,
                 "Bytes that enter or leave a device, whichever is more, of collectives in the compiled programs, loops "
@@ -93,8 +94,8 @@ def tables(found, facts, target):
     rows = []
     for name, each in found.items():
         seconds = seconds_of(name, each, facts, target)
-        rows.append([name, str(calls_of(name, facts)), *(f"{value:,.2f}" for value in seconds.values()),
-                     f"{at_best(seconds):,.2f}", f"{one_by_one(seconds):,.2f}"])
+        rows.append([name, str(calls_of(name, facts)), *map(_number, seconds.values()),
+                     _number(at_best(seconds)), _number(one_by_one(seconds))])
     yield Table(("program", "calls a step", "compute", "memory", "wires", "all at once", "one by one"), rows,
                 "Seconds of a step at best: FLOP over the chip's peak, of decoding bytes over its memory's speed, bytes "
                 "over the wires. A real run takes longer; peaks are not reached.")
@@ -109,10 +110,10 @@ def search_table(searched):
             rows.append([name, "-", "-", "-", "-", each])
             continue
         seconds = each["seconds"]
-        rows.append([name, str(each["micro"]), f"{each['needs'] / GIB:,.2f}", f"{each['moved'] / 1e9:,.1f}",
-                     f"{at_best(seconds):,.2f}", f"{one_by_one(seconds):,.2f}"])
+        rows.append([name, str(each["micro"]), _number(each["needs"] / GIB), _number(each["moved"] / 1e9),
+                     _number(at_best(seconds)), _number(one_by_one(seconds))])
     return Table(("data x fsdp x tensor", "rows at once", "GiB a device", "GB a step", "all at once, s",
-                  "one by one, s"), rows, "The update alone, compiled with 2 and with 4 layers and carried on.")
+                  "one by one, s"), rows, "The update alone. At once: training.microbatch_size, or the nearest number that the mesh divides.")
 
 
 def draw_needs(found, facts, target):
@@ -171,8 +172,12 @@ def _own(facts, found):
                  "The estimate of memory that a run prints at its start, beside the largest of the programs above.")
 
 
+def _number(value):
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
 def _time(seconds):
-    return f"{seconds:,.2f} s" if seconds < 10 else f"{seconds:,.0f} s" if seconds < 600 else f"{seconds / 60:,.0f} min"
+    return f"{seconds:.3g} s" if seconds < 10 else f"{seconds:,.0f} s" if seconds < 600 else f"{seconds / 60:,.0f} min"
 
 
 def _bytes(size):

@@ -99,8 +99,8 @@ def needs_of(name, summary, facts):
     memory, learner = summary["memory"], facts["learner"]
     own = {"update": learner["policy"], "critic update": learner["critic"], "values": learner["critic parameters"]}
     others = learner["policy"] + learner["critic"] + learner["reference"] - own.get(name, learner["policy parameters"])
-    return {"arguments": memory["arguments"], "results": memory["results"] - memory["donated"],
-            "temporary": memory["temporary"], "code": memory["code"], "the run's other states": others}
+    return {"arguments": memory["arguments"], "temporary": memory["temporary"],
+            "results and code": memory["results"] - memory["donated"] + memory["code"], "other states": others}
 
 
 def room(target):

@@ -174,14 +174,24 @@ def _fits(stage, state):
 
 def enter(recipe, stage, state):
     """`state` in the shapes of a later Stage: the living rows in its slots, the caches at its width."""
-    if len(state.row) > stage.slots:
-        kept = jnp.argsort(state.done, stable=True)[: stage.slots]
-        take = lambda x: jax.tree.map(lambda leaf: leaf[kept], x)
-        state = state.replace(**{name: take(getattr(state, name)) for name in PER_SLOT})
-    return state.replace(caches=[_widen(recipe, cache, stage) for cache in state.caches])
+    kept, state = enter_slots(stage, state)
+    return state.replace(caches=[enter_cache(recipe, stage, cache, kept) for cache in state.caches])
 
 
-PER_SLOT = ("caches", "row", "keys", "token", "position", "drawn", "stop_state", "done", "tainted")
+def enter_slots(stage, state):
+    """`(slots that a later Stage keeps int32 [R] or None: all, state)`, with the caches as they were."""
+    if len(state.row) <= stage.slots:
+        return None, state
+    kept = jnp.argsort(state.done, stable=True)[: stage.slots]
+    return kept, state.replace(**{name: getattr(state, name)[kept] for name in PER_SLOT})
+
+
+def enter_cache(recipe, stage, cache, kept):
+    """One layer's cache in the shapes of a later Stage."""
+    return _widen(recipe, cache if kept is None else jax.tree.map(lambda leaf: leaf[kept], cache), stage)
+
+
+PER_SLOT = ("row", "keys", "token", "position", "drawn", "stop_state", "done", "tainted")
 
 
 def _load(recipe, rows, state):

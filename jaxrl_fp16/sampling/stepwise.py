@@ -15,7 +15,7 @@ import numpy as np
 from jaxrl_fp16.forward import cast_to_compute
 from jaxrl_fp16.models.numerics import jit
 from jaxrl_fp16.sampling.sampler import as_rollout, decode_weights, make_recipe, row_keys, start
-from jaxrl_fp16.sampling.slots import enter, fill, goes_on, run_stage, stages_of
+from jaxrl_fp16.sampling.slots import enter_cache, enter_slots, fill, goes_on, run_stage, stages_of
 
 FIRST = 8       # decode steps of the first call; those that follow take about PACE
 PACE = 2.0      # seconds
@@ -62,9 +62,19 @@ def make_stepwise_sampler(model, policy, config, *, eos_id, pad_id, tokenizer=No
 
     begin = program(begin)
     advance = program(advance, static_argnums=0, donate_argnums=3)
-    move = program(partial(enter, recipe), static_argnums=0)
+    move_slots = program(enter_slots, static_argnums=0)
+    move_cache = program(partial(enter_cache, recipe), static_argnums=0)
     end = program(lambda tokens, mask, state: as_rollout(
         tokens, mask, config.group_size, state.columns, state.finished))
+
+    def move(stage, state):
+        caches, state = state.caches, state.replace(caches=[])
+        kept, state = move_slots(stage, state)
+        # Layer by layer in the list that holds them, so that each is gone before the next grows: all at once would
+        # take half as much again.
+        for place in range(len(caches)):
+            caches[place] = move_cache(stage, caches[place], kept)
+        return state.replace(caches=caches)
 
     def sample(params, prompt_tokens, prompt_mask, key, watch: Callable[[Sampled], Any] | None = None):
         began, steps = time.monotonic(), FIRST

@@ -56,7 +56,7 @@ def facts_of(setup, model):
                   "values": forward(rows, columns), "update": learn(t.minibatch_size),
                   "critic update": learn(t.minibatch_size)},
         "must_read": half * (layers + head) / tensor + kept * slots / shards / _heads_apart(attention, tensor),
-        "rounds": -(-rows // slots),
+        "rounds": -(-rows // slots), "decodes in steps": mesh.size == 1,
         "estimate": estimate(config, model, mesh, setup.precision.policy.compute_dtype,
                              reference=learner.reference is not None),
     }

@@ -13,7 +13,7 @@ from jaxrl_fp16.objectives import needs_critic, needs_reference, needs_scorer
 from jaxrl_fp16.parallel import batch_sharding, replicated, state_shardings
 from jaxrl_fp16.sampling.support import support_size
 from jaxrl_fp16.training.loops.learn import make_programs
-from jaxrl_fp16.training.rollouts.engine import jitted_sampler
+from jaxrl_fp16.training.rollouts.engine import own_sampler
 from jaxrl_fp16.training.runs.learner import Learner, critic_model
 from jaxrl_fp16.training.runs.run_config import resolve_algorithm
 from jaxrl_fp16.training.updates.optimizer import make_optimizer
@@ -50,7 +50,7 @@ def lowered(setup, model, name):
     if name == "sampler":
         prompts = array(jnp.int32, t.prompts_per_step, t.max_prompt_tokens)
         mask, key = array(bool, *prompts.shape), jax.eval_shape(lambda: jax.random.key(0))
-        return jitted_sampler(setup, model).lower(params_on(model, mesh), prompts, mask, key)
+        return own_sampler(setup, model).lower(params_on(model, mesh), prompts, mask, key)
     learner = learner_on(setup, model)
     algorithm = resolve_algorithm(config)
     critic = critic_model(config, model) if needs_critic(algorithm) else None

@@ -98,7 +98,10 @@ def needs_of(name, summary, facts):
     """Bytes on a device while a program runs, by what takes them."""
     memory, learner = summary["memory"], facts["learner"]
     own = {"update": learner["policy"], "critic update": learner["critic"], "values": learner["critic parameters"]}
-    others = learner["policy"] + learner["critic"] + learner["reference"] - own.get(name, learner["policy parameters"])
+    # On one device the sampler's program is given weights that are cast already, beside all that is learnt.
+    apart = name == "sampler" and facts["decodes in steps"]
+    given = 0 if apart else own.get(name, learner["policy parameters"])
+    others = learner["policy"] + learner["critic"] + learner["reference"] - given
     return {"arguments": memory["arguments"], "temporary": memory["temporary"],
             "results and code": memory["results"] - memory["donated"] + memory["code"], "other states": others}
 

@@ -9,11 +9,13 @@ from functools import partial
 import time
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_fp16.forward import cast_to_compute
 from jaxrl_fp16.models.numerics import jit
+from jaxrl_fp16.parallel import replicated
 from jaxrl_fp16.sampling.sampler import as_rollout, decode_weights, make_recipe, row_keys, start
 from jaxrl_fp16.sampling.slots import enter_cache, enter_slots, fill, goes_on, run_stage, stages_of
 
@@ -91,6 +93,17 @@ def make_stepwise_sampler(model, policy, config, *, eos_id, pad_id, tokenizer=No
                     watch(Sampled(ended, total, tokens, time.monotonic() - began))
         return end(prompt_tokens, prompt_mask, state)
 
+    def lower(params, prompt_tokens, prompt_mask, key):
+        weights, rows, state = jax.eval_shape(begin, params, prompt_tokens, prompt_mask, key)
+        widest = max(stages_of(recipe, len(rows.token), prompt_tokens.shape[1]), key=lambda each: each.slots * each.width)
+        state = state.replace(caches=[jax.eval_shape(partial(enter_cache, recipe, widest, kept=None), cache)
+                                      for cache in state.caches])
+        here = replicated(jax.tree.leaves(params)[0].sharding.mesh)
+        placed = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=here), (weights, rows, state))
+        return advance.lower(widest, *placed, jax.ShapeDtypeStruct((), jnp.int32))
+
+    # Of shapes that lie on one device: the call that needs most, some steps of the widest stage.
+    sample.lower = lower
     return sample
 
 

@@ -39,10 +39,9 @@ def make_engine(setup, model, sampling=None, precision=None, engine=None):
     engine = engine or setup.config.rollout.engine
     if engine != "jit":
         return _other_engine(setup, model, sampling, precision, engine)
-    if setup.mesh.size == 1 and sampling.max_new_tokens >= LONG:
-        sample = make_stepwise_sampler(*_given(setup, model, sampling, precision), **_ids(setup))
-    else:
-        whole = jitted_sampler(setup, model, sampling, precision)
+    sample = own_sampler(setup, model, sampling, precision)
+    if not _in_steps(setup, sampling):
+        whole = sample
         sample = lambda params, tokens, mask, key, watch: whole(params, tokens, mask, key)
 
     def sampled(params, tokens, mask, key, watch=None):
@@ -51,20 +50,19 @@ def make_engine(setup, model, sampling=None, precision=None, engine=None):
     return sampled
 
 
-def jitted_sampler(setup, model, sampling=None, precision=None):
-    """Our own sampler as one jitted `sample(params, tokens, mask, key) -> Rollout`; arguments as for `make_engine`."""
+def own_sampler(setup, model, sampling=None, precision=None):
+    """Our own sampler as a run calls it, `sample(params, tokens, mask, key) -> Rollout`: in steps on one device, else one
+    jitted function. Its `lower` takes shapes, and gives the program that needs most. Arguments as for `make_engine`."""
     precision, sampling = precision or setup.rollout_precision, sampling or setup.config.sampling
-    return make_sampler(*_given(setup, model, sampling, precision), **_ids(setup),
-                        lockstep=row_shards(setup.mesh) > 1)
-
-
-def _given(setup, model, sampling, precision):
     model = model.clone(attention=kind_for(model.attention, precision.policy.compute_dtype))
-    return model, precision.policy, sampling
+    ids = dict(eos_id=setup.eos_ids, pad_id=setup.pad_id, tokenizer=setup.tokenizer)
+    if _in_steps(setup, sampling):
+        return make_stepwise_sampler(model, precision.policy, sampling, **ids)
+    return make_sampler(model, precision.policy, sampling, **ids, lockstep=row_shards(setup.mesh) > 1)
 
 
-def _ids(setup):
-    return dict(eos_id=setup.eos_ids, pad_id=setup.pad_id, tokenizer=setup.tokenizer)
+def _in_steps(setup, sampling):
+    return setup.mesh.size == 1 and sampling.max_new_tokens >= LONG
 
 
 def first_batch(setup):

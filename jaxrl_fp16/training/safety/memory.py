@@ -1,8 +1,6 @@
 """What a run will need of a device's memory, estimated before anything compiles.
 
-It counts what lives longest and measures nothing: temporary buffers of a
-compiled program come on top, and `jax.jit(...).lower().compile().memory_analysis()`
-tells those.
+It counts what lives longest and measures nothing: `plan` asks the compilers.
 """
 
 import os
@@ -23,40 +21,63 @@ def is_out_of_memory(error):
     return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
 
 
-def estimate(config, model, mesh, compute_dtype, *, command="train", reference=False, critic=None, reward_model=None):
-    """`{what: bytes}` on one device, by what takes room. critic: its module, or None; reward_model: likewise.
+def estimate(config, model, mesh, compute_dtype, **others):
+    """`{what: bytes}` on one device, by what takes room, while a step samples or while it learns, whichever takes more.
+
+    others: as `phases` takes them.
+    """
+    found = phases(config, model, mesh, compute_dtype, **others)
+    return max(found, key=lambda needs: sum(needs.values()))
+
+
+def phases(config, model, mesh, compute_dtype, *, command="train", reference=False, critic=None, reward_model=None):
+    """The same of sampling and of learning, a list. critic: its module, or None; reward_model: likewise.
 
     command: whose rows there are; None for one that only holds a state. What evaluation samples is not counted.
+    benchmarks/aot.py holds the sums against what compilers for GPUs say.
     """
-    c = model.config
-    count = parameter_count(model)
+    c, count = model.config, parameter_count(model)
     trained = count + (parameter_count(critic) if critic is not None else 0)
-    shared = mesh.shape["fsdp"] * mesh.shape["tensor"]
-    parts = mesh.shape["data"] * mesh.shape["fsdp"]
-    half = compute_dtype.itemsize
+    tensor = mesh.shape["tensor"]
+    shared, parts = mesh.shape["fsdp"] * tensor, mesh.shape["data"] * mesh.shape["fsdp"]
+    half, on_cpu = compute_dtype.itemsize, mesh.devices.flatten()[0].platform == "cpu"
     # A CPU multiplies half precision in float32: XLA keeps such a copy beside.
-    upcast = 4 if half < 4 and mesh.devices.flatten()[0].platform == "cpu" else 0
+    upcast = 4 if half < 4 and on_cpu else 0
     decoded, learnt, waiting = (tokens / parts for tokens in TOKENS[command](config))
     attention = FAMILIES[c.family].attention(c)
-    heads = attention.heads * attention.head_dim
-    inside = 4 * (3 * c.intermediate_size + 4 * heads)  # float32, of the layer at work
-    # Without remat the compiled updates of two shapes in three precisions kept 5 to 6 such arrays of a layer's MLP and
-    # 10 to 11 of its width, most of them in float32.
-    kept = c.hidden_size * half if model.remat else 4 * (6 * c.intermediate_size + 7 * c.hidden_size + 4 * heads)
-    needs = {
+    head = c.vocab_size * c.hidden_size // tensor if parts > 1 else 0
+    states = {
         "parameters": 4 * trained // shared,
         "Adam's moments": 8 * trained // shared,
-        "gradients": 8 * count // shared if learnt else 0,  # their sum, and those of the rows at work
-        "compute copy": (half + upcast) * count // shared if learnt else 0,
         "reference": 4 * count // shared if reference else 0,
         "reward model": (4 + half) * parameter_count(reward_model) // shared if reward_model else 0,
-        "key-value cache": int(half * c.num_layers * attention.cached * decoded),
-        # Slots are refilled from what is kept of every prompt; a mesh that divides rows does without.
-        "prompts' cache": int(half * c.num_layers * attention.cached * waiting) if parts == 1 else 0,
-        "activations": int(learnt * (c.num_layers * kept + inside)),
-        "logits": 3 * LOGIT_BYTES if learnt else 0,
     }
-    return {what: size for what, size in needs.items() if size}
+    cached = half * c.num_layers * attention.cached // (1 if attention.kv_heads % tensor else tensor)
+    sampling = {
+        # A mesh that divides rows gives each device all weights that it decodes with, and the table that it reads.
+        "compute copy": (half + upcast) * count // (shared if parts == 1 else tensor) if decoded else 0,
+        "embedding": 0 if c.tie_embeddings or not decoded else 4 * head,
+        "key-value cache": int(cached * decoded),
+        # Slots are refilled from what is kept of every prompt; a mesh that divides rows does without.
+        "prompts' cache": int(cached * waiting) if parts == 1 else 0,
+    }
+    heads = attention.heads * attention.head_dim
+    inside = 4 * (3 * c.intermediate_size + 4 * heads) // tensor  # float32, of the layer at work
+    inside += 0 if tensor == 1 else 16 * c.hidden_size            # and what is summed over the tensor axis
+    # Without remat the compiled updates of two shapes in three precisions kept 5 to 6 such arrays of a layer's MLP and
+    # 10 to 11 of its width, most of them in float32.
+    kept = c.hidden_size * half if model.remat else 4 * (
+        7 * c.hidden_size + (6 * c.intermediate_size + 4 * heads) // tensor)
+    learning = {
+        # Their sum, and those of the rows at work.
+        "gradients": (4 + (4 if on_cpu else half)) * count // shared,
+        "compute copy": (half + upcast) * count // shared,
+        # Gathered from all devices, and its gradient from a device's own rows.
+        "head": (half + 4) * head,
+        "activations": int(learnt * (c.num_layers * kept + inside)),
+        "logits": 3 * LOGIT_BYTES,
+    } if learnt else {}
+    return [{what: size for what, size in {**states, **phase}.items() if size} for phase in (sampling, learning)]
 
 
 def _of_rollouts(config, prompts=None):

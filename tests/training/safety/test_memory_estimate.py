@@ -10,17 +10,18 @@ import pytest
 from jaxrl_fp16.config import parse_config
 from jaxrl_fp16.models import Critic, critic_params
 from jaxrl_fp16.training.runs.run_config import Config
-from jaxrl_fp16.training.safety.memory import MIB, check_fits, device_bytes, estimate
+from jaxrl_fp16.training.safety.memory import MIB, check_fits, device_bytes, estimate, phases
 from jaxrl_fp16.training.updates.optimizer import OptimizerConfig, make_optimizer
 
 HALF, FULL = jnp.dtype("float16"), jnp.dtype("float32")
 
 
-def needs(toy, data=1, fsdp=1, tensor=1, dtype=HALF, models=None, platform="cpu", **sections):
+def needs(toy, data=1, fsdp=1, tensor=1, dtype=HALF, models=None, platform="cpu", phase=1, **sections):
+    """Of sampling, phase 0, or of learning."""
     shape = {"data": data, "fsdp": fsdp, "tensor": tensor}
     config = parse_config(Config, sections)
     mesh = SimpleNamespace(shape=shape, devices=np.array([SimpleNamespace(platform=platform)]))
-    return estimate(config, toy.model, mesh, dtype, **(models or {}))
+    return phases(config, toy.model, mesh, dtype, **(models or {}))[phase]
 
 
 def size(tree):
@@ -36,6 +37,22 @@ def test_parameters_and_moments_are_those_of_a_state(toy):
     assert needs(toy, platform="gpu")["compute copy"] == size(toy.params) / 2
     assert found["Adam's moments"] == size(opt_state) - counters
     assert needs(toy, dtype=FULL)["compute copy"] == size(toy.params)
+    assert needs(toy, platform="gpu")["gradients"] == 1.5 * size(toy.params), "those of the rows at work are half"
+
+
+def test_the_phase_that_takes_more_is_told(toy):
+    mesh = SimpleNamespace(shape=dict(data=1, fsdp=1, tensor=1), devices=np.array([SimpleNamespace(platform="cpu")]))
+    for rows, own in ((8, "activations"), (4096, "key-value cache")):
+        config = parse_config(Config, {"training": {"prompts_per_step": rows, "minibatch_size": 8, "microbatch_size": 8}})
+        assert own in estimate(config, toy.model, mesh, HALF)
+
+
+def test_a_mesh_that_divides_rows_gathers_what_each_device_multiplies_by(toy):
+    alone, spread = (needs(toy, fsdp=fsdp, phase=0) for fsdp in (1, 4))
+    assert spread["compute copy"] == alone["compute copy"] and spread["parameters"] == alone["parameters"] // 4
+    assert needs(toy, fsdp=4)["compute copy"] == needs(toy)["compute copy"] // 4
+    c = toy.model.config
+    assert needs(toy, fsdp=4)["head"] == 6 * c.vocab_size * c.hidden_size and "head" not in needs(toy)
 
 
 def test_a_critic_and_a_reference_are_models_too(toy):
@@ -49,21 +66,23 @@ def test_the_cache_is_keys_and_values_of_every_row_and_column(toy):
     c, rows, columns = toy.model.config, 4 * 8, 20 + 12
     sections = dict(training={"prompts_per_step": 4, "minibatch_size": 32, "max_prompt_tokens": 20},
                     sampling={"max_new_tokens": 12})
-    whole = needs(toy, **sections)["key-value cache"]
+    whole = needs(toy, phase=0, **sections)["key-value cache"]
     assert whole == 2 * 2 * c.num_layers * rows * c.num_kv_heads * columns * c.head_dim
-    assert "prompts' cache" not in needs(toy, **sections)
+    assert "prompts' cache" not in needs(toy, phase=0, **sections)
     sections["sampling"] |= {"max_rows": 16}
-    half = needs(toy, **sections)
+    half = needs(toy, phase=0, **sections)
     assert half["key-value cache"] == whole // 2
     assert half["prompts' cache"] == whole // rows * 4 // columns * 20
-    assert "prompts' cache" not in needs(toy, **sections, data=2)
+    assert "prompts' cache" not in needs(toy, phase=0, **sections, data=2)
 
 
 def test_a_mesh_divides_what_it_shares(toy):
     alone, spread = needs(toy), needs(toy, data=2, fsdp=2, tensor=2)
     assert spread["parameters"] == alone["parameters"] // 4
-    assert spread["key-value cache"] == alone["key-value cache"] // 4
-    assert spread["activations"] == alone["activations"] // 4
+    assert alone["activations"] // 8 < spread["activations"] < alone["activations"] // 3
+    alone, spread = needs(toy, phase=0), needs(toy, phase=0, data=2, fsdp=2, tensor=2)
+    heads = toy.model.config.num_kv_heads
+    assert spread["key-value cache"] == alone["key-value cache"] // (4 if heads % 2 else 8)
 
 
 def test_keeping_activations_takes_more(toy):
@@ -90,7 +109,8 @@ def test_a_command_counts_its_own_rows(toy):
                     sft={"microbatch_size": 4, "max_length": 32}, dpo={"microbatch_size": 4, "max_length": 32})
     whole = needs(toy, **sections)
     solutions, pairs, held = (needs(toy, models={"command": command}, **sections) for command in ("sft", "dpo", None))
-    assert "key-value cache" not in (solutions | pairs) and list(held) == ["parameters", "Adam's moments"]
+    assert list(held) == ["parameters", "Adam's moments"] == list(needs(toy, phase=0, models={"command": "sft"}, **sections))
     assert pairs["activations"] == 2 * solutions["activations"] < whole["activations"] and "reference" not in whole
-    few = needs(toy, models={"command": "mismatch"}, mismatch={"prompts": 4}, **sections)
-    assert few["key-value cache"] == whole["key-value cache"] // 16 and few["activations"] == whole["activations"]
+    few, many = (needs(toy, phase=0, models={"command": "mismatch"}, mismatch={"prompts": 4}, **sections),
+                 needs(toy, phase=0, **sections))
+    assert few["key-value cache"] == many["key-value cache"] // 16

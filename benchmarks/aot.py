@@ -2,9 +2,9 @@
 
     python benchmarks/aot.py [--parts wires decode copies tpu estimate]
 
-wires: an update of Qwen3-14B on 128 H100, by mesh and rows at once.  decode: its sampler's step.  copies: gradients over
-`data` with 8 microbatches against 1.  tpu: Qwen2.5-1.5B in BF16 on slices of v5p and v5e.  estimate: what a run prints of
-its memory against the compilers' sum, ten shapes.  Written to results/aot.json, part by part; others stay as they were.
+wires: an update of Qwen3-14B on 128 H100, by mesh and rows at once.  decode: its sampler's step.  copies: gradients
+over `data` with 8 microbatches against 1.  tpu: Qwen2.5-1.5B in BF16 on slices of v5p and v5e.  estimate: what a run
+prints of its memory against the compilers' sum, ten shapes.  Written to results/aot.json, part by part; others stay.
 """
 
 from __future__ import annotations
@@ -66,7 +66,8 @@ def decode():
     target, config = get_target("h100x128"), of_14b((1, 32, 4), 32)
     few, more = (compile_program(config, target, "sampler", layers) for layers in (2, 4))
     found = carried_on(few, more, 40)
-    yield {"program": "sampler", "mesh": "1x32x4", "layers compiled": "2, 4", "MiB a step": found["decode"]["moved"] / MIB,
+    yield {"program": "sampler", "mesh": "1x32x4", "layers compiled": "2, 4",
+           "MiB a step": found["decode"]["moved"] / MIB,
            "largest array MiB": found["decode"]["largest"] / MIB, "kernels a step": found["decode"]["kernels"],
            "GiB a step": found["decode"]["bytes"] / GIB, "least GiB a step": found["facts"]["must_read"] / GIB,
            "cache": found["decode"]["cache"]["others"], "seconds": few["seconds"] + more["seconds"]}
@@ -78,13 +79,15 @@ def copies():
     for micro in (128, 1024):
         found = compile_program(of_14b((2, 64, 1), micro, rows=1024), target, "update", 4)
         size = sum(at["bytes"] for (_, axes, _, _, _), at in wires_of(found).items() if "data" in axes.split("+"))
-        yield {"program": "update, 4 layers", "mesh": "2x64x1", "microbatches": 1024 // micro, "GB over data": size / 1e9,
+        yield {"program": "update, 4 layers", "mesh": "2x64x1", "microbatches": 1024 // micro,
+               "GB over data": size / 1e9,
                "seconds": found["seconds"]}
 
 
 def tpu():
     """They compile, fit, and convert no cache in the decode loop."""
-    cases = (("sampler", "v5p:2x2x1", (1, 4, 1)), ("update", "v5p:2x2x1", (1, 4, 1)), ("sampler", "v5e:4x4", (1, 16, 1)))
+    cases = (("sampler", "v5p:2x2x1", (1, 4, 1)), ("update", "v5p:2x2x1", (1, 4, 1)),
+             ("sampler", "v5e:4x4", (1, 16, 1)))
     for name, place, mesh in cases:
         target = get_target(place)
         config = {**config_of(QWEN2_1_5B, mesh, 64, 16, 512, 1536), "precision": "bf16"}

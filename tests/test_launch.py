@@ -13,7 +13,7 @@ import pytest
 from jaxrl_fp16.cli import COMMANDS
 
 ROOT = Path(__file__).parents[1]
-SCRIPTS = ("env.sh", "quickstart.sh", "test.sh", "gpu.sh", "tpu.sh", "lock.sh")
+SCRIPTS = ("env.sh", "quickstart.sh", "test.sh", "gpu.sh", "tpu.sh", "lock.sh", "compilers.sh")
 TOOLS = (
     "bash",
     "cat",

@@ -130,14 +130,14 @@ def _as_compiled(config, target, compiler):
         notes.append(f"{config.rollout.engine} samples in a process of its own, which is not looked at.")
     if target.chip.platform == "gpu" and model.attention in ("auto", "cudnn") and not has_cudnn(compiler):
         config = dataclasses.replace(config, model=dataclasses.replace(model, attention="blockwise"))
-        notes.append("NVIDIA's attention kernel needs its library to be compiled, which is not installed here: blockwise "
-                     "was compiled instead.")
+        notes.append("NVIDIA's attention kernel needs its library to be compiled, which is not installed here: "
+                     "blockwise was compiled instead.")
     return config, notes
 
 
 def _assumptions(target):
     return (
-        f"{target.said}. Memory, collectives and shapes are those of the programs as XLA compiled them for this target, "
+        f"{target.said}. Memory, collectives and shapes are those of the programs as XLA compiled them for it, "
         "at the full width of every row; nothing ran. Arithmetic is reckoned: 2 FLOP a parameter and position forward, "
         "4 backward, 2 more where a layer is computed again, and attention. Decoding reads weights and, on average, "
         "half of the cache's responses at each step. A collective is a ring: an all-reduce sends its bytes twice."

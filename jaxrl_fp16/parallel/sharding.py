@@ -9,7 +9,7 @@ of 4, each device holds both heads.
 import jax
 from jax import lax
 from jax.experimental import multihost_utils
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 import numpy as np
 
 RULES = {
@@ -48,7 +48,7 @@ def _mesh_axis(axis, size, mesh):
 def _shared(rule, mesh):
     """The mesh axes of a rule that the program's arrays are spread over; inside a `shard_map` its own axes are not."""
     names = () if rule is None else (rule,) if isinstance(rule, str) else rule
-    own = [name for name, kind in zip(mesh.axis_names, mesh.axis_types) if kind == AxisType.Manual]
+    own = getattr(mesh, "manual_axes", ())
     return tuple(name for name in names if name not in own)
 
 
@@ -84,8 +84,8 @@ def rows_spread(x):
 
 
 def copies_of(x):
-    """`(mesh, count)`: over how many copies of the model, the mesh axis `data`, the rows of `x` [B,...] of a program that
-    is traced are divided; 1 without a mesh, or where they do not divide."""
+    """`(mesh, count)`: over how many copies of the model, the mesh axis `data`, the rows of `x` [B,...] of a program
+    that is traced are divided; 1 without a mesh, or where they do not divide."""
     mesh = jax.typeof(x).sharding.mesh
     count = 1 if mesh.empty else _count(_shared("data", mesh), mesh)
     return mesh, 1 if x.shape[0] % count else count

@@ -1,1 +1,1 @@
-"""A config's programs, compiled for a machine that is not there: what fits, what crosses the wires, how long at best."""
+"""A config's programs, compiled for a machine that is not there: what fits, what crosses the wires, how long."""

@@ -2,8 +2,8 @@
 
     python -m jaxrl_fp16.plan.child < REQUEST.json
 
-REQUEST: `config` (a mapping), `target`, `program`, `layers` (null: all), `text` (null, or a file for the optimised HLO).
-The last line of what it prints is `summary_of`'s mapping as JSON, with `facts` of the whole model, or
+REQUEST: `config` (a mapping), `target`, `program`, `layers` (null: all), `text` (null, or a file for the optimised
+HLO). The last line of what it prints is `summary_of`'s mapping as JSON, with `facts` of the whole model, or
 `{"refused": why}`. Without a `program` nothing is compiled.
 """
 

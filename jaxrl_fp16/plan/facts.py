@@ -42,8 +42,9 @@ def facts_of(setup, model):
     updates = t.epochs * rows // t.minibatch_size
     return {
         "layers": model.config.num_layers, "parameters": sum(x.size for x in jax.tree.leaves(param_shapes(model))),
-        "kv_heads": attention.kv_heads, "attention": model.attention, "remat": model.remat, "precision": setup.precision.name,
-        "rollout_precision": setup.rollout_precision.name, "half": half, "rows": rows, "columns": columns,
+        "kv_heads": attention.kv_heads, "attention": model.attention, "remat": model.remat,
+        "precision": setup.precision.name, "rollout_precision": setup.rollout_precision.name,
+        "half": half, "rows": rows, "columns": columns,
         "updates": updates, "new_tokens": s.max_new_tokens, "mesh": dict(mesh.shape),
         "learner": {
             "policy": bytes_on_a_device(learner.actor), "policy parameters": bytes_on_a_device(learner.actor.params),

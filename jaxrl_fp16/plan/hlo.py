@@ -55,7 +55,7 @@ class Instruction:
 
     @property
     def groups(self):
-        """Of a collective: int [N,M], the devices of each group, by their places in the mesh; None where all are one."""
+        """Of a collective: int [N,M], the devices of each group, by their places in the mesh; None: all are one."""
         if pairs := _PAIRS.search(self.text):
             return _listed(pairs[1])
         if found := _AXES.search(self.text):
@@ -223,7 +223,7 @@ def _instruction(line, times, inside, made=None):
     operands = []
     if made is not None:
         made[own] = arrays
-        inputs = rest[rest.index(opcode) + len(opcode):].lstrip("-start").split(")")[0]
+        inputs = rest[rest.index(opcode) + len(opcode):].partition("(")[2].split(")")[0]
         operands = [made[each][0] for each in re.findall(r"%([\w.\-]+)", inputs) if len(made.get(each, ())) == 1]
     return Instruction(opcode, tuple(arrays), times, inside, name[1] if name else "", tuple(operands),
                        line.strip()), called

@@ -14,7 +14,8 @@ def meshes_for(chips, near, own, rows, heads):
     if chips > near:
         wanted.insert(1, (chips // near, near, 1))
     wanted += [(2, chips // 2, 1)] if chips % 2 == 0 else []
-    fitting = [mesh for mesh in dict.fromkeys(wanted) if mesh != own and all(n % (mesh[0] * mesh[1]) == 0 for n in rows)]
+    divides = lambda mesh: all(count % (mesh[0] * mesh[1]) == 0 for count in rows)
+    fitting = [mesh for mesh in dict.fromkeys(wanted) if mesh != own and divides(mesh)]
     return [own, *fitting][:LOOKED_AT]
 
 

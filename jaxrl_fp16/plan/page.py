@@ -19,14 +19,15 @@ def answer(found, facts, target):
     most, free = max(needs, key=needs.get), room(target)
     share = needs[most] / free
     fits = "It fits" if share <= FITS else "It fits barely" if share <= TIGHT else "It does not fit"
-    yield (f"{fits}: the {most} takes most, {_number(needs[most] / GIB)} GiB of the {free / GIB:,.1f} GiB that a run has on "
-           f"each of {target.said}.")
+    yield (f"{fits}: the {most} takes most, {_number(needs[most] / GIB)} GiB of the {free / GIB:,.1f} GiB that a run "
+           f"has on each of {target.said}.")
     seconds = {name: seconds_of(name, each, facts, target) for name, each in found.items()}
     least, longest = sum(map(at_best, seconds.values())), sum(map(one_by_one, seconds.values()))
     slow = max(seconds, key=lambda name: one_by_one(seconds[name]))
     limit = max(seconds[slow], key=seconds[slow].get)
     bound = {"compute": "its arithmetic", "memory": "reading weights and cache", "wires": "the wires"}[limit]
-    yield (f"A step takes {_time(least)} to {_time(longest)} at best, every response as long as it may be; the {slow} "
+    span = " to ".join(dict.fromkeys([_time(least), _time(longest)]))
+    yield (f"A step takes {span} at best, every response as long as it may be; the {slow} "
            f"takes most of it, and is bound by {bound}.")
     moved = moved_in_step(found, facts)
     total = sum(moved.values())
@@ -60,7 +61,8 @@ def advice(found, facts, target):
         moved = {key: size for key, size in moved_in_step({name: each}, facts).items()}
         _, place, axes, kind = max(moved, key=moved.get)
         if axes == "tensor":
-            yield f"The {name} waits for sums along tensor: a smaller mesh.tensor (here {mesh['tensor']}) makes them fewer."
+            yield (f"The {name} waits for sums along tensor: a smaller mesh.tensor (here {mesh['tensor']}) makes them "
+                   "fewer.")
         elif place == "decode":
             yield f"Each decode step waits for the wires, along {axes}."
         else:
@@ -69,8 +71,8 @@ def advice(found, facts, target):
     if "sampler" in found:
         seconds = seconds_of("sampler", found["sampler"], facts, target)
         if seconds["memory"] > 4 * seconds["compute"]:
-            yield ("Decoding reads weights and cache far longer than it computes: more rows at once (sampling.max_rows, "
-                   "training.prompts_per_step) cost little.")
+            yield ("Decoding reads weights and cache far longer than it computes: more rows at once "
+                   "(sampling.max_rows, training.prompts_per_step) cost little.")
 
 
 def tables(found, facts, target):
@@ -82,8 +84,8 @@ def tables(found, facts, target):
         rows.append([name, *(_number(size / GIB) for size in needs.values()), _number(total / GIB),
                      f"{total / room(target):.0%}"])
     columns = ("program", *needs, "sum", "of what there is")
-    yield Table(columns, rows, "GiB on a device while a program runs. Results: those that no donated array holds. Other "
-                "states: what the run keeps there meanwhile, such as Adam's moments while it samples.")
+    yield Table(columns, rows, "GiB on a device while a program runs. Results: those that no donated array holds. "
+                "Other states: what the run keeps there meanwhile, such as Adam's moments while it samples.")
     moved = sorted(moved_in_step(found, facts).items(), key=lambda item: -item[1])
     places = {"once": "once a call", "loop": "in loops", "decode": "at each decode step"}
     rows = [[name, places[place], axes, kind, _number(size / 1e9)] for (name, place, axes, kind), size in moved
@@ -97,8 +99,8 @@ def tables(found, facts, target):
         rows.append([name, str(calls_of(name, facts)), *map(_number, seconds.values()),
                      _number(at_best(seconds)), _number(one_by_one(seconds))])
     yield Table(("program", "calls a step", "compute", "memory", "wires", "all at once", "one by one"), rows,
-                "Seconds of a step at best: FLOP over the chip's peak, of decoding bytes over its memory's speed, bytes "
-                "over the wires. A real run takes longer; peaks are not reached.")
+                "Seconds of a step at best: FLOP over the chip's peak, of decoding bytes over its memory's speed, "
+                "bytes over the wires. A real run takes longer; peaks are not reached.")
 
 
 def search_table(searched):
@@ -113,7 +115,8 @@ def search_table(searched):
         rows.append([name, str(each["micro"]), _number(each["needs"] / GIB), _number(each["moved"] / 1e9),
                      _number(at_best(seconds)), _number(one_by_one(seconds))])
     return Table(("data x fsdp x tensor", "rows at once", "GiB a device", "GB a step", "all at once, s",
-                  "one by one, s"), rows, "The update alone. At once: training.microbatch_size, or the nearest number that the mesh divides.")
+                  "one by one, s"), rows, "The update alone. At once: training.microbatch_size, or the nearest number "
+                 "that the mesh divides.")
 
 
 def draw_needs(found, facts, target):
@@ -141,8 +144,9 @@ def write_plan(path, name, found, facts, target, searched, notes):
     figure = Figure(svg_of(draw_needs(found, facts, target)))
     changes = "\n\n".join(advice(found, facts, target)) or "Nothing stands out."
     mesh = facts["mesh"]
-    about = (f"{name}: {facts['parameters'] / 1e9:,.2f}B parameters, {facts['rows']} rows of {facts['columns']:,} columns "
-             f"a step, {facts['precision']}, mesh data {mesh['data']} x fsdp {mesh['fsdp']} x tensor {mesh['tensor']}.")
+    about = (f"{name}: {facts['parameters'] / 1e9:,.2f}B parameters, {facts['rows']} rows of {facts['columns']:,} "
+             f"columns a step, {facts['precision']}, mesh data {mesh['data']} x fsdp {mesh['fsdp']} x tensor "
+             f"{mesh['tensor']}.")
     sections = [
         Section("What to change", changes),
         Section("Memory", tables=[memory], figures=[figure]),
@@ -159,9 +163,9 @@ def _chips(target):
     rows = [[("* " if chip == target.chip else "") + chip.name, f"{chip.memory / GIB:,.1f}",
              f"{chip.half_flops / 1e12:,.0f}", f"{chip.bandwidth / 1e12:,.2f}", f"{chip.near / 1e9:,.0f}",
              f"{chip.far / 1e9:,.0f}", chip.source] for chip in ACCELERATORS.values()]
-    return Table(("chip", "memory, GiB", "16 bits, TFLOP/s", "memory, TB/s", "near, GB/s", "network, GB/s", "source"), rows,
-                 "What each chip is reckoned with. Near and network: what a chip sends to chips of its host or slice, and "
-                 "to others, a second.")
+    columns = ("chip", "memory, GiB", "16 bits, TFLOP/s", "memory, TB/s", "near, GB/s", "network, GB/s", "source")
+    return Table(columns, rows, "What each chip is reckoned with. Near and network: what a chip sends to chips of its "
+                 "host or slice, and to others, a second.")
 
 
 def _own(facts, found):
@@ -181,4 +185,7 @@ def _time(seconds):
 
 
 def _bytes(size):
-    return f"{size / 1e12:,.2f} TB" if size >= 1e12 else f"{size / 1e9:,.1f} GB" if size >= 1e9 else f"{size / 1e6:,.0f} MB"
+    for unit, name in ((1e12, "TB"), (1e9, "GB")):
+        if size >= unit:
+            return f"{size / unit:,.2f} {name}"
+    return f"{size / 1e6:,.0f} MB"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxrl_fp16.models import param_shapes, param_shardings
 from jaxrl_fp16.objectives import needs_critic, needs_reference, needs_scorer
-from jaxrl_fp16.parallel import batch_sharding, replicated, state_shardings
+from jaxrl_fp16.parallel import batch_sharding, state_shardings
 from jaxrl_fp16.sampling.support import support_size
 from jaxrl_fp16.training.loops.learn import make_programs
 from jaxrl_fp16.training.rollouts.engine import own_sampler

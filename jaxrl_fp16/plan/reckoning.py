@@ -30,8 +30,8 @@ def carried_on(few, more, layers):
 
 
 def wires_of(summary):
-    """`{(place, axes, kind, hosts, members a host): {"bytes", "sent"}}` of one call; of a decode step where the place is
-    decode. bytes: what enters or leaves a device, whichever is more; sent: what a ring makes of it."""
+    """`{(place, axes, kind, hosts, members a host): {"bytes", "sent"}}` of one call; of a decode step where the place
+    is decode. bytes: what enters or leaves a device, whichever is more; sent: what a ring makes of it."""
     if "wires" in summary:
         return summary["wires"]
     found = defaultdict(lambda: {"bytes": 0, "sent": 0})

@@ -95,7 +95,8 @@ def make_stepwise_sampler(model, policy, config, *, eos_id, pad_id, tokenizer=No
 
     def lower(params, prompt_tokens, prompt_mask, key):
         weights, rows, state = jax.eval_shape(begin, params, prompt_tokens, prompt_mask, key)
-        widest = max(stages_of(recipe, len(rows.token), prompt_tokens.shape[1]), key=lambda each: each.slots * each.width)
+        stages = stages_of(recipe, len(rows.token), prompt_tokens.shape[1])
+        widest = max(stages, key=lambda each: each.slots * each.width)
         state = state.replace(caches=[jax.eval_shape(partial(enter_cache, recipe, widest, kept=None), cache)
                                       for cache in state.caches])
         here = replicated(jax.tree.leaves(params)[0].sharding.mesh)

@@ -96,7 +96,7 @@ def test_the_head_crosses_once_a_microbatch(target):
 
 
 def test_bytes_that_an_update_moves(target):
-    """Weights there and again for the backward pass in the compute dtype, gradients back in float32; and activations."""
+    """Weights there and again for the backward pass in the compute dtype, gradients back in float32; activations."""
     _, (_, fsdp, tensor) = TARGETS[target]
     moved = compiled("update", target)["moved"]
     weights = sum(each["bytes"] * each["times"] for each in moved if each["axes"] == "fsdp")

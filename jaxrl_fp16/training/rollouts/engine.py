@@ -51,8 +51,9 @@ def make_engine(setup, model, sampling=None, precision=None, engine=None):
 
 
 def own_sampler(setup, model, sampling=None, precision=None):
-    """Our own sampler as a run calls it, `sample(params, tokens, mask, key) -> Rollout`: in steps on one device, else one
-    jitted function. Its `lower` takes shapes, and gives the program that needs most. Arguments as for `make_engine`."""
+    """Our own sampler as a run calls it, `sample(params, tokens, mask, key) -> Rollout`: in steps on one device, else
+    one jitted function. Its `lower` takes shapes, and gives the program that needs most. Arguments as for
+    `make_engine`."""
     precision, sampling = precision or setup.rollout_precision, sampling or setup.config.sampling
     model = model.clone(attention=kind_for(model.attention, precision.policy.compute_dtype))
     ids = dict(eos_id=setup.eos_ids, pad_id=setup.pad_id, tokenizer=setup.tokenizer)

@@ -96,8 +96,8 @@ def no_gradient(state, rows=None):
 
 
 def add_gradient(loss_fn, state, sums, microbatch):
-    """`(sums, aux)`: `sums`, of the microbatches before, with this one; where there are copies, each scalar of aux is an
-    array with one value of each."""
+    """`(sums, aux)`: `sums`, of the microbatches before, with this one; where there are copies, each scalar of aux is
+    an array with one value of each."""
     if not sums[0].ndim:
         return _add_gradient(loss_fn, state, sums, microbatch)
 

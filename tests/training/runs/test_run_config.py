@@ -138,9 +138,9 @@ def test_only_rows_of_the_command_are_divided():
     config = Config(training=TrainingConfig(microbatch_size=128, prompts_per_step=128))
     check_mesh_rows(config, mesh)
     warm = replace(config, sft=replace(config.sft, steps=1))
-    for command, config in (("sft", config), ("train", warm), ("mismatch", warm)):
-        with pytest.raises(ValueError, match="sft.microbatch_size is 8; allowed: multiples .* = 128"):
-            check_mesh_rows(config, mesh, command)
+    for command, given in (("sft", config), ("train", warm), ("mismatch", warm)):
+        with pytest.raises(ValueError, match="sft.microbatch_size is 64; allowed: multiples .* = 128"):
+            check_mesh_rows(given, mesh, command)
     with pytest.raises(ValueError, match="dpo.microbatch_size is 8"):
         check_mesh_rows(config, mesh, "dpo")
 

@@ -43,7 +43,8 @@ def test_parameters_and_moments_are_those_of_a_state(toy):
 def test_the_phase_that_takes_more_is_told(toy):
     mesh = SimpleNamespace(shape=dict(data=1, fsdp=1, tensor=1), devices=np.array([SimpleNamespace(platform="cpu")]))
     for rows, own in ((8, "activations"), (4096, "key-value cache")):
-        config = parse_config(Config, {"training": {"prompts_per_step": rows, "minibatch_size": 8, "microbatch_size": 8}})
+        sizes = {"prompts_per_step": rows, "minibatch_size": 8, "microbatch_size": 8}
+        config = parse_config(Config, {"training": sizes})
         assert own in estimate(config, toy.model, mesh, HALF)
 
 
@@ -109,7 +110,8 @@ def test_a_command_counts_its_own_rows(toy):
                     sft={"microbatch_size": 4, "max_length": 32}, dpo={"microbatch_size": 4, "max_length": 32})
     whole = needs(toy, **sections)
     solutions, pairs, held = (needs(toy, models={"command": command}, **sections) for command in ("sft", "dpo", None))
-    assert list(held) == ["parameters", "Adam's moments"] == list(needs(toy, phase=0, models={"command": "sft"}, **sections))
+    waiting = needs(toy, phase=0, models={"command": "sft"}, **sections)
+    assert list(held) == ["parameters", "Adam's moments"] == list(waiting)
     assert pairs["activations"] == 2 * solutions["activations"] < whole["activations"] and "reference" not in whole
     few, many = (needs(toy, phase=0, models={"command": "mismatch"}, mismatch={"prompts": 4}, **sections),
                  needs(toy, phase=0, **sections))

@@ -89,10 +89,12 @@ def small(value):
     return f"{mantissa}e{int(exponent)}"
 
 
-def filled(text):
-    """The page's text with its passages written anew."""
+def filled(text, passages=None):
+    """A page's text with its passages, functions by name, written anew; this file's own unless given."""
+    passages = passages or PASSAGES
+
     def fill(match):
-        lines = PASSAGES[match[2]]().splitlines()
+        lines = passages[match[2]]().splitlines()
         return "\n".join([match[1], *(line if line.startswith("|") else textwrap.fill(line, 120) for line in lines),
                           match[3]])
 

@@ -107,6 +107,14 @@ def test_the_figures_of_engines_are_those_of_the_results():
     assert re.findall(r"<!-- (\w+): start -->", page) == list(figures["PASSAGES"])
 
 
+def test_the_figures_of_plan_are_those_of_the_results(monkeypatch):
+    monkeypatch.syspath_prepend(str(DOCS.parent / "benchmarks"))
+    figures = runpy.run_path(str(DOCS.parent / "benchmarks" / "aot_figures.py"))
+    page = (DOCS / "plan.md").read_text()
+    assert figures["filled"](page, figures["PASSAGES"]) == page, "python benchmarks/aot_figures.py"
+    assert re.findall(r"<!-- (\w+): start -->", page) == list(figures["PASSAGES"])
+
+
 def test_the_figures_of_speed_are_those_of_the_results():
     figures = runpy.run_path(str(DOCS.parent / "benchmarks" / "speed_figures.py"))
     page = (DOCS / "speed.md").read_text()

@@ -4,7 +4,7 @@ from jaxrl_fp16.parallel.agreement import check_same_config
 from jaxrl_fp16.parallel.distributed import (
     LOST_PROCESS, from_first_process, initialize_distributed, is_lost_process,
 )
-from jaxrl_fp16.parallel.mesh import MESH_AXES, MeshConfig, make_mesh
+from jaxrl_fp16.parallel.mesh import MESH_AXES, MeshConfig, make_mesh, sampling_mesh
 from jaxrl_fp16.parallel.sharding import (
     RULES,
     axes_sharding,
@@ -33,6 +33,7 @@ __all__ = [
     "MESH_AXES",
     "MeshConfig",
     "make_mesh",
+    "sampling_mesh",
     "RULES",
     "axes_sharding",
     "batch_sharding",

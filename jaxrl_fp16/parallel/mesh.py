@@ -5,7 +5,7 @@ from typing import Annotated
 
 from annotated_types import Ge
 import jax
-from jax.sharding import AxisType
+from jax.sharding import AxisType, Mesh
 
 from jaxrl_fp16.config import Doc
 
@@ -19,12 +19,21 @@ class MeshConfig:
     data: Annotated[int, Ge(-1), Doc("copies of the model, each with its own rows; -1: as many as devices allow")] = -1
     fsdp: Annotated[int, Ge(1), Doc("devices that a copy's parameters are divided over, each with its own rows")] = 1
     tensor: Annotated[int, Ge(1), Doc("devices that heads and widths are divided over, on the same rows")] = 1
+    rollout_tensor: Annotated[
+        int | None, Ge(1),
+        Doc("the same while sampling, a multiple of mesh.tensor that divides fsdp x tensor: each device then holds "
+            "less of the weights that it decodes with, and more of the rows; null: mesh.tensor"),
+    ] = None
 
     def __post_init__(self):
         for name, least in (("data", -1), ("fsdp", 1), ("tensor", 1)):
             value = getattr(self, name)
             if value < least or value == 0:
                 raise ValueError(f"{name} is {value}; allowed: integers >= 1{', or -1' if least < 0 else ''}")
+        sampled = self.rollout_tensor
+        if sampled is not None and (sampled < 1 or sampled % self.tensor or self.fsdp * self.tensor % sampled):
+            raise ValueError(f"rollout_tensor is {sampled}; allowed: null, or a multiple of tensor, {self.tensor}, "
+                             f"that divides fsdp x tensor, {self.fsdp} x {self.tensor}")
 
     def shape(self, devices):
         """(data, fsdp, tensor) for that many devices; ValueError if they do not fit."""
@@ -37,6 +46,15 @@ class MeshConfig:
             raise ValueError(f"mesh of data {asked} x fsdp {self.fsdp} x tensor {self.tensor} "
                              f"does not fit {devices} devices; allowed: {allowed}")
         return data, self.fsdp, self.tensor
+
+
+def sampling_mesh(config, mesh):
+    """The mesh that a sampler works on: `mesh`, or its devices in the same order with `rollout_tensor` along tensor."""
+    data, fsdp, tensor = mesh.devices.shape
+    wanted = config.rollout_tensor or tensor
+    if wanted == tensor:
+        return mesh
+    return Mesh(mesh.devices.reshape(data, fsdp * tensor // wanted, wanted), MESH_AXES, axis_types=mesh.axis_types)
 
 
 def make_mesh(config=MeshConfig(), devices=None):

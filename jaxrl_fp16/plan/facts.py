@@ -6,7 +6,7 @@ n: prompts of a step.  P: prompt columns.  N: new tokens.  T = P + N.
 import jax
 
 from jaxrl_fp16.models import FAMILIES, param_shapes
-from jaxrl_fp16.parallel import row_shards
+from jaxrl_fp16.parallel import row_shards, sampling_mesh
 from jaxrl_fp16.plan.programs import bytes_on_a_device, learner_on, params_on
 from jaxrl_fp16.training.safety.memory import estimate
 
@@ -34,7 +34,8 @@ def facts_of(setup, model):
         again = 2 * layers + mixed * columns / 2 if model.remat else 0
         return 3 * forward(rows, columns) + rows * columns * again
 
-    shards, tensor = row_shards(mesh), mesh.shape["tensor"]
+    sampled = sampling_mesh(config.mesh, mesh)
+    shards, tensor = row_shards(sampled), sampled.shape["tensor"]
     slots = min(rows, s.max_rows or rows)
     kept = half * attention.cached * model.config.num_layers * (t.max_prompt_tokens + s.max_new_tokens / 2)
     prefill = t.prompts_per_step * t.max_prompt_tokens * (2 * layers + mixed * t.max_prompt_tokens / 2)

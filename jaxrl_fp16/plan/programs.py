@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from jaxrl_fp16.models import param_shapes, param_shardings
 from jaxrl_fp16.objectives import needs_critic, needs_reference, needs_scorer
-from jaxrl_fp16.parallel import batch_sharding, state_shardings
+from jaxrl_fp16.parallel import batch_sharding, sampling_mesh, state_shardings
 from jaxrl_fp16.sampling.support import support_size
 from jaxrl_fp16.training.loops.learn import make_programs
 from jaxrl_fp16.training.rollouts.engine import own_sampler
@@ -43,6 +43,9 @@ def lowered(setup, model, name):
     config, mesh = setup.config, setup.mesh
     t, s = config.training, config.sampling
     rows, columns = t.prompts_per_step * s.group_size, t.max_prompt_tokens + s.max_new_tokens
+
+    if name == "sampler":
+        mesh = sampling_mesh(config.mesh, mesh)
 
     def array(dtype, *shape):
         return jax.ShapeDtypeStruct(shape, dtype, sharding=batch_sharding(mesh))

@@ -3,10 +3,11 @@
 import numpy as np
 
 from jaxrl_fp16.models import FAMILIES
-from jaxrl_fp16.parallel import MESH_AXES, row_shards
+from jaxrl_fp16.parallel import MESH_AXES, row_shards, sampling_mesh
 from jaxrl_fp16.plan import hlo
 
 DECODE = "decode_step"    # the name of the sampler's step in the names of its operations
+PICKING = "jit(_take)", "take_along_axis", "gather", "dynamic_slice"
 # What names a value and starts nothing on a device.
 NAMES = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
          "opt-barrier", "partition-id", "replica-id")
@@ -20,9 +21,10 @@ def summary_of(compiled, text, setup, model):
     """
     instructions = hlo.read(text)
     bodies = decode_bodies(instructions)
+    mesh = sampling_mesh(setup.config.mesh, setup.mesh) if bodies else setup.mesh
     return {
         "memory": memory_of(compiled), "layers": model.config.num_layers,
-        "moved": [_moved(each, setup.mesh, bodies) for each in hlo.collectives(instructions)],
+        "moved": [_moved(each, mesh, bodies) for each in hlo.collectives(instructions)],
         "dots": sorted({f"{left} x {right} -> {result}" for left, right, result in hlo.dots(text)}),
         "decode": decode_of(instructions, bodies[-1], setup, model) if bodies else None,
     }
@@ -78,7 +80,7 @@ def decode_of(instructions, body, setup, model):
 
 def _is_cache(shape, setup, model):
     """Whether an array of that shape is as large as one layer's keys or values on a device, of any number of slots."""
-    config, mesh = setup.config, setup.mesh
+    config, mesh = setup.config, sampling_mesh(setup.config.mesh, setup.mesh)
     attention = FAMILIES[model.config.family].attention(model.config)
     tensor = mesh.shape["tensor"]
     heads = attention.kv_heads // (1 if attention.kv_heads % tensor else tensor)
@@ -90,7 +92,10 @@ def _is_cache(shape, setup, model):
 
 
 def _touched(kernel):
-    """Bytes that a kernel reads and writes; where it changes an operand in place, what it is given beside."""
+    """Bytes that a kernel reads and writes; where it changes an operand in place, what it is given beside, and where
+    it picks rows out of a table, those."""
+    if any(each in kernel.name for each in PICKING):
+        return 2 * sum(hlo.array_bytes(*each) for each in kernel.arrays)
     read = [hlo.array_bytes(*each) for each in kernel.operands]
     made = [hlo.array_bytes(*each) for each in kernel.arrays]
     same = [each for each in kernel.arrays if each in kernel.operands]

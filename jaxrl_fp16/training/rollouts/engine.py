@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from jaxrl_fp16.config import ConfigError, naming
 from jaxrl_fp16.engines import PROBE_LENGTH, EngineRefused, check_sampling, cut_at_stops, find_python, make_rollout
+from jaxrl_fp16.models import param_shardings
 from jaxrl_fp16.models.attention import kind_for
-from jaxrl_fp16.parallel import row_shards, shard_batch
+from jaxrl_fp16.parallel import batch_sharding, row_shards, sampling_mesh, shard_batch
 from jaxrl_fp16.sampling import make_sampler, make_stepwise_sampler
 from jaxrl_fp16.sampling.slots import LONG
 from jaxrl_fp16.sampling.stopping import stop_table
@@ -44,8 +45,15 @@ def make_engine(setup, model, sampling=None, precision=None, engine=None):
         whole = sample
         sample = lambda params, tokens, mask, key, watch: whole(params, tokens, mask, key)
 
+    mesh = sampling_mesh(setup.config.mesh, setup.mesh)
+    if mesh is setup.mesh:
+        there = back = lambda tree: tree
+    else:    # the same devices, otherwise divided
+        there = jax.jit(lambda params: params, out_shardings=param_shardings(model, mesh))
+        back = jax.jit(lambda rollout: rollout, out_shardings=batch_sharding(setup.mesh))
+
     def sampled(params, tokens, mask, key, watch=None):
-        return sample(params, *shard_batch((tokens, mask), setup.mesh), key, watch)
+        return back(sample(there(params), *shard_batch((tokens, mask), mesh), key, watch))
 
     return sampled
 
@@ -59,7 +67,8 @@ def own_sampler(setup, model, sampling=None, precision=None):
     ids = dict(eos_id=setup.eos_ids, pad_id=setup.pad_id, tokenizer=setup.tokenizer)
     if _in_steps(setup, sampling):
         return make_stepwise_sampler(model, precision.policy, sampling, **ids)
-    return make_sampler(model, precision.policy, sampling, **ids, lockstep=row_shards(setup.mesh) > 1)
+    mesh = sampling_mesh(setup.config.mesh, setup.mesh)
+    return make_sampler(model, precision.policy, sampling, **ids, lockstep=row_shards(mesh) > 1)
 
 
 def _in_steps(setup, sampling):

@@ -40,26 +40,31 @@ def phases(config, model, mesh, compute_dtype, *, command="train", reference=Fal
     trained = count + (parameter_count(critic) if critic is not None else 0)
     tensor = mesh.shape["tensor"]
     shared, parts = mesh.shape["fsdp"] * tensor, mesh.shape["data"] * mesh.shape["fsdp"]
+    # A sampler may divide the same devices otherwise.
+    apart = config.mesh.rollout_tensor or tensor
+    spread = parts * tensor // apart
     half, on_cpu = compute_dtype.itemsize, mesh.devices.flatten()[0].platform == "cpu"
     # A CPU multiplies half precision in float32: XLA keeps such a copy beside.
     upcast = 4 if half < 4 and on_cpu else 0
-    decoded, learnt, waiting = (tokens / parts for tokens in TOKENS[command](config))
+    decoded, learnt, waiting = TOKENS[command](config)
+    decoded, learnt, waiting = decoded / spread, learnt / parts, waiting / spread
     attention = FAMILIES[c.family].attention(c)
-    head = c.vocab_size * c.hidden_size // tensor if parts > 1 else 0
+    table = c.vocab_size * c.hidden_size
+    head = table // tensor if parts > 1 else 0
     states = {
         "parameters": 4 * trained // shared,
         "Adam's moments": 8 * trained // shared,
         "reference": 4 * count // shared if reference else 0,
         "reward model": (4 + half) * parameter_count(reward_model) // shared if reward_model else 0,
     }
-    cached = half * c.num_layers * attention.cached // (1 if attention.kv_heads % tensor else tensor)
+    cached = half * c.num_layers * attention.cached // (1 if attention.kv_heads % apart else apart)
     sampling = {
         # A mesh that divides rows gives each device all weights that it decodes with, and the table that it reads.
-        "compute copy": (half + upcast) * count // (shared if parts == 1 else tensor) if decoded else 0,
-        "embedding": 0 if c.tie_embeddings or not decoded else 4 * head,
+        "compute copy": (half + upcast) * count // apart if decoded else 0,
+        "embedding": 4 * table // apart if decoded and spread > 1 and not c.tie_embeddings else 0,
         "key-value cache": int(cached * decoded),
         # Slots are refilled from what is kept of every prompt; a mesh that divides rows does without.
-        "prompts' cache": int(cached * waiting) if parts == 1 else 0,
+        "prompts' cache": int(cached * waiting) if spread == 1 else 0,
     }
     heads = attention.heads * attention.head_dim
     inside = 4 * (3 * c.intermediate_size + 4 * heads) // tensor  # float32, of the layer at work

@@ -41,14 +41,15 @@ def answer(found, facts, target):
 
 def advice(found, facts, target):
     """What to change, a sentence each."""
-    free, mesh = room(target), facts["mesh"]
+    free, mesh, large = room(target), facts["mesh"], set()
     for name, each in found.items():
         needs = needs_of(name, each, facts)
         over = sum(needs.values()) - free
         if over <= 0:
             continue
+        large.add(name)
         largest = max(needs, key=needs.get)
-        keys = {"sampler": "sampling.max_rows (fewer rows at once), mesh.tensor"}.get(
+        keys = {"sampler": "sampling.max_rows (fewer rows at once), mesh.rollout_tensor"}.get(
             name, "training.microbatch_size, training.microbatch_tokens")
         if largest in ("arguments", "other states"):
             keys = f"mesh.fsdp (here {mesh['fsdp']})" + (", training.reference: host" if facts["learner"]["reference"]
@@ -68,7 +69,7 @@ def advice(found, facts, target):
         else:
             yield (f"The {name} waits for weights and gradients along {axes}: a larger training.microbatch_size moves "
                    "them less often.")
-    if "sampler" in found:
+    if "sampler" in found and "sampler" not in large:
         seconds = seconds_of("sampler", found["sampler"], facts, target)
         if seconds["memory"] > 4 * seconds["compute"]:
             yield ("Decoding reads weights and cache far longer than it computes: more rows at once "

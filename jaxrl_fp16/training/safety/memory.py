@@ -62,7 +62,8 @@ def phases(config, model, mesh, compute_dtype, *, command="train", reference=Fal
         # A mesh that divides rows gives each device all weights that it decodes with, and the table that it reads.
         "compute copy": (half + upcast) * count // apart if decoded else 0,
         "embedding": 4 * table // apart if decoded and spread > 1 and not c.tie_embeddings else 0,
-        "key-value cache": int(cached * decoded),
+        # On several devices that do not divide rows, one program holds it before and after it has grown to twice.
+        "key-value cache": int(cached * decoded * (1.5 if spread == 1 < apart else 1)),
         # Slots are refilled from what is kept of every prompt; a mesh that divides rows does without.
         "prompts' cache": int(cached * waiting) if spread == 1 else 0,
     }

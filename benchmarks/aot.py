@@ -90,7 +90,7 @@ def tpu():
              ("sampler", "v5e:4x4", (1, 16, 1)))
     for name, place, mesh in cases:
         target = get_target(place)
-        config = {**config_of(QWEN2_1_5B, mesh, 64, 16, 512, 1536), "precision": "bf16"}
+        config = {**config_of(QWEN2_1_5B, mesh, 64, 16, 512, 1536, group=4), "precision": "bf16"}
         try:
             found = compile_program(config, target, name, seconds=1200)
         except CompileError as error:

@@ -7,6 +7,7 @@ from jaxrl_fp16.parallel import MESH_AXES, row_shards, sampling_mesh
 from jaxrl_fp16.plan import hlo
 
 DECODE = "decode_step"    # the name of the sampler's step in the names of its operations
+AHEAD = " copy-start(", " slice-start(", '"ConcatBitcast"'    # the last puts together what the others read
 PICKING = "jit(_take)", "take_along_axis", "gather", "dynamic_slice"
 # What names a value and starts nothing on a device.
 NAMES = ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while", "conditional", "call", "after-all",
@@ -56,7 +57,8 @@ def decode_of(instructions, body, setup, model):
 
     kernels: what is started on the device. bytes: that those kernels read and write, an array that is changed in place
     left out. moved: bytes that cross the wires; largest: those of the largest array that does. cache: of the arrays as
-    large as a layer's keys or values that are made, those written in place, and the others by their names.
+    large as a layer's keys or values that are made, those written in place, and the others by their names; what a TPU
+    reads ahead into the memory on its chip is none.
     """
     steps = [each for each in instructions if body in each.inside]
     around = steps[0].inside.index(body)
@@ -65,7 +67,8 @@ def decode_of(instructions, body, setup, model):
     moved = hlo.collectives(steps)
     written, others = 0, []
     for each in kernels:
-        if any(_is_cache(shape, setup, model) for _, shape in each.arrays):
+        ahead = any(kind in each.text for kind in AHEAD)
+        if not ahead and any(_is_cache(shape, setup, model) for _, shape in each.arrays):
             if "scatter" in each.text.partition("(")[0] + each.name.rpartition("/")[2]:
                 written += 1
             else:

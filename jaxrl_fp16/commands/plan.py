@@ -40,7 +40,7 @@ def run_plan(config):
     except CompileError as error:
         raise ConfigError(f"plan: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
-    notes += [*more, _assumptions(target), *_spent(planned)]
+    notes += [*more, _assumptions(target), *_kernels(found), *_spent(planned)]
     page = write_plan(folder / "plan.html", config.run.name, found, facts, target, searched, notes)
     write_json(folder / "plan.json", {
         "target": target.name, "chips": target.chips, "facts": facts, "answer": list(answer(found, facts, target)),
@@ -142,6 +142,13 @@ def _assumptions(target):
         "4 backward, 2 more where a layer is computed again, and attention. Decoding reads weights and, on average, "
         "half of the cache's responses at each step. A collective is a ring: an all-reduce sends its bytes twice."
     )
+
+
+def _kernels(found):
+    for each in found.values():
+        if each["decode"]:
+            yield (f"A decode step starts {each['decode']['kernels']:,.0f} kernels. Each takes some microseconds to "
+                   f"start, whatever it does, which the seconds leave out: a small model waits for nothing else.")
 
 
 def _spent(planned):

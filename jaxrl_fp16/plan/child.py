@@ -19,6 +19,7 @@ from jaxrl_fp16.plan.facts import facts_of
 from jaxrl_fp16.plan.programs import lowered, with_layers
 from jaxrl_fp16.plan.summary import summary_of
 from jaxrl_fp16.plan.targets import description_of, get_target
+from jaxrl_fp16.training.runs.positions import check_positions
 from jaxrl_fp16.training.runs.run_config import Config
 from jaxrl_fp16.training.runs.setup import make_model, set_up_for
 
@@ -39,6 +40,7 @@ def answer(request):
     try:
         setup = set_up_for(parse_config(Config, request["config"], "config"), target.chip.platform, devices_of(target))
         whole = make_model(setup)
+        check_positions(setup.config, "plan", whole.config.max_positions)
         facts = facts_of(setup, whole)
         if request["program"] is None:
             return {"facts": facts}

@@ -61,6 +61,7 @@ ROWS = {
     "generate": _sampled,
     "filter": _sampled,
     "mismatch": _sampled,
+    "plan": _sampled,
     "eval": _evaluated,
     "info": _looked_at,
     "reward model": _judged,

@@ -27,6 +27,7 @@ def test_every_command_that_makes_rows_is_known():
     ("sft", 9, {}, "sft.max_length is 10 tokens, and the model's weights were made for 9 positions"),
     ("warmup", 9, {}, "sft.max_length"), ("dpo", 9, {}, "dpo.max_length is 10 tokens"), ("eval", 10, SET, "evaluation"),
     ("generate", 9, {}, "sampling"), ("filter", 9, {}, "sampling"), ("mismatch", 9, {}, "sampling"),
+    ("plan", 9, {}, "sampling"),
     ("info", 8, {}, r"info.max_new_tokens is 6 \+ 3 = 9"),
     ("reward model", 9, {}, "task.reward_model.max_length is 10"),
 ])

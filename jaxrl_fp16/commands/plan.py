@@ -40,7 +40,7 @@ def run_plan(config):
     except CompileError as error:
         raise ConfigError(f"plan: {error}") from error
     folder.mkdir(parents=True, exist_ok=True)
-    notes += [*more, _assumptions(target), *_kernels(found), *_spent(planned)]
+    notes += [*more, _assumptions(target), *_kernels(found), *_otherwise(found), *_spent(planned)]
     page = write_plan(folder / "plan.html", config.run.name, found, facts, target, searched, notes)
     write_json(folder / "plan.json", {
         "target": target.name, "chips": target.chips, "facts": facts, "answer": list(answer(found, facts, target)),
@@ -149,6 +149,13 @@ def _kernels(found):
         if each["decode"]:
             yield (f"A decode step starts {each['decode']['kernels']:,.0f} kernels. Each takes some microseconds to "
                    f"start, whatever it does, which the seconds leave out: a small model waits for nothing else.")
+
+
+def _otherwise(found):
+    names = [name for name, each in found.items() if each["otherwise"]]
+    if names:
+        yield (f"XLA's own generator of matmuls did not take the {' and the '.join(names)} without a card to tune it "
+               "on: compiled with cuBLAS's.")
 
 
 def _spent(planned):

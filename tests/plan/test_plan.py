@@ -74,7 +74,8 @@ def child(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("text", "told"), [
-    ("import sys; sys.exit('E0 one\\nValueError: a b  c')", "h100x8 did not take the update: ValueError: a b c"),
+    ("import sys; sys.exit('E0 one\\njax.errors.JaxRuntimeError: a b  c\\n  file.py:1:2 [f]')",
+     "h100x8 did not take the update: jax.errors.JaxRuntimeError: a b c"),
     ("import os, sys; print('F0 algorithm.cc:5898 Check failed: x\\n  @ stack', file=sys.stderr, flush=True); "
      "os.abort()",
      "ended by SIGABRT, F0 algorithm.cc:5898 Check failed: x"),
@@ -86,6 +87,12 @@ def test_a_failed_compiler_is_one_line(child, text, told):
     with pytest.raises(CompileError, match=told) as error:
         compile_program({}, get_target("h100x8"), "update", seconds=1)
     assert "\n" not in str(error.value)
+
+
+def test_a_gpus_program_is_tried_with_the_librarys_matmuls_too(child):
+    child("import os, sys\nif 'triton_gemm=false' not in os.environ['XLA_FLAGS']: sys.exit('INTERNAL: no tile')\n"
+          "print('{\"dots\": []}')")
+    assert compile_program({}, get_target("h100x8"), "update") == {"dots": [], "otherwise": True}
 
 
 def test_a_refused_config_is_no_failure_of_the_compiler(child):

@@ -42,13 +42,12 @@ def answer(request):
         whole = make_model(setup)
         check_positions(setup.config, "plan", whole.config.max_positions)
         facts = facts_of(setup, whole)
-        if request["program"] is None:
-            return {"facts": facts}
-        model = with_layers(whole, request["layers"])
-        program = lowered(setup, model, request["program"])
     except (ConfigError, ValueError) as error:
         return {"refused": str(error)}
-    compiled = program.compile()
+    if request["program"] is None:
+        return {"facts": facts}
+    model = with_layers(whole, request["layers"])
+    compiled = lowered(setup, model, request["program"]).compile()
     text = compiled.as_text()
     if request["text"] is not None:
         Path(request["text"]).write_text(text)

@@ -6,8 +6,11 @@ n: prompts of a step.  P: prompt columns.  N: new tokens.  T = P + N.
 import jax
 
 from jaxrl_fp16.models import FAMILIES, param_shapes
+from jaxrl_fp16.objectives import needs_critic
 from jaxrl_fp16.parallel import row_shards, sampling_mesh
-from jaxrl_fp16.plan.programs import bytes_on_a_device, learner_on, params_on
+from jaxrl_fp16.plan.programs import bytes_on_a_device, learner_on, params_on, scored_rows
+from jaxrl_fp16.training.runs.learner import critic_model
+from jaxrl_fp16.training.runs.run_config import resolve_algorithm
 from jaxrl_fp16.training.safety.memory import estimate
 
 
@@ -23,6 +26,7 @@ def facts_of(setup, model):
     learner, half = learner_on(setup, model), setup.precision.policy.compute_dtype.itemsize
     rows, columns = t.prompts_per_step * s.group_size, t.max_prompt_tokens + s.max_new_tokens
     layers, head = _matmul_parameters(model)
+    critic = critic_model(config, model) if needs_critic(resolve_algorithm(config)) else None
     attention = FAMILIES[model.config.family].attention(model.config)
     # A query and all keys before it: a product with the keys and one with the values.
     mixed = 4 * attention.heads * attention.head_dim * model.config.num_layers
@@ -46,7 +50,8 @@ def facts_of(setup, model):
         "kv_heads": attention.kv_heads, "attention": model.attention, "remat": model.remat,
         "precision": setup.precision.name, "rollout_precision": setup.rollout_precision.name,
         "half": half, "rows": rows, "columns": columns,
-        "updates": updates, "new_tokens": s.max_new_tokens, "mesh": dict(mesh.shape),
+        "updates": updates, "scored": 1 if learner.reference is None else 2,
+        "new_tokens": s.max_new_tokens, "mesh": dict(mesh.shape),
         "learner": {
             "policy": bytes_on_a_device(learner.actor), "policy parameters": bytes_on_a_device(learner.actor.params),
             "critic": bytes_on_a_device(learner.critic) if learner.critic else 0,
@@ -54,13 +59,14 @@ def facts_of(setup, model):
             "reference": bytes_on_a_device(params_on(model, mesh))
             if learner.reference is not None and t.reference == "device" else 0,
         },
-        "flops": {"prefill": prefill, "decode": decode * s.max_new_tokens, "scorer": forward(rows, columns),
+        "flops": {"prefill": prefill, "decode": decode * s.max_new_tokens,
+                  "scorer": forward(scored_rows(config), columns),
                   "values": forward(rows, columns), "update": learn(t.minibatch_size),
                   "critic update": learn(t.minibatch_size)},
         "must_read": half * (layers + head) / tensor + kept * slots / shards / _heads_apart(attention, tensor),
         "rounds": -(-rows // slots), "decodes in steps": mesh.size == 1,
         "estimate": estimate(config, model, mesh, setup.precision.policy.compute_dtype,
-                             reference=learner.reference is not None),
+                             reference=learner.reference is not None, critic=critic),
     }
 
 

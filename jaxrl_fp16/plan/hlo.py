@@ -41,7 +41,6 @@ class Instruction:
         """Of its results, of one time."""
         return sum(array_bytes(dtype, shape) for dtype, shape in self.arrays)
 
-
     @property
     def moved(self):
         """Of a collective: bytes of what enters or of what leaves a device, whichever is more, of one time."""

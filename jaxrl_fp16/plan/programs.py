@@ -24,11 +24,16 @@ from jaxrl_fp16.types import Batch, Decisions
 def names_of(config):
     """The programs of a config's step, in the order in which they run."""
     algorithm = resolve_algorithm(config)
-    names = ["sampler"] if config.rollout.engine == "jit" else []
-    if needs_scorer(algorithm) or needs_reference(algorithm) or config.training.old_logprobs == "recompute":
-        names.append("scorer")
+    own = ["sampler"] if config.rollout.engine == "jit" else []
     critic = ["values", "critic update"] if needs_critic(algorithm) else []
-    return [*names, *critic, "update"]
+    return [*own, "scorer", *critic, "update"]
+
+
+def scored_rows(config):
+    """Rows that the scorer is given in one call: a step's, or a minibatch's where no loss reads its log-probs."""
+    algorithm, t = resolve_algorithm(config), config.training
+    whole = t.old_logprobs == "recompute" and needs_scorer(algorithm) or needs_reference(algorithm)
+    return t.prompts_per_step * config.sampling.group_size if whole else t.minibatch_size
 
 
 def with_layers(model, layers):
@@ -65,7 +70,9 @@ def lowered(setup, model, name):
 
     tokens, mask = array(jnp.int32, rows, columns), array(bool, rows, columns)
     if name == "scorer":
-        return programs.scorer.lower(learner.actor.params, tokens, mask, Decisions(support(rows)))
+        scored = scored_rows(config)
+        tokens, mask = array(jnp.int32, scored, columns), array(bool, scored, columns)
+        return programs.scorer.lower(learner.actor.params, tokens, mask, Decisions(support(scored)))
     if name == "values":
         return programs.valuer.lower(learner.critic.params, tokens, mask)
     count = t.minibatch_size

@@ -50,7 +50,7 @@ def calls_of(name, facts):
     """How often a step calls a program."""
     if name.endswith("update"):
         return facts["updates"]
-    return 2 if name == "scorer" and facts["learner"]["reference"] else 1
+    return facts["scored"] if name == "scorer" else 1
 
 
 def moved_in_step(summaries, facts):

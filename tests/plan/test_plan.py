@@ -10,9 +10,11 @@ from jaxrl_fp16 import cli
 from jaxrl_fp16.config import to_dict
 from jaxrl_fp16.plan import compilers
 from jaxrl_fp16.plan.compilers import CompileError, compile_program, find_compiler
-from jaxrl_fp16.plan.programs import names_of
+from jaxrl_fp16.plan.facts import facts_of
+from jaxrl_fp16.plan.programs import lowered, names_of
 from jaxrl_fp16.plan.targets import get_target
 from jaxrl_fp16.training.runs.run_config import load_for
+from jaxrl_fp16.training.runs.setup import make_model, set_up
 
 CONFIG = """
 run: {name: toy}
@@ -108,8 +110,23 @@ def test_the_programs_of_a_step(config):
     assert "sampler" not in names("--rollout.engine", "transformers")
 
 
+@pytest.mark.parametrize("flags", [
+    (), ("--algorithm.preset", "ppo", "--algorithm.kl_coef", "0.1"), ("--sampling.top_k", "4"),
+    ("--sampling.max_rows", "8", "--training.microbatch_tokens", "200"), ("--training.old_logprobs", "rollout"),
+])
+def test_every_program_of_a_step_can_be_lowered_from_shapes(config, flags):
+    given = load_for("plan", config, (*flags, "--platform", "cpu", "--run.compile_cache", "null"))
+    setup = set_up(given)
+    model = make_model(setup)
+    for name in names_of(given):
+        assert "func.func public @main" in lowered(setup, model, name).as_text(), name
+    facts = facts_of(setup, model)
+    assert facts["scored"] == (2 if "ppo" in flags else 1)
+    assert (facts["learner"]["critic"] > 0) == ("ppo" in flags)
+
+
 @pytest.mark.aot
-def test_a_page_for_eight_gpus(config, tmp_path, capsys):
+def test_a_page_for_two_gpus(config, tmp_path, capsys):
     try:
         find_compiler("gpu")
     except ValueError as error:

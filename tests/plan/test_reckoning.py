@@ -23,7 +23,8 @@ def moved(kind="all-gather", axes="fsdp", place="loop", times=10, size=10**9, gr
 def facts(**changes):
     return {
         "layers": 4, "kv_heads": 2, "parameters": 10**9, "attention": "blockwise", "remat": True, "precision": "fp16",
-        "rollout_precision": "fp16", "half": 2, "rows": 64, "columns": 512, "updates": 2, "new_tokens": 100,
+        "rollout_precision": "fp16", "half": 2, "rows": 64, "columns": 512, "updates": 2, "scored": 1,
+        "new_tokens": 100,
         "rounds": 2, "decodes in steps": False, "mesh": {"data": 1, "fsdp": 16, "tensor": 1}, "must_read": 3.352e9,
         "learner": {"policy": 12 * GIB, "policy parameters": 4 * GIB, "critic": GIB, "critic parameters": GIB // 2,
                     "reference": 0},

@@ -78,6 +78,7 @@ def make_valuer(critic, policy, *, microbatch_size, microbatch_tokens=None, anno
         return run(params, (tokens, mask), lengths)
 
     valuer._cache_size = run._cache_size
+    valuer.lower = lambda params, tokens, mask: run.lower(params, (tokens, mask))
     return valuer
 
 

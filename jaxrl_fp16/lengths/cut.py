@@ -50,6 +50,23 @@ def dividing(count, most, shards=1):
     return max([size for size in sizes if size % shards == 0] or sizes)
 
 
+class BatchShape(NamedTuple):
+    """Of a batch that is worked on at its full width."""
+
+    count: int                        # B
+    columns: int                      # T
+    at_once: int                      # rows at once; a divisor of B where `tokens` limits them
+    sharding: NamedSharding | None    # how a mesh has spread the rows, and over how many devices
+    shards: int
+
+
+def batch_shape(mask, rows, tokens=None):
+    """The BatchShape of a batch with a mask [B,T] or [B,2,T]; rows, tokens: as `rows_at` takes them."""
+    (count, *_, columns), (sharding, shards) = mask.shape, row_sharding(mask)
+    at_once = rows if tokens is None else dividing(count, rows_at(columns, rows, tokens, shards), shards)
+    return BatchShape(count, columns, at_once, sharding, shards)
+
+
 def cut(lengths, columns, rows, tokens=None, shards=1):
     """The parts of a batch, a list of `Part`, the widest first; None where all of it would be as wide as the batch.
 

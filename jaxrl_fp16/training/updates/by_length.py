@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jaxrl_fp16.forward import numerics_of
-from jaxrl_fp16.lengths import Told, cut, dividing, pinned, places, row_lengths, row_sharding, rows_at, traced
+from jaxrl_fp16.lengths import Told, batch_shape, cut, pinned, places, row_lengths, traced
 from jaxrl_fp16.models.numerics import jit
 from jaxrl_fp16.objectives import merge_metrics
 from jaxrl_fp16.objectives.metrics import add_shares, finish_metrics, no_shares, stacked_shares
@@ -128,12 +128,7 @@ def make_step(model, optimizer, objective, microbatches, *, keep=None, state_sha
     finish = jit_update(finish, model, state_shardings)
 
     def shape_of(batch):
-        """(B, T, rows of all columns that are worked on at once, how the rows are spread, over how many devices)."""
-        mask, *_ = objective.masks(batch)
-        count, columns = mask.shape[0], mask.shape[-1]
-        sharding, shards = row_sharding(mask)
-        at_once = size if budget is None else dividing(count, rows_at(columns, size, budget, shards), shards)
-        return count, columns, at_once, sharding, shards
+        return batch_shape(objective.masks(batch)[0], size, budget)
 
     def update(state, batch, lengths=None):
         count, columns, at_once, sharding, shards = shape_of(batch)
@@ -154,7 +149,7 @@ def make_step(model, optimizer, objective, microbatches, *, keep=None, state_sha
         return finish(state, sums, batch)
 
     programs = dict(whole=whole, alone=alone, begin=begin, add=add, finish=finish)
-    update.lower = lambda state, batch: whole.lower(state, batch, size=shape_of(batch)[2])
+    update.lower = lambda state, batch: whole.lower(state, batch, size=shape_of(batch).at_once)
     update.programs = programs
     update._cache_size = lambda: sum(program._cache_size() for program in programs.values())
     return update

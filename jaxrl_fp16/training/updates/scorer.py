@@ -9,7 +9,7 @@ import jax
 from jax import lax
 
 from jaxrl_fp16.forward import NONE, numerics_of, score, token_values
-from jaxrl_fp16.lengths import Told, by_parts, cut, dividing, row_lengths, row_sharding, rows_at, traced
+from jaxrl_fp16.lengths import Told, batch_shape, by_parts, cut, row_lengths, traced
 from jaxrl_fp16.models.numerics import jit
 from jaxrl_fp16.training.updates.step import join_rows, split_rows
 
@@ -92,16 +92,9 @@ def _over_rows(function, numerics, size, budget, told):
     whole = jit(whole, numerics, static_argnames="size")
     narrow, narrow_programs = by_parts(function, partial(jit, numerics=numerics), told)
 
-    def shape_of(mask):
-        """(B, T, rows of all columns that are worked on at once, how the rows are spread, over how many devices)."""
-        count, columns = mask.shape
-        sharding, shards = row_sharding(mask)
-        at_once = size if budget is None else dividing(count, rows_at(columns, size, budget, shards), shards)
-        return count, columns, at_once, sharding, shards
-
     def run(params, tree, lengths=None):
         mask = tree[1]
-        count, columns, at_once, sharding, shards = shape_of(mask)
+        count, columns, at_once, sharding, shards = batch_shape(mask, size, budget)
         if traced(params, tree) or count % size:    # which `split_rows` refuses
             return whole(params, tree, size=at_once if count % size == 0 else size)
         lengths = row_lengths(mask) if lengths is None else lengths
@@ -110,6 +103,6 @@ def _over_rows(function, numerics, size, budget, told):
             return whole(params, tree, size=at_once)
         return narrow(params, tree, parts, sharding)
 
-    run.lower = lambda params, tree: whole.lower(params, tree, size=shape_of(tree[1])[2])
+    run.lower = lambda params, tree: whole.lower(params, tree, size=batch_shape(tree[1], size, budget).at_once)
     run._cache_size = lambda: whole._cache_size() + narrow_programs()
     return run

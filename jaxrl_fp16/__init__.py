@@ -11,6 +11,7 @@ _HOMES = {
     "models": (
         "Decoder", "DecoderConfig", "NumericsConfig", "RopeScaling", "YarnScaling", "Critic", "critic_params",
         "init_params", "load_pretrained", "save_pretrained", "load_reward_model", "save_reward_model",
+        "LoraConfig", "init_lora", "merge_lora", "load_adapter", "read_adapter", "save_adapter",
     ),
     "tokenizer": ("load_tokenizer", "encode_prompts", "decode_responses"),
     "forward": ("token_logprobs", "token_values", "sequence_scores", "logits"),

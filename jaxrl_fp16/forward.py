@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jaxrl_fp16.lengths import by_parts, cut, row_lengths, row_sharding, traced
 from jaxrl_fp16.masking import align, left_align, segment_positions, zero_where_masked
 from jaxrl_fp16.models.critic import Critic, decoder_of
+from jaxrl_fp16.models.frozen import BASE, DROPOUT, LORA, is_adapted, variables_of
 from jaxrl_fp16.models.layers import matmul
 from jaxrl_fp16.models.numerics import DEFAULT, jit, jit_by_model
 from jaxrl_fp16.parallel import constrain, mesh_size, rows_spread
@@ -32,14 +33,29 @@ def cast_to_compute(params, policy, numerics=DEFAULT):
 
     A tied model gets its head here too, the embedding cast: the embedding itself
     is gathered in float32, because its gradient is a scatter-add.
+
+    Of parameters with a frozen part it gives one tree too: that part's, all in the compute dtype, and "lora", the
+    adapters in it.
     """
+    if is_adapted(params):
+        return _cast_adapted(params, policy, numerics)
     if "body" in params:
         value = params["value"] if numerics.float32_head else cast_kernels(params["value"], policy)
         return {"value": value, "body": cast_to_compute(params["body"], policy, numerics)}
     head = params.get("head", params["embedding"])
-    if not numerics.float32_head:
-        head = head.astype(policy.compute_dtype)
+    head = head.astype(jnp.float32 if numerics.float32_head else policy.compute_dtype)
     return {**cast_kernels(params, policy), "head": head}
+
+
+def _cast_adapted(params, policy, numerics):
+    base, trained = params[BASE], params.get(LORA)
+    half = lambda tree: jax.tree.map(lambda x: x.astype(policy.compute_dtype), tree)
+    if "body" in base:
+        body = {BASE: base["body"], LORA: trained["body"]}
+        return cast_to_compute({"value": trained["value"], "body": body}, policy, numerics)
+    # With its norms and biases: what was rounded once is the same to every program.
+    found = cast_to_compute(half(base), policy, numerics)
+    return found if trained is None else {**found, LORA: half(trained)}
 
 
 def cast_kernels(params, policy):
@@ -48,6 +64,14 @@ def cast_kernels(params, policy):
         return leaf.astype(policy.compute_dtype) if path[-1].key == "kernel" else leaf
 
     return jax.tree_util.tree_map_with_path(cast, params)
+
+
+def cast_variables(variables, policy):
+    """The variables of a part of a Decoder, such as a layer, with kernels and adapters in the policy's compute dtype;
+    of a model with adapters all is."""
+    if LORA not in variables:
+        return {"params": cast_kernels(variables["params"], policy)}
+    return jax.tree.map(lambda x: x.astype(policy.compute_dtype), variables)
 
 
 def in_compute_dtype(model, policy):
@@ -64,7 +88,17 @@ def hidden_states(model, params, tokens, mask, policy, segments=None):
     """
     tokens, segments, alignment = align_rows(tokens, mask, segments)
     cast = cast_to_compute(params, policy, numerics_of(model))
-    return in_compute_dtype(model, policy).apply({"params": cast}, tokens, segments=segments), alignment
+    keys = _dropout_keys(model, params, tokens)
+    return in_compute_dtype(model, policy).apply(variables_of(cast), tokens, segments=segments, rngs=keys), alignment
+
+
+def _dropout_keys(model, params, tokens):
+    """Linen's keys of a gradient program whose adapters drop, by the step's key and what the rows hold; else None."""
+    lora = getattr(decoder_of(model), "lora", None)
+    if DROPOUT not in params or lora is None or not lora.dropout:
+        return None
+    places = jnp.arange(1, tokens.size + 1, dtype=jnp.uint32).reshape(tokens.shape)
+    return {"dropout": jax.random.fold_in(params[DROPOUT], jnp.sum(tokens.astype(jnp.uint32) * places))}
 
 
 def align_rows(tokens, mask, segments=None):
@@ -182,13 +216,17 @@ def score(
     """
     hidden, alignment = hidden_states(model, params, tokens, mask, policy, segments)
     head = cast_to_compute(params, policy, numerics_of(model))["head"]
-    return score_hidden(hidden, alignment, head, tokens, mask, temperature, decisions, with_entropy, segments)
+    return score_hidden(
+        hidden, alignment, head, tokens, mask, temperature, decisions, with_entropy, segments, is_adapted(params)
+    )
 
 
 def score_hidden(
-    hidden, alignment, head, tokens, mask, temperature=1.0, decisions=NONE, with_entropy=False, segments=None
+    hidden, alignment, head, tokens, mask, temperature=1.0, decisions=NONE, with_entropy=False, segments=None,
+    frozen=False,
 ):
-    """The rest of `score`, from what `hidden_states` gives and the head [V,D] of the same dtype."""
+    """The rest of `score`, from what `hidden_states` gives and the head [V,D] of the same dtype; frozen: the head is,
+    and gets no gradient."""
     order, inverse = alignment
     present = align(mask, order).astype(bool)
     targets = _next(jnp.where(present, align(tokens, order), 0))
@@ -196,7 +234,7 @@ def score_hidden(
     if support is not None:
         unkept = jnp.full((tokens.shape[0], tokens.shape[1] - support.shape[1], support.shape[2]), -1)
         support = _next(align(jnp.concatenate([unkept, support], axis=1), order))
-    results = _chunked(temperature or 1.0, with_entropy, hidden, head, targets, support)
+    results = _chunked(temperature or 1.0, with_entropy, frozen, hidden, head, targets, support)
     # The first real token, of a row or a segment, has no earlier one: at its place the shifted array
     # has what the last column, or the segment before, predicts.
     at = jnp.arange(tokens.shape[1])
@@ -242,9 +280,10 @@ def _read(temperature, with_entropy, logits, targets, support):
     return logprobs, entropy_of(logits) if with_entropy else jnp.zeros_like(logprobs)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _chunked(temperature, with_entropy, hidden, head, targets, support):
-    """(logprobs, entropies) float32 [B,T] of `targets` int32 [B,T], from hidden [B,T,D] and head [V,D]."""
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1, 2))
+def _chunked(temperature, with_entropy, frozen, hidden, head, targets, support):
+    """(logprobs, entropies) float32 [B,T] of `targets` int32 [B,T], from hidden [B,T,D] and head [V,D]; frozen: the
+    head gets no gradient."""
     return _read_chunks(temperature, with_entropy, hidden, _gathered(head), targets, support)[0]
 
 
@@ -260,14 +299,14 @@ def _read_chunks(temperature, with_entropy, hidden, head, targets, support, keep
     return join(lax.map(read_chunk, chunks))
 
 
-def _chunked_forward(temperature, with_entropy, hidden, head, targets, support):
+def _chunked_forward(temperature, with_entropy, frozen, hidden, head, targets, support):
     # The backward pass follows at once: it finds the head gathered, and the logits of a single chunk.
     arrays = hidden, _gathered(head), targets, support
     results, logits = _read_chunks(temperature, with_entropy, *arrays, keep=_chunk_count(hidden, head) == 1)
     return results, (*arrays, logits)
 
 
-def _chunked_backward(temperature, with_entropy, saved, cotangents):
+def _chunked_backward(temperature, with_entropy, frozen, saved, cotangents):
     hidden, head, targets, support, logits = saved
     spread = _spread(hidden)
 
@@ -280,15 +319,20 @@ def _chunked_backward(temperature, with_entropy, saved, cotangents):
         _, pull = jax.vjp(lambda logits: _read(temperature, with_entropy, logits, targets, support), logits)
         (grad_logits,) = pull(tuple(given))
         grad_logits = grad_logits.astype(head.dtype)
+        grad_hidden = matmul("btv,vd->btd", grad_logits, head).astype(hidden.dtype)
+        if frozen:
+            return None, grad_hidden
         # Summed over chunks in float32 and rounded once, after the last. On a mesh each device adds up its own rows'.
         spec = "btv,btd->vd" if spread == 1 else "sbtv,sbtd->svd"
         grad_head = grad_head + by_rows(matmul(spec, apart(grad_logits), apart(hidden)))
-        return grad_head, matmul("btv,vd->btd", grad_logits, head).astype(hidden.dtype)
+        return grad_head, grad_hidden
 
     def by_rows(x):
         return x if spread == 1 else constrain(x, "rows", "vocab", None)
 
     chunks, join = _split(hidden, head, targets, support, logits, *cotangents)
+    if frozen:
+        return join(lax.scan(chunk_gradient, None, chunks)[1]), None, None, None
     shape = head.shape if spread == 1 else (spread, *head.shape)
     grad_head, grad_hidden = lax.scan(chunk_gradient, by_rows(jnp.zeros(shape, jnp.float32)), chunks)
     grad_head = grad_head if spread == 1 else jnp.sum(grad_head, axis=0)

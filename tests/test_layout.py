@@ -15,8 +15,8 @@ PACKAGE = "jaxrl_fp16"
 ORDER = """
 types masking finite config folders
 precision parallel console logs tokenizer
-models/numerics models/layers models/families
-models/attention models/decoder models/critic models/init models/taps
+models/numerics models/lora models/frozen models/layers models/families
+models/attention models/decoder models/critic models/init models/adapters models/taps
 models/hf
 models
 packing lengths

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_fp16.models.decoder import Decoder
+from jaxrl_fp16.models.frozen import BASE, LORA, base_of, frozen_apart
 from jaxrl_fp16.models.layers import Projection
 
 
@@ -29,11 +30,15 @@ class Critic(nn.Module):
 def critic_params(body_params, bias=True):
     """Parameters of a `Critic` whose body starts as a copy of `body_params` and whose values start at 0.
 
-    A copy: both train states are donated, and a buffer can be donated once.
+    A copy: both train states are donated, and a buffer can be donated once. A frozen part is shared.
     """
-    body = jax.tree.map(jnp.copy, body_params)
-    width = body["embedding"].shape[1]
-    return {"body": body, "value": {"kernel": jnp.zeros((width, 1)), **({"bias": jnp.zeros((1,))} if bias else {})}}
+    params, frozen = frozen_apart(body_params)
+    width = base_of(body_params)["embedding"].shape[1]
+    value = {"kernel": jnp.zeros((width, 1)), **({"bias": jnp.zeros((1,))} if bias else {})}
+    body = jax.tree.map(jnp.copy, params)
+    if frozen is None:
+        return {"body": body, "value": value}
+    return {BASE: {"body": frozen}, LORA: {"body": body[LORA], "value": value}}
 
 
 def decoder_of(model):

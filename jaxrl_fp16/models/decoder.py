@@ -24,6 +24,7 @@ from jaxrl_fp16.models import attention
 from jaxrl_fp16.models.families import FAMILIES
 from jaxrl_fp16.models.families.family import AttentionShape
 from jaxrl_fp16.models.layers import Projection, RMSNorm, RopeScaling, YarnScaling, rope_angles, rotate, shared
+from jaxrl_fp16.models.lora import COLLECTION, LoraConfig
 from jaxrl_fp16.models.numerics import DEFAULT, NumericsConfig
 from jaxrl_fp16.parallel import constrain
 
@@ -95,6 +96,7 @@ class Attention(nn.Module):
     norm_eps: float
     kind: str
     numerics: NumericsConfig = NumericsConfig()
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x, angles, cache, positions, segments):
@@ -118,12 +120,12 @@ class Attention(nn.Module):
             mixed = attention.attend_cache(self.kind, q, cache.keys, cache.values, positions, weights)
         kernel, inner = (c.heads, c.head_dim, self.width), c.heads * c.head_dim
         bias = (self.width,) if c.output_bias else None
-        return Projection("bthe,hed->btd", kernel, inner, bias, name="o")(mixed.astype(x.dtype)), cache
+        return Projection("bthe,hed->btd", kernel, inner, bias, self.lora, name="o")(mixed.astype(x.dtype)), cache
 
     def _heads(self, name, heads):
         c = self.shape
         bias = (heads, c.head_dim) if c.qkv_bias else None
-        return Projection("btd,dhe->bthe", (self.width, heads, c.head_dim), self.width, bias, name=name)
+        return Projection("btd,dhe->bthe", (self.width, heads, c.head_dim), self.width, bias, self.lora, name=name)
 
 
 def _write(stored, axis, positions, new):
@@ -139,9 +141,9 @@ def attention_of(config, kind, numerics=DEFAULT, **module):
     return Attention(shape, config.hidden_size, config.norm_eps, kind, numerics, **module)
 
 
-def mlp_of(config, **module):
-    """The MLP that a config's family names."""
-    return FAMILIES[config.family].mlp(config, **module)
+def mlp_of(config, lora=None, **module):
+    """The MLP that a config's family names; a family without adapters there takes no `lora`."""
+    return FAMILIES[config.family].mlp(config, **({} if lora is None else {"lora": lora}), **module)
 
 
 class Block(nn.Module):
@@ -156,16 +158,17 @@ class Block(nn.Module):
     keep: bool = False
     dtype: Any = jnp.float32
     numerics: NumericsConfig = NumericsConfig()
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x, angles, cache=None, positions=None, segments=None):
         c, x = self.config, rows_apart(x)
         normed = RMSNorm(c.norm_eps, name="attention_norm")(x).astype(self.dtype)
-        attend = attention_of(c, self.kind, self.numerics, name="attention")
+        attend = attention_of(c, self.kind, self.numerics, lora=self.lora, name="attention")
         mixed, cache = attend(normed, angles, cache, positions, segments)
         x = rows_apart((x + mixed).astype(x.dtype))
         normed = RMSNorm(c.norm_eps, name="mlp_norm")(x).astype(self.dtype)
-        x = rows_apart((x + mlp_of(c, name="mlp")(normed)).astype(x.dtype))
+        x = rows_apart((x + mlp_of(c, self.lora, name="mlp")(normed)).astype(x.dtype))
         return x, cache if self.keep else None
 
 
@@ -175,6 +178,7 @@ class Decoder(nn.Module):
     attention: which kernel every program uses. remat: keep only each layer's
     input for the backward pass and compute the rest again. dtype: the compute
     dtype; `forward.py` sets it from the policy. numerics: what is not rounded to it.
+    lora: adapters beside all or some linear layers, which alone are trained; None: all is.
     """
 
     config: DecoderConfig
@@ -182,6 +186,7 @@ class Decoder(nn.Module):
     remat: bool = True
     dtype: Any = jnp.float32
     numerics: NumericsConfig = NumericsConfig()
+    lora: LoraConfig | None = None
 
     @property
     def residual_dtype(self):
@@ -215,17 +220,23 @@ class Decoder(nn.Module):
         block = nn.remat(Block, prevent_cse=False) if self.remat else Block
         scanned = nn.scan(
             block,
-            variable_axes={"params": 0},
-            split_rngs={"params": True},
+            variable_axes={"params": 0, COLLECTION: 0},
+            split_rngs={"params": True, "dropout": True},
             in_axes=nn.broadcast,
             length=self.config.num_layers,
         )
-        return scanned(self.config, self.attention, keep, self.dtype, self.numerics, name="layers")
+        return scanned(self.config, self.attention, keep, self.dtype, self.numerics, self.lora, name="layers")
 
 
 def block_of(model, keep=False):
-    """One layer of `model`, for its parameters without the leading axis."""
-    return Block(model.config, model.attention, keep, model.dtype, model.numerics)
+    """One layer of `model`, for its variables without the leading axis."""
+    return Block(model.config, model.attention, keep, model.dtype, model.numerics, model.lora)
+
+
+def layers_of(compute):
+    """The layers' variables, for `block_of`, each array [L,...], out of what `forward.cast_to_compute` gives."""
+    adapters = {COLLECTION: compute[COLLECTION]["layers"]} if COLLECTION in compute else {}
+    return {"params": compute["layers"], **adapters}
 
 
 def embed(embedding, tokens, dtype):
@@ -251,7 +262,7 @@ def unstack_layers(stacked, num_layers):
 def decode_step(model, params, layers, token, caches, positions):
     """The decoder on one token a row: the same modules, layer after layer.
 
-    token int32 [B] at `positions` int32 [B]; `layers` from `unstack_layers`;
+    token int32 [B] at `positions` int32 [B]; `layers` from `unstack_layers` of `layers_of`;
     `caches` a list of one `Cache` [B,K,S,E] a layer -> hidden [B,1,D] and the caches, written.
     """
     c = model.config
@@ -259,7 +270,7 @@ def decode_step(model, params, layers, token, caches, positions):
     angles = angles_of(c, positions[:, None])
     block, written = block_of(model, keep=True), []
     for layer, cache in zip(layers, caches, strict=True):
-        x, cache = block.apply({"params": layer}, x, angles, cache, positions)
+        x, cache = block.apply(layer, x, angles, cache, positions)
         written.append(cache)
     x = RMSNorm(c.norm_eps).apply({"params": params["final_norm"]}, x).astype(model.hidden_dtype)
     return x, written

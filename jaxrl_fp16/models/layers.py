@@ -17,6 +17,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from jaxrl_fp16.config import Doc
+from jaxrl_fp16.models.lora import COLLECTION, LoraConfig, factors, uniform_init
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -82,6 +83,27 @@ def _project_backward(spec, saved, cotangent):
 project.defvjp(_project_forward, _project_backward)
 
 
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def project_frozen(spec, x, kernel):
+    """`project` onto a kernel that is not trained: it has no gradient, and `x` is not kept for one."""
+    return _einsum(spec, x.astype(kernel.dtype), kernel)
+
+
+def _frozen_forward(spec, x, kernel):
+    return _einsum(spec, x.astype(kernel.dtype), kernel), (jnp.zeros((), x.dtype), kernel)
+
+
+def _frozen_backward(spec, saved, cotangent):
+    like, kernel = saved
+    inputs, out = spec.split("->")
+    left, right = inputs.split(",")
+    grad_x = _einsum(f"{out},{right}->{left}", cotangent.astype(kernel.dtype), kernel)
+    return grad_x.astype(like.dtype), None
+
+
+project_frozen.defvjp(_frozen_forward, _frozen_backward)
+
+
 def shared(x):
     """`x` as the input of several projections."""
     return x.astype(jnp.float32)
@@ -90,22 +112,37 @@ def shared(x):
 class Projection(nn.Module):
     """`x @ kernel (+ bias)` in float32, not yet rounded: what follows decides where.
 
-    `axes` are the einsum letters of input, kernel and output; `shape` the kernel's.
+    `spec` is the einsum of input and kernel; `shape` the kernel's. With `lora` the kernel is frozen, and has an adapter
+    beside it where the variables hold one: without, the layer is as it was before any training.
     """
 
     spec: str
     shape: tuple[int, ...]
     fan_in: int
     bias_shape: tuple[int, ...] | None = None
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x):
         normal = nn.initializers.normal(self.fan_in**-0.5)
         kernel = self.param("kernel", normal, self.shape, jnp.float32)
-        y = project(self.spec, x, kernel)
+        y = project(self.spec, x, kernel) if self.lora is None else project_frozen(self.spec, x, kernel)
         if self.bias_shape is not None:
             y = y + self.param("bias", nn.initializers.zeros, self.bias_shape, jnp.float32)
+        adapted = self.lora is not None and self.lora.adapts(self.name)
+        if adapted and (self.is_initializing() or self.has_variable(COLLECTION, "a")):
+            y = y + self._adapter(x)
         return y
+
+    def _adapter(self, x):
+        """`(x A) B scale` in float32; between the two rounded once, as every input of a matmul is."""
+        lora, parts = self.lora, factors(self.spec, self.shape, self.lora.rank)
+        a = self.variable(COLLECTION, "a", lambda: uniform_init(self.make_rng("params"), parts.down_shape, jnp.float32))
+        b = self.variable(COLLECTION, "b", lambda: jnp.zeros(parts.up_shape, jnp.float32))
+        if lora.dropout and self.has_rng("dropout"):
+            x = nn.Dropout(lora.dropout, deterministic=False)(x)
+        inner = project(parts.down, x, a.value).astype(b.value.dtype)
+        return matmul(parts.up, inner, b.value) * lora.scale
 
 
 class RMSNorm(nn.Module):
@@ -129,14 +166,15 @@ class GatedMLP(nn.Module):
 
     intermediate_size: int
     bias: bool = False
+    lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x):
-        width, inner = x.shape[-1], self.intermediate_size
-        projected = partial(Projection, "btd,df->btf", (width, inner), width, (inner,) if self.bias else None)
+        width, inner, lora = x.shape[-1], self.intermediate_size, self.lora
+        projected = partial(Projection, "btd,df->btf", (width, inner), width, (inner,) if self.bias else None, lora)
         wide = shared(x)
         hidden = nn.silu(projected(name="gate")(wide)) * projected(name="up")(wide)
-        down = Projection("btf,fd->btd", (inner, width), inner, (width,) if self.bias else None, name="down")
+        down = Projection("btf,fd->btd", (inner, width), inner, (width,) if self.bias else None, lora, name="down")
         return down(hidden.astype(x.dtype))
 
 

@@ -13,7 +13,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from jaxrl_fp16.masking import segment_positions
-from jaxrl_fp16.models.decoder import angles_of, block_of, embed
+from jaxrl_fp16.models.decoder import angles_of, block_of, embed, layers_of
 from jaxrl_fp16.models.layers import RMSNorm
 
 IN_A_LAYER = ("attention_norm", "attention", "mlp_norm", "mlp")
@@ -78,8 +78,8 @@ def tapped_decode_step(model, params, token, caches, positions, change=None):
     return hidden, written, taps
 
 
-def tapped_layer(model, params, x, angles, cache=None, positions=None, segments=None, keep=False, change=None):
-    """One layer, for its parameters without the leading axis -> (x [B,T,D], what its modules give by name, cache).
+def tapped_layer(model, variables, x, angles, cache=None, positions=None, segments=None, keep=False, change=None):
+    """One layer, for its variables without the leading axis -> (x [B,T,D], what its modules give by name, cache).
 
     change: `(module, value) -> value`; also of "", what the layer gives.
     """
@@ -90,7 +90,7 @@ def tapped_layer(model, params, x, angles, cache=None, positions=None, segments=
         return found[module]
 
     with nn.intercept_methods(at_modules(see)):
-        x, cache = block_of(model, keep).apply({"params": params}, x, angles, cache, positions, segments)
+        x, cache = block_of(model, keep).apply(variables, x, angles, cache, positions, segments)
     return see("", x), found, cache
 
 
@@ -122,7 +122,7 @@ def _run(model, params, tokens, angles_at, caches, positions, segments, keep, ch
 
     first = change("embedding", None, embed(params["embedding"], tokens, model.residual_dtype))
     angles = angles_of(c, angles_at)
-    last, (inside, caches) = lax.scan(up, first, (jnp.arange(c.num_layers), params["layers"], caches))
+    last, (inside, caches) = lax.scan(up, first, (jnp.arange(c.num_layers), layers_of(params), caches))
     normed = RMSNorm(c.norm_eps).apply({"params": params["final_norm"]}, last).astype(model.hidden_dtype)
     hidden = change("final_norm", None, normed)
     return hidden, Taps({"embedding": first, "final_norm": hidden}, inside), caches

@@ -144,11 +144,13 @@ def state_shardings(state_shapes, param_shardings):
     Parameters take `param_shardings`. So does whatever mirrors them: a leaf whose
     path ends in a parameter's path and whose shape is that parameter's, as Adam's
     moments are, wherever optax has wrapped them. Everything else is replicated.
+    Of parameters {"base", "lora"} moments mirror what is below "lora".
     """
     known = {}
     leaves = jax.tree_util.tree_leaves_with_path(state_shapes.params)
     for (path, leaf), sharding in zip(leaves, jax.tree.leaves(param_shardings), strict=True):
-        known[_names(path), leaf.shape] = sharding
+        names = _names(path)
+        known[names, leaf.shape] = known[names[names[0] == "lora":], leaf.shape] = sharding
     whole = replicated(next(iter(known.values())).mesh)
 
     def choose(path, leaf):

@@ -6,12 +6,13 @@ n: prompts of a step.  P: prompt columns.  N: new tokens.  T = P + N.
 import jax
 
 from jaxrl_fp16.models import FAMILIES, param_shapes
-from jaxrl_fp16.objectives import needs_critic
+from jaxrl_fp16.models.init import plain
+from jaxrl_fp16.objectives import needs_critic, needs_reference
 from jaxrl_fp16.parallel import row_shards, sampling_mesh
-from jaxrl_fp16.plan.programs import bytes_on_a_device, learner_on, params_on, scored_rows
+from jaxrl_fp16.plan.programs import bytes_on_a_device, learner_on, scored_rows
 from jaxrl_fp16.training.runs.learner import critic_model
 from jaxrl_fp16.training.runs.run_config import resolve_algorithm
-from jaxrl_fp16.training.safety.memory import estimate
+from jaxrl_fp16.training.safety.memory import estimate, trained_count
 
 
 def facts_of(setup, model):
@@ -23,10 +24,11 @@ def facts_of(setup, model):
     """
     config, mesh = setup.config, setup.mesh
     t, s = config.training, config.sampling
+    algorithm = resolve_algorithm(config)
     learner, half = learner_on(setup, model), setup.precision.policy.compute_dtype.itemsize
     rows, columns = t.prompts_per_step * s.group_size, t.max_prompt_tokens + s.max_new_tokens
-    layers, head = _matmul_parameters(model)
-    critic = critic_model(config, model) if needs_critic(resolve_algorithm(config)) else None
+    layers, base, head = _matmul_parameters(model)
+    critic = critic_model(config, model) if needs_critic(algorithm) else None
     attention = FAMILIES[model.config.family].attention(model.config)
     # A query and all keys before it: a product with the keys and one with the values.
     mixed = 4 * attention.heads * attention.head_dim * model.config.num_layers
@@ -36,7 +38,9 @@ def facts_of(setup, model):
 
     def learn(rows):
         again = 2 * layers + mixed * columns / 2 if model.remat else 0
-        return 3 * forward(rows, columns) + rows * columns * again
+        # Frozen weights take part in the backward pass, and have no gradient of their own.
+        spared = 0 if model.lora is None else 2 * (base + head)
+        return 3 * forward(rows, columns) + rows * columns * (again - spared)
 
     sampled = sampling_mesh(config.mesh, mesh)
     shards, tensor = row_shards(sampled), sampled.shape["tensor"]
@@ -50,13 +54,13 @@ def facts_of(setup, model):
         "kv_heads": attention.kv_heads, "attention": model.attention, "remat": model.remat,
         "precision": setup.precision.name, "rollout_precision": setup.rollout_precision.name,
         "half": half, "rows": rows, "columns": columns,
-        "updates": updates, "scored": 1 if learner.reference is None else 2,
+        "updates": updates, "scored": 2 if needs_reference(algorithm) else 1,
         "new_tokens": s.max_new_tokens, "mesh": dict(mesh.shape),
         "learner": {
             "policy": bytes_on_a_device(learner.actor), "policy parameters": bytes_on_a_device(learner.actor.params),
             "critic": bytes_on_a_device(learner.critic) if learner.critic else 0,
             "critic parameters": bytes_on_a_device(learner.critic.params) if learner.critic else 0,
-            "reference": bytes_on_a_device(params_on(model, mesh))
+            "reference": bytes_on_a_device(learner.reference)
             if learner.reference is not None and t.reference == "device" else 0,
         },
         "flops": {"prefill": prefill, "decode": decode * s.max_new_tokens,
@@ -66,16 +70,16 @@ def facts_of(setup, model):
         "must_read": half * (layers + head) / tensor + kept * slots / shards / _heads_apart(attention, tensor),
         "rounds": -(-rows // slots), "decodes in steps": mesh.size == 1,
         "estimate": estimate(config, model, mesh, setup.precision.policy.compute_dtype,
-                             reference=learner.reference is not None, critic=critic),
+                             reference=needs_reference(algorithm), critic=critic),
     }
 
 
 def _matmul_parameters(model):
-    """Of one model: those of the layers' kernels, and those of the head."""
-    shapes = param_shapes(model)
-    layers = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(shapes["layers"])
-                 if path[-1].key == "kernel")
-    return layers, model.config.vocab_size * model.config.hidden_size
+    """Of one model: those of the layers' kernels with their adapters, of the kernels alone, and of the head."""
+    kernels = sum(leaf.size for path, leaf in jax.tree_util.tree_leaves_with_path(param_shapes(plain(model))["layers"])
+                  if path[-1].key == "kernel")
+    adapters = 0 if model.lora is None else trained_count(model)
+    return kernels + adapters, kernels, model.config.vocab_size * model.config.hidden_size
 
 
 def _heads_apart(attention, tensor):

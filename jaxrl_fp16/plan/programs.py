@@ -58,7 +58,7 @@ def lowered(setup, model, name):
     if name == "sampler":
         prompts = array(jnp.int32, t.prompts_per_step, t.max_prompt_tokens)
         mask, key = array(bool, *prompts.shape), jax.eval_shape(lambda: jax.random.key(0))
-        return own_sampler(setup, model).lower(params_on(model, mesh), prompts, mask, key)
+        return own_sampler(setup, model).lower(params_on(model, mesh, setup.precision), prompts, mask, key)
     learner = learner_on(setup, model)
     algorithm = resolve_algorithm(config)
     critic = critic_model(config, model) if needs_critic(algorithm) else None
@@ -89,9 +89,9 @@ def lowered(setup, model, name):
     return programs.update.lower(learner.actor, batch)
 
 
-def params_on(model, mesh):
-    """A model's parameters as shapes that lie on the mesh."""
-    return _placed(param_shapes(model), param_shardings(model, mesh))
+def params_on(model, mesh, precision):
+    """A model's parameters as shapes that lie on the mesh, a frozen part in the compute dtype of `precision`."""
+    return _placed(param_shapes(model, precision.policy.compute_dtype), param_shardings(model, mesh))
 
 
 def learner_on(setup, model):
@@ -100,7 +100,8 @@ def learner_on(setup, model):
     algorithm, critic = resolve_algorithm(config), None
     if needs_critic(algorithm):
         critic = _state_on(critic_model(config, model), config.critic.optimizer, setup.critic_precision, mesh)
-    reference = params_on(model, mesh) if needs_reference(algorithm) else None
+    apart = needs_reference(algorithm) and model.lora is None
+    reference = params_on(model, mesh, setup.precision) if apart else None
     return Learner(_state_on(model, config.optimizer, setup.precision, mesh), critic, reference)
 
 
@@ -108,7 +109,7 @@ def _state_on(model, optimizer, precision, mesh):
     def make(params):
         return init_train_state(params, make_optimizer(optimizer), precision.loss_scale, jax.random.key(0))
 
-    shapes = jax.eval_shape(make, param_shapes(model))
+    shapes = jax.eval_shape(make, param_shapes(model, precision.policy.compute_dtype))
     return _placed(shapes, state_shardings(shapes, param_shardings(model, mesh)))
 
 

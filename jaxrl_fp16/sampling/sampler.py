@@ -17,7 +17,8 @@ import jax.numpy as jnp
 from jaxrl_fp16.config import Doc
 from jaxrl_fp16.forward import cast_to_compute, in_compute_dtype, logits_of
 from jaxrl_fp16.masking import align, left_align
-from jaxrl_fp16.models.decoder import unstack_layers
+from jaxrl_fp16.models.decoder import layers_of, unstack_layers
+from jaxrl_fp16.models.frozen import variables_of
 from jaxrl_fp16.models.init import laid_out_for_decoding
 from jaxrl_fp16.models.numerics import jit
 from jaxrl_fp16.sampling.slots import Recipe, Rows, columns_of, ends_of, enter, fill, run_stage, stages_of
@@ -170,8 +171,8 @@ def _sample_part(recipe, compute, prompt_tokens, prompt_mask, keys):
 
 def decode_weights(recipe, compute):
     """What `run_stage` takes of parameters in the compute dtype."""
-    others = {name: leaf for name, leaf in compute.items() if name != "layers"}
-    return others, unstack_layers(compute["layers"], recipe.model.config.num_layers)
+    others = {name: compute[name] for name in ("embedding", "final_norm", "head")}
+    return others, unstack_layers(layers_of(compute), recipe.model.config.num_layers)
 
 
 def start(recipe, compute, prompt_tokens, prompt_mask, keys):
@@ -209,7 +210,7 @@ def _prefill(recipe, compute, prompt_tokens, prompt_mask, keys):
     order, _ = left_align(prompt_mask)
     lengths = jnp.sum(prompt_mask.astype(bool), axis=1, dtype=jnp.int32)
     tokens = jnp.where(align(prompt_mask, order).astype(bool), align(prompt_tokens, order), 0)
-    hidden, cache = recipe.model.apply({"params": compute}, tokens, keep_cache=True)
+    hidden, cache = recipe.model.apply(variables_of(compute), tokens, keep_cache=True)
     last = jnp.maximum(lengths - 1, 0)
     hidden = jnp.take_along_axis(hidden, last[:, None, None], axis=1)
     logits = jnp.repeat(logits_of(hidden, compute["head"])[:, 0], keys.shape[1], axis=0)

@@ -14,10 +14,11 @@ import jax
 from jax import lax
 import jax.numpy as jnp
 
-from jaxrl_fp16.forward import NONE, align_rows, cast_kernels, cast_to_compute, in_compute_dtype, score_hidden
+from jaxrl_fp16.forward import NONE, align_rows, cast_to_compute, cast_variables, in_compute_dtype, score_hidden
 from jaxrl_fp16.masking import align, segment_positions
 from jaxrl_fp16.models.attention import kind_for
-from jaxrl_fp16.models.decoder import angles_of, block_of, embed
+from jaxrl_fp16.models.decoder import angles_of, block_of, embed, layers_of
+from jaxrl_fp16.models.frozen import LORA, in_one, is_adapted
 from jaxrl_fp16.models.layers import Projection, RMSNorm
 from jaxrl_fp16.models.taps import IN_A_LAYER, at_modules
 
@@ -35,7 +36,7 @@ class Program:
     temperature: float = 1.0
     with_entropy: bool = False
 
-    def layer(self, params, x, angles, segments, add):
+    def layer(self, variables, x, angles, segments, add):
         """One layer on `x` [B,T,D] -> what follows, and what its modules give by name; `add` by name is added to it."""
         found = {}
 
@@ -44,18 +45,19 @@ class Program:
             return found[name]
 
         with nn.intercept_methods(at_modules(see)), nn.intercept_methods(_inside(found)):
-            weights = {"params": cast_kernels(params, self.policy)}
-            x, _ = block_of(self.model).apply(weights, x, angles, None, None, segments)
+            x, _ = block_of(self.model).apply(
+                cast_variables(variables, self.policy), x, angles, None, None, segments)
         return x, found
 
-    def tail(self, outer, x, add, alignment, rows, total):
-        """`(loss, final hidden [B,T,D])` from the stream after the last layer; `add` is added to the hidden state."""
+    def tail(self, outer, x, add, alignment, rows, total, frozen=False):
+        """`(loss, final hidden [B,T,D])` from the stream after the last layer; `add` is added to the hidden state.
+        frozen: all of `outer` is."""
         head = cast_to_compute(outer, self.policy, self.model.numerics)["head"]
         hidden = RMSNorm(self.model.config.norm_eps).apply({"params": outer["final_norm"]}, x)
         hidden = hidden.astype(self.model.hidden_dtype) + add
         logprobs, entropy = score_hidden(
             hidden, alignment, head, rows.tokens, rows.mask, self.temperature, getattr(rows, "decisions", NONE),
-            self.with_entropy, getattr(rows, "segments", None),
+            self.with_entropy, getattr(rows, "segments", None), frozen,
         )
         return self.loss_of(logprobs, entropy, rows, total), hidden
 
@@ -82,20 +84,24 @@ def walk(programs, params, scale, rows, total, *, see, compare, cotangents=False
 
     Args:
       programs: of `make_program`.
-      params: float32, of a Decoder.
+      params: of a Decoder; gradients are those of the part that is trained.
       scale: float32 [], the loss scale; gradients and cotangents are those of the scaled loss.
       rows: with at least tokens and mask [B,T].
       see: `(array [B,T,...], real tokens bool [B,T]) -> array`.
-      compare: `(a tree of float32 gradients for each program) -> tree`, of one layer's parameters and of all others.
+      compare: `(a tree of float32 gradients for each program) -> tree`, of one layer's trained parameters and of all
+        others.
       cotangents: whether the gradients with respect to what modules give are seen too.
 
-    Returns `([Found of each program], a tree like params of what compare gives)`; in layers with an axis [L] first.
+    Returns `([Found of each program], a tree like the trained parameters of what compare gives)`; in layers with an
+    axis [L] first.
     """
     tokens, segments, alignment = align_rows(rows.tokens, rows.mask, getattr(rows, "segments", None))
     real = align(rows.mask, alignment[0]).astype(bool)
     positions = jnp.arange(tokens.shape[1])[None] if segments is None else segment_positions(segments)
     angles = angles_of(programs[0].model.config, positions)
-    stacked, outer = params["layers"], {name: value for name, value in params.items() if name != "layers"}
+    whole, adapted = in_one(params), is_adapted(params)
+    stacked, outer = layers_of(whole), {name: whole[name] for name in whole if name not in ("layers", LORA)}
+    learns = LORA if adapted else "params"   # of a layer's variables
     look = lambda arrays: {name: see(x, real) for name, x in arrays.items()}
 
     def forward(program):
@@ -107,7 +113,7 @@ def walk(programs, params, scale, rows, total, *, see, compare, cotangents=False
         last, (inputs, inside) = lax.scan(up, first, stacked)
 
         def scaled(outer, x, add):
-            loss, hidden = program.tail(outer, x, add, alignment, rows, total)
+            loss, hidden = program.tail(outer, x, add, alignment, rows, total, adapted)
             return loss * scale, (loss, hidden)
 
         _, pull, (loss, hidden) = jax.vjp(
@@ -118,12 +124,12 @@ def walk(programs, params, scale, rows, total, *, see, compare, cotangents=False
         return inputs, cotangent, gradients, to_table, at_norm, Found(loss, outside, inside, {}, {})
 
     def backward(program, layer, x, cotangent):
-        run = lambda layer, x, add: program.layer(layer, x, angles, segments, add)[0]
+        run = lambda own, x, add: program.layer({**layer, learns: own}, x, angles, segments, add)[0]
         zeros = {}
         if cotangents:
             shapes = jax.eval_shape(lambda: program.layer(layer, x, angles, segments, {})[1])
             zeros = {name: jnp.zeros(shapes[name].shape, shapes[name].dtype) for name in IN_A_LAYER}
-        gradients, before, pulled = jax.vjp(run, layer, x, zeros)[1](cotangent)
+        gradients, before, pulled = jax.vjp(run, layer[learns], x, zeros)[1](cotangent)
         return before, gradients, look(pulled | {"": cotangent}) if cotangents else {}
 
     def down(arriving, given):
@@ -134,15 +140,17 @@ def walk(programs, params, scale, rows, total, *, see, compare, cotangents=False
 
     inputs, arriving, gradients, to_table, at_norm, found = zip(*map(forward, programs))
     first, (layers, pulled) = lax.scan(down, arriving, (stacked, inputs), reverse=True)
-    gradients = [
-        own | {"embedding": own["embedding"] + pull(cotangent)[0]}
-        for own, pull, cotangent in zip(gradients, to_table, first)
-    ]
     if cotangents:
         found = [
             own._replace(pulled_outside=look({"embedding": x, "final_norm": norm}), pulled_inside=inside)
             for own, x, norm, inside in zip(found, first, at_norm, pulled)
         ]
+    if adapted:
+        return list(found), {LORA: {"layers": layers}}
+    gradients = [
+        own | {"embedding": own["embedding"] + pull(cotangent)[0]}
+        for own, pull, cotangent in zip(gradients, to_table, first)
+    ]
     return list(found), compare(*gradients) | {"layers": layers}
 
 

@@ -83,14 +83,17 @@ def _layer_of(name, num_layers):
 def by_tensor(model, tree):
     """`[(name, values)]` of every tensor of a folder that holds `model`, from embedding to head.
 
-    tree: one like the parameters, on the host, whose leaves or structs are of arrays [L] or [].
+    tree: one like the parameters, or their trained part alone, on the host, whose leaves or structs are of arrays [L]
+    or [].
     """
     rows = []
     for tensor in tensor_table(model):
+        if tensor.path[0] not in tree:
+            continue
         values = at(tree, tensor.path)
         for index, name in tensor.entries(jax.tree.leaves(values)[0].shape):
             own = jax.tree.map(lambda x, index=index: x[index], values) if index else values
-            rows.append((PLACES[tensor.path[0]], index, name, own))
+            rows.append((next(PLACES[part] for part in tensor.path if part in PLACES), index, name, own))
     return [(name, own) for _, _, name, own in sorted(rows, key=itemgetter(0, 1))]
 
 

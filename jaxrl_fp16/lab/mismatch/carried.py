@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxrl_fp16.forward import align_rows, score_hidden
-from jaxrl_fp16.models.decoder import angles_of, attention_of, embed, mlp_of
+from jaxrl_fp16.models.decoder import angles_of, attention_of, embed, layers_of, mlp_of
 from jaxrl_fp16.models.layers import RMSNorm
 from jaxrl_fp16.models.taps import IN_A_LAYER, tapped_layer
 
@@ -135,24 +135,27 @@ def _errors_outside(model, params, batch, logprobs, taps, temperature):
 def _errors_inside(model, params, index, taps, dtype):
     """The same of one layer's modules; dtype: the program's compute dtype."""
     c, layer = model.config, _layer(params, index)
+    within = lambda name: {kind: tree[name] for kind, tree in layer.items() if name in tree}
+    norm = lambda name, x: _norm(model, layer["params"][name], x)
     found = {name: x[index] for name, x in taps.inside.items()}
     before = jnp.where(index > 0, taps.inside[""][jnp.maximum(index - 1, 0)], taps.outside["embedding"])
     angles = angles_of(c, jnp.arange(before.shape[1])[None])
     seen, looked = (_wide(found[norm].astype(dtype)) for norm in ("attention_norm", "mlp_norm"))
     middle = (before + found["attention"]).astype(before.dtype)
-    mixed, _ = attention_of(c, model.attention).apply({"params": layer["attention"]}, seen, angles, None, None, None)
-    made = mlp_of(c).apply({"params": layer["mlp"]}, looked)
+    attend = attention_of(c, model.attention, lora=model.lora)
+    mixed, _ = attend.apply(within("attention"), seen, angles, None, None, None)
+    made = mlp_of(c, model.lora).apply(within("mlp"), looked)
     return {
-        "attention_norm": seen - _norm(model, layer["attention_norm"], before),
+        "attention_norm": seen - norm("attention_norm", before),
         "attention": _wide(middle) - _wide(before) - mixed,
-        "mlp_norm": looked - _norm(model, layer["mlp_norm"], middle),
+        "mlp_norm": looked - norm("mlp_norm", middle),
         "mlp": _wide(found[""]) - _wide(middle) - made,
     }
 
 
 def _layer(params, index):
-    """The parameters of layer `index` int32 []."""
-    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), params["layers"])
+    """The variables of layer `index` int32 []."""
+    return jax.tree.map(lambda x: lax.dynamic_index_in_dim(x, index, keepdims=False), layers_of(params))
 
 
 def _wide(x):

@@ -87,7 +87,7 @@ def open_model(setup):
     with naming("memory"):
         needs = estimate(setup.config, model, setup.mesh, compute, command="mismatch")
         check_fits(needs, device_bytes(setup.mesh.local_devices[0]))
-    params = load_params(setup, model)
+    params = load_params(setup, model, several=True)
     optimizer = make_optimizer(setup.config.optimizer)
     shardings = param_shardings(model, setup.mesh)
     return model, create_train_state(params, optimizer, setup.precision.loss_scale, setup.keys.learning, shardings)

@@ -55,6 +55,11 @@ class Tensor:
         """For each axis of a tensor, the axes of ours that it merges."""
         return TRANSFORMS[self.kind] or tuple((axis,) for axis in range(len(self.axes)))
 
+    @property
+    def linear(self):
+        """The name of the linear layer whose kernel this is, as `q_proj`; None of another tensor."""
+        return self.name.split(".")[-2] if self.path[-1] == "kernel" and self.counted else None
+
     def entries(self, shape):
         """`[(index, name)]` of all its tensors: the place of each along the leading axes of our array of `shape`."""
         counts = shape[:len(self.counted)]
@@ -103,8 +108,8 @@ class Family:
     """name: `model_type` of config.json.  defaults: of `DecoderConfig` fields left None.
     read: config.json -> fields.  write: DecoderConfig -> config.json.  tensors: DecoderConfig -> table.
     Both `read` and `write` raise ValueError for what the other side cannot express.
-    attention: DecoderConfig -> AttentionShape.  mlp: `(DecoderConfig, **linen's own arguments)` -> the module that
-    takes [B,T,D] in the compute dtype and gives float32 [B,T,D]."""
+    attention: DecoderConfig -> AttentionShape.  mlp: `(DecoderConfig, **linen's own arguments)`, and `lora` where the
+    model has one -> the module that takes [B,T,D] in the compute dtype and gives float32 [B,T,D]."""
 
     name: str
     architecture: str

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 import numpy as np
 from safetensors.numpy import save_file
 
+from jaxrl_fp16.models.adapters import check_same
 from jaxrl_fp16.models.critic import Critic, decoder_of
 from jaxrl_fp16.models.decoder import Decoder
 from jaxrl_fp16.models.families import FAMILIES
@@ -48,8 +49,10 @@ def save_pretrained(folder, model, params, dtype="float16", tokenizer=None, gene
         `dtype`, parameters of another model, or a config that the format cannot express.
       FileExistsError: the folder holds something and `overwrite` is false.
     """
-    if not isinstance(model, Decoder):
-        raise ValueError(f"a {type(model).__name__} cannot be exported; allowed: a Decoder")
+    if not isinstance(model, Decoder) or model.lora is not None:
+        kind = "Decoder with adapters" if isinstance(model, Decoder) else type(model).__name__
+        raise ValueError(f"a {kind} cannot be exported; allowed: a Decoder, with adapters save_adapter or what "
+                         "merge_lora gives")
     ids, generation = _generation(tokenizer, generation_config)
     _save(Path(folder).expanduser(), model, params, dtype, ids, generation, tokenizer, overwrite, shard_bytes, durable)
 
@@ -76,35 +79,28 @@ def _save(folder, model, params, dtype, about, generation, tokenizer, overwrite,
     """Checks and writes; `about` goes into `config.json` above what the family writes there."""
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype is {dtype!r}; allowed: {', '.join(DTYPES.values())}")
-    if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise FileExistsError(f"{folder} is not empty; allowed: a new or empty folder, or overwrite=True")
-    _check_params(model, params)
+    check_free(folder, overwrite)
+    check_same(param_shapes(model), params, "parameter ")
     check_range(model, params, dtype, source=f"export to {folder}")
     body = decoder_of(model).config
     config = {**FAMILIES[body.family].write(body), **about}
     config |= {"dtype": dtype, "torch_dtype": dtype}  # the names of Transformers 5 and 4
-    with _new_folder(folder, durable) if jax.process_index() == 0 else nullcontext() as place:
+    with new_folder(folder, durable) if jax.process_index() == 0 else nullcontext() as place:
         _write_weights(place, model, params, dtype, shard_bytes)
         if place is not None:
-            _write_json(place / "config.json", config)
+            write_json(place / "config.json", config)
             if generation:
-                _write_json(place / "generation_config.json", generation)
+                write_json(place / "generation_config.json", generation)
             if tokenizer is not None:
                 save_tokenizer(tokenizer, place)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"exported {folder}")
 
 
-def _check_params(model, params):
-    asked, given = _shapes(param_shapes(model)), _shapes(params)
-    for path in asked | given:
-        if asked.get(path) != given.get(path):
-            raise ValueError(f"parameter {path} has shape {given.get(path)}; allowed: {asked.get(path)}")
-
-
-def _shapes(tree):
-    leaves = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): leaf.shape for path, leaf in leaves}
+def check_free(folder, overwrite):
+    """FileExistsError for a folder that holds something, unless `overwrite`."""
+    if not overwrite and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise FileExistsError(f"{folder} is not empty; allowed: a new or empty folder, or overwrite=True")
 
 
 def _generation(tokenizer, given):
@@ -129,7 +125,7 @@ def _write_weights(place, model, params, dtype, shard_bytes):
     for number, shard in enumerate(shards, start=1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
         tensors = {
-            entry: _to_hf(tensor, at(params, tensor.path), index, dtype) for entry, tensor, index in shard
+            entry: hf_array(tensor, at(params, tensor.path), index, dtype) for entry, tensor, index in shard
         }
         where.update(dict.fromkeys(tensors, name))
         total += sum(array.nbytes for array in tensors.values())
@@ -137,7 +133,7 @@ def _write_weights(place, model, params, dtype, shard_bytes):
             # Transformers 4 refuses a file that does not say which library's layout it has.
             save_file(tensors, place / name, metadata={"format": "pt"})
     if place is not None and len(shards) > 1:
-        _write_json(place / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
+        write_json(place / INDEX, {"metadata": {"total_size": total}, "weight_map": where})
 
 
 def _entries(model, params):
@@ -162,7 +158,7 @@ def _split(entries, itemsize, shard_bytes):
     return shards
 
 
-def _to_hf(tensor, array, index, dtype):
+def hf_array(tensor, array, index, dtype):
     """One tensor as the folder holds it, fetched from the devices and cast on the host."""
     array = to_host(array[index] if index else array)
     # A file gets an array's memory whatever its strides say: a transposed view would be written untransposed.
@@ -173,7 +169,7 @@ def _to_hf(tensor, array, index, dtype):
 
 
 @contextmanager
-def _new_folder(folder, durable=True):
+def new_folder(folder, durable=True):
     """A folder to write into, which takes its final name at the end, and is removed after an error."""
     folder.parent.mkdir(parents=True, exist_ok=True)
     place = folder.with_name(f".{folder.name}.partial-{secrets.token_hex(8)}")
@@ -213,5 +209,5 @@ def _flush(path):
         os.close(handle)
 
 
-def _write_json(path, mapping):
+def write_json(path, mapping):
     path.write_text(json.dumps(mapping, indent=2) + "\n", encoding="utf-8")

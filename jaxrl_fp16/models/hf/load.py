@@ -20,7 +20,7 @@ from jaxrl_fp16.models.families import FAMILIES
 from jaxrl_fp16.models.families.config_json import read_json, refuse_quantised, refuse_unless
 from jaxrl_fp16.models.hf.other_folders import refuse_adapter, what_lies_in
 from jaxrl_fp16.models.hf.weight_files import PretrainedError, find_tensors
-from jaxrl_fp16.models.init import at, param_shapes, param_shardings, put, tensor_table
+from jaxrl_fp16.models.init import at, param_shapes, param_shardings, plain, put, tensor_table
 from jaxrl_fp16.models.numerics import DEFAULT
 from jaxrl_fp16.parallel.sharding import to_host
 
@@ -29,26 +29,28 @@ ALIGNMENT = 64  # bytes; JAX on CPU takes an array so aligned as it is, without 
 
 
 def load_pretrained(
-    folder, *, attention="blockwise", remat=True, mesh=None, compute_dtype="float32", numerics=DEFAULT,
+    folder, *, attention="blockwise", remat=True, mesh=None, compute_dtype="float32", numerics=DEFAULT, lora=None,
+    dtype="float32",
 ):
     """Reads a Hugging Face model folder: `config.json` and safetensors, whole or in shards.
 
     Args:
       folder: its path.
-      attention, remat, numerics: of the Decoder.
+      attention, remat, numerics, lora: of the Decoder. With `lora` the parameters are those that `init_lora` takes.
       mesh: where given, each device reads and holds its part of every array.
       compute_dtype: the policy's; a weight beyond its range is refused. None: none is, not even a NaN.
+      dtype: of the parameters. Only a base that stays as it is should be of another than float32.
 
     Returns:
-      (Decoder, parameters as a nested dict of float32 arrays). The model's own
-      data types, float32, float16 or bfloat16, are cast tensor by tensor.
+      (Decoder, parameters as a nested dict of arrays). The folder's own data types, float32, float16 or bfloat16, are
+      cast tensor by tensor, and rounded to `dtype` array by array.
 
     Raises:
       PretrainedError: a ValueError; the folder, a file or a tensor is not what
         `config.json` asks for.
     """
-    model = Decoder(read_config(folder), attention=attention, remat=remat, numerics=numerics)
-    return model, _load_params(local_folder(folder), model, mesh, compute_dtype)
+    model = Decoder(read_config(folder), attention=attention, remat=remat, numerics=numerics, lora=lora)
+    return model, _load_params(local_folder(folder), plain(model), mesh, compute_dtype, dtype)
 
 
 def load_reward_model(
@@ -68,7 +70,7 @@ def load_reward_model(
     return model, _load_params(local_folder(folder), model, mesh, compute_dtype)
 
 
-def _load_params(folder, model, mesh, compute_dtype):
+def _load_params(folder, model, mesh, compute_dtype, dtype="float32"):
     """The parameters of `model`, every tensor of the folder checked before the first is read."""
     shapes, num_layers = param_shapes(model), decoder_of(model).config.num_layers
     stored = find_tensors(folder)
@@ -76,14 +78,18 @@ def _load_params(folder, model, mesh, compute_dtype):
         raise PretrainedError(f"{folder}: config.json asks for {num_layers} layers; {len(stored)} tensors are there; "
                               "allowed: the weights of that config.json")
     table = tensor_table(model)
-    _check_tensors(folder, model, stored, _expected(table, shapes))
+    _check_tensors(folder, model, stored, expected_tensors(table, shapes))
     shardings = None if mesh is None else param_shardings(model, mesh)
     params = {}
     for tensor in table:
         shape = at(shapes, tensor.path).shape
-        sharding = None if mesh is None else at(shardings, tensor.path)
-        put(params, tensor.path, _load(tensor, shape, sharding, stored))
-    if compute_dtype is not None:
+        array = load_array(tensor, shape, None if mesh is None else at(shardings, tensor.path), stored)
+        if dtype != "float32":  # rounded at once, what it was is gone
+            if compute_dtype is not None:
+                check_arrays([tensor], [array], compute_dtype, folder)
+            array = jax.block_until_ready(array.astype(dtype))
+        put(params, tensor.path, array)
+    if compute_dtype is not None and dtype == "float32":
         check_range(model, params, compute_dtype, source=folder)
     return params
 
@@ -129,9 +135,14 @@ def check_range(model, params, dtype, source="parameters"):
 
     One reduction on the device; the error names the tensor as Hugging Face does, after `source`.
     """
-    limit, table = float(jnp.finfo(dtype).max), tensor_table(model)
-    depths = tuple(len(tensor.counted) for tensor in table)
-    peaks = _peaks(depths, [at(params, tensor.path) for tensor in table])
+    table = tensor_table(model)
+    check_arrays(table, [at(params, tensor.path) for tensor in table], dtype, source)
+
+
+def check_arrays(table, arrays, dtype, source):
+    """`check_range` of some rows of a table and their arrays."""
+    limit, depths = float(jnp.finfo(dtype).max), tuple(len(tensor.counted) for tensor in table)
+    peaks = _peaks(depths, arrays)
     for tensor, found in zip(table, map(to_host, peaks), strict=True):
         for index, name in tensor.entries(found.shape):
             largest = found[index].max()
@@ -149,7 +160,7 @@ def _peaks(depths, arrays):
 # -- what must be there -------------------------------------------------------------------------
 
 
-def _expected(table, shapes):
+def expected_tensors(table, shapes):
     """Tensor name -> shape in the folder."""
     expected = {}
     for tensor in table:
@@ -195,8 +206,8 @@ def _check_tied(folder, head, embedding):
 # -- from files to devices ----------------------------------------------------------------------
 
 
-def _load(tensor, shape, sharding, stored):
-    """One of our arrays, each device's part of it read once; on the default device if `sharding` is None."""
+def load_array(tensor, shape, sharding, stored):
+    """float32: one of our arrays, each device's part of it read once; on the default device if `sharding` is None."""
     if sharding is None:
         bounds = tuple((0, size) for size in shape)
         return jax.block_until_ready(jax.device_put(_read_part(tensor, shape, bounds, stored)))

@@ -54,7 +54,7 @@ class StoredTensor:
 def find_tensors(folder):
     """Every tensor of a model folder by name: of its one file, or of the shards that its index lists."""
     if (folder / SINGLE).is_file():
-        return _read_header(folder / SINGLE)
+        return read_header(folder / SINGLE)
     if (folder / INDEX).is_file():
         return _read_shards(folder)
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
@@ -68,7 +68,7 @@ def _read_shards(folder):
     where = _read_index(folder / INDEX)
     found = {}
     for shard in sorted(set(where.values())):
-        for name, tensor in _read_header(folder / shard).items():
+        for name, tensor in read_header(folder / shard).items():
             if name in found:
                 raise PretrainedError(f"{folder}: tensor {name} is in {found[name].file.name} and in "
                                       f"{shard}; allowed: one place")
@@ -98,7 +98,8 @@ def _read_index(path):
     return where
 
 
-def _read_header(path):
+def read_header(path):
+    """The tensors of one safetensors file by name."""
     if not path.is_file():
         raise PretrainedError(f"{path} is missing; allowed: every shard that {INDEX} lists")
     with path.open("rb") as file:

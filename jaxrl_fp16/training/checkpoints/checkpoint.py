@@ -3,10 +3,13 @@
     checkpoints/
       100/                what is here was finished: folders get this name last
         state/            the arrays, written by orbax
-        about.json        step, the leaves' dtypes and shapes, the caller's extra values, digests of the run's inputs
+        about.json        step, the leaves' dtypes and shapes, the caller's extra values, digests of the run's inputs and
+                          of what is frozen
         config.yaml       the resolved config
         manifest.json     BLAKE2 of every other file
       200.partial/        a save that is under way, or was killed
+
+Frozen parts of parameters, "base" beside "lora", are not written: their digest is, and they come from the template.
 
 Orbax alone casts to the dtype it is asked for, takes an empty folder for a
 checkpoint, and reads a flipped bit as a number; the table of leaves, the name
@@ -32,7 +35,9 @@ import orbax.checkpoint as ocp
 
 from jaxrl_fp16.config import Doc
 from jaxrl_fp16.training.checkpoints import manifest
-from jaxrl_fp16.training.checkpoints.leaves import abstract_leaf, is_key, like_leaf, named_leaves, table_of, target_of
+from jaxrl_fp16.training.checkpoints.leaves import (
+    abstract_leaf, describe_frozen, frozen_apart, is_key, like_leaf, named_leaves, table_of, target_of,
+)
 
 ABOUT, CONFIG, STATE = "about.json", "config.yaml", "state"
 
@@ -159,8 +164,10 @@ class Checkpoints:
             return False
         if step in self.steps():
             raise CheckpointError(f"{self.folder / str(step)}: exists already; allowed: a new step or folder")
-        leaves = named_leaves(state)
+        leaves, frozen = frozen_apart(named_leaves(state))
         about = {"step": step, "leaves": table_of(leaves), "extra": extra or {}}
+        if frozen:
+            about["frozen"] = describe_frozen(frozen)
         if self._inputs is not None:
             about["inputs"] = self._inputs
         if (score := _finite((metrics or {}).get(self._config.best))) is not None:
@@ -190,10 +197,11 @@ class Checkpoints:
             shardings the result gets: those of another mesh than the saved one's, if they are.
 
         Returns:
-          `(state, extra, step)`.
+          `(state, extra, step)`; a frozen part of parameters is the template's own arrays.
 
         Raises:
-          CheckpointError: there is none, or names, shapes or dtypes of its leaves are not the template's.
+          CheckpointError: there is none, names, shapes or dtypes of its leaves are not the template's, or what is
+            frozen is not what it was saved beside.
         """
         self.wait()
         self._tell_unfinished()
@@ -284,11 +292,14 @@ class Checkpoints:
 
     def _read(self, path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
         about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
-        leaves = named_leaves(template)
+        whole = named_leaves(template)
+        leaves, frozen = frozen_apart(whole)
         _check_table(path, about["leaves"], table_of(leaves))
+        if frozen:
+            _check_frozen(path, about.get("frozen", {}), describe_frozen(frozen))
         targets = {name: target_of(leaf) for name, leaf in leaves.items() if leaf.size}
         arrays = self._checkpointer.restore(path / STATE, targets)
-        restored = [like_leaf(leaf, arrays.get(name)) for name, leaf in leaves.items()]
+        restored = [leaf if name in frozen else like_leaf(leaf, arrays.get(name)) for name, leaf in whole.items()]
         return jax.tree.unflatten(jax.tree.structure(template), restored), about["extra"]
 
     def _failed(self, step: int, error: Exception) -> CheckpointError:
@@ -314,6 +325,14 @@ def _check_table(path: Path, saved: Mapping[str, list], wanted: Mapping[str, lis
     if wrong:
         more = f"; and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise CheckpointError(f"{path}: of another model or optimizer: {'; '.join(wrong[:3])}{more}")
+
+
+def _check_frozen(path: Path, saved: Mapping[str, Any], found: Mapping[str, Any]) -> None:
+    wrong = [f"{key} {saved.get(key, 'none')}, here {found.get(key, 'none')}"
+             for key in {**saved, **found} if saved.get(key) != found.get(key)]
+    if wrong:
+        raise CheckpointError(f"{path}: its adapters were trained beside other frozen weights: {'; '.join(wrong)}; "
+                              "allowed: the same model folder in the same precision")
 
 
 def _finite(value: Any) -> float | None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxrl_fp16.config import naming
 from jaxrl_fp16.models import param_shardings
+from jaxrl_fp16.models.frozen import is_adapted
 from jaxrl_fp16.objectives import host_floats, pair_normalizer
 from jaxrl_fp16.parallel import shard_batch
 from jaxrl_fp16.tokenizer import encode_completions
@@ -83,8 +84,9 @@ def check_preferences(setup, task):
 
 
 def preference_learner(run, params):
-    """A fresh state for section `dpo`'s optimizer, and the reference: `params`, which are taken over."""
-    reference = jax.tree.map(jnp.copy, params)
+    """A fresh state for section `dpo`'s optimizer, and the reference: `params`, which are taken over. With adapters the
+    reference is what the policy is without them."""
+    reference = None if is_adapted(params) else jax.tree.map(jnp.copy, params)
     actor = create_train_state(
         params, make_optimizer(run.config.dpo.optimizer), run.setup.precision.loss_scale, run.setup.keys.learning,
         param_shardings(run.model, run.setup.mesh),

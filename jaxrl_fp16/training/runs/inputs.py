@@ -15,12 +15,13 @@ from jaxrl_fp16.tasks.examples import read_hub_rows
 from jaxrl_fp16.training.checkpoints.checkpoint import newest_about
 
 NAME = "inputs.json"
-PATHS = ("model.path", "model.tokenizer", "critic.path", "task.path", "task.reward_file", "task.reward_model.path",
+PATHS = ("model.path", "model.tokenizer", "lora.path", "critic.path", "task.path", "task.reward_file", "task.reward_model.path",
          "task.reward_model.tokenizer")
 CONFIGS = ("config.json", "generation_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
              "chat_template.jinja", "additional_chat_templates/*.jinja")
 WEIGHTS = ".safetensors"
+ADAPTERS = ("adapter_config.json", "adapter_model" + WEIGHTS)
 SINGLE, SHARDS = ("model" + WEIGHTS,), ("model.safetensors.index.json", "*" + WEIGHTS)
 EDGE = 2**20    # bytes at either end of a file of weights; what lies between is told by its size alone
 Inputs = Mapping[str, Mapping[str, str]]
@@ -32,6 +33,7 @@ def inputs_of(config) -> Inputs:
     found = {
         "model.path": _of_model(model.path, model.tokenizer),
         "model.tokenizer": _of_folder(model.tokenizer, TOKENIZER),
+        "lora.path": _of_folder(config.lora.path, ADAPTERS),
         "critic.path": _of_model(config.critic.path, config.critic.path),
         "task.path": _of_file(task.path),
         "task.hub": _of_rows(task),

@@ -12,7 +12,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_fp16.config import naming
-from jaxrl_fp16.models import Critic, Decoder, critic_params, load_pretrained, param_shardings, read_config
+from jaxrl_fp16.models import Critic, Decoder, critic_params, init_lora, load_pretrained, param_shardings, read_config
+from jaxrl_fp16.models.frozen import is_adapted, without_adapters
 from jaxrl_fp16.objectives import needs_critic, needs_reference
 from jaxrl_fp16.parallel import to_device_memory, to_host_memory
 from jaxrl_fp16.tokenizer import check_vocabulary
@@ -26,7 +27,7 @@ class Learner:
 
     actor: TrainState                 # of the policy
     critic: TrainState | None = None  # with PPO
-    reference: Any | None = None      # float32 parameters, with a KL term; in device or host memory
+    reference: Any | None = None      # float32 parameters, with a KL term; in device or host memory. None with adapters
 
     @property
     def sampling_params(self):
@@ -35,7 +36,9 @@ class Learner:
 
     @property
     def reference_params(self):
-        """What a KL term refers to, in device memory."""
+        """What a KL term refers to, in device memory: with adapters the policy without them, no copy."""
+        if self.reference is None:
+            return without_adapters(self.actor.params)
         return to_device_memory(self.reference)
 
     def saved(self):
@@ -49,15 +52,18 @@ class Learner:
 
 
 def make_learner(run, algorithm, params):
-    """Fresh states of policy and critic, and the reference where a KL term needs one. Takes `params` over."""
+    """Fresh states of policy and critic, and the reference where a KL term needs one. Takes `params` over.
+
+    With adapters policy, critic and reference share what is frozen; the critic has adapters and a head of its own.
+    """
     config, mesh = run.config, run.setup.mesh
     reference = critic = None
-    if needs_reference(algorithm):
+    if needs_reference(algorithm) and not is_adapted(params):
         reference = jax.tree.map(jnp.copy, params)
         if config.training.reference == "host":
             reference = to_host_memory(reference)
     if needs_critic(algorithm):
-        body = params if config.critic.path is None else _critic_body(config, run.setup)
+        body = params if config.critic.path is None else _critic_body(config, run.setup, run.model)
         critic = create_train_state(
             critic_params(body), make_optimizer(config.critic.optimizer), run.setup.critic_precision.loss_scale,
             run.setup.keys.learning, param_shardings(critic_model(config, run.model), mesh),
@@ -75,7 +81,8 @@ def critic_model(config, model):
         return Critic(model)
     with naming("critic"):
         shape = read_config(config.critic.path)
-    return Critic(Decoder(shape, attention=model.attention, remat=model.remat, numerics=model.numerics))
+    others = dict(attention=model.attention, remat=model.remat, numerics=model.numerics, lora=model.lora)
+    return Critic(Decoder(shape, **others))
 
 
 def check_critic(setup):
@@ -86,8 +93,13 @@ def check_critic(setup):
             check_vocabulary(setup.tokenizer, read_config(path).vocab_size)
 
 
-def _critic_body(config, setup):
-    compute = setup.critic_precision.policy.compute_dtype
+def _critic_body(config, setup, model):
+    policy, adapted = setup.critic_precision.policy, model.lora is not None
+    compute = policy.compute_dtype.name
     with naming("critic"):
-        _, body = load_pretrained(config.critic.path, mesh=setup.mesh, compute_dtype=compute.name)
-    return body
+        _, body = load_pretrained(config.critic.path, mesh=setup.mesh, compute_dtype=compute,
+                                  dtype=compute if adapted else "float32")
+        if not adapted:
+            return body
+        key = jax.random.fold_in(setup.keys.weights, 2)
+        return init_lora(critic_model(config, model).body, body, key, policy=policy)

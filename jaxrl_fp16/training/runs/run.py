@@ -16,7 +16,7 @@ import numpy as np
 from jaxrl_fp16.config import naming, to_dict, to_yaml
 from jaxrl_fp16.console import Console
 from jaxrl_fp16.logs import RunLog, truncate
-from jaxrl_fp16.models import save_pretrained
+from jaxrl_fp16.models import save_adapter, save_pretrained
 from jaxrl_fp16.parallel import LOST_PROCESS, from_first_process
 from jaxrl_fp16.tasks import Task
 from jaxrl_fp16.tokenizer import auto_difference
@@ -28,11 +28,11 @@ from jaxrl_fp16.training.runs.inputs import Inputs, check_inputs, inputs_of
 from jaxrl_fp16.training.runs.learner import critic_model
 from jaxrl_fp16.training.runs.positions import check_positions
 from jaxrl_fp16.training.runs.run_folder import check_resumed, new_folder, write_record
-from jaxrl_fp16.training.runs.setup import Setup, check_models_beside, opened, set_up
+from jaxrl_fp16.training.runs.setup import Setup, check_models_beside, merged, opened, set_up
 from jaxrl_fp16.training.safety.deadlines import Interrupted, Signals, Watchdog, caught_signals, leaving_on_abort
 from jaxrl_fp16.training.safety.folder_lock import only_writer
 from jaxrl_fp16.training.safety.guards import Guard, ending_in_order
-from jaxrl_fp16.training.safety.memory import MIB, check_fits, device_bytes, estimate, parameter_count
+from jaxrl_fp16.training.safety.memory import MIB, check_fits, device_bytes, estimate, parameter_count, trained_count
 
 
 @dataclasses.dataclass
@@ -156,26 +156,44 @@ class Run:
         self.log.say(f"stopped by {signal.Signals(self.ending).name}; {saved}")
         return 128 + self.ending
 
-    def export(self, params):
-        """The weights as a Hugging Face folder, with the settings that they were trained to be sampled with."""
+    def export(self, params, merge=False):
+        """The weights as a Hugging Face folder, with the settings that they were trained to be sampled with; adapters
+        as a folder in PEFT's format, and with `merge` both."""
         self.stage("exporting")
+        if self.model.lora is None:
+            return self._export_model(self.model, params)
+        folder = self.folder / "adapter"
+        with _ending_in_order():
+            save_adapter(folder, self.model, params, base_model=self.config.model.path, overwrite=True)
+        self.log.say(f"adapters for PEFT and vLLM, beside {self.config.model.path or 'random weights'}: {folder}")
+        if merge:
+            self._export_model(*merged(self.setup, self.model, params))
+
+    def _export_model(self, model, params):
         s, folder = self.config.sampling, self.folder / "model"
         generation = {"eos_token_id": list(self.setup.eos_ids), "pad_token_id": self.setup.pad_id}
         if s.temperature:
             generation |= {"do_sample": True, "temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
         if s.stop:
             generation["stop_strings"] = list(s.stop)
-        try:
+        with _ending_in_order():
             save_pretrained(
-                folder, self.model, params, dtype=self.setup.precision.policy.compute_dtype.name,
+                folder, model, params, dtype=self.setup.precision.policy.compute_dtype.name,
                 tokenizer=self.setup.tokenizer, generation_config=generation, overwrite=True,
             )
-        except ValueError as error:
-            raise Guard(str(error)) from error
         self.log.say(f"weights for Transformers and vLLM: {folder}")
         difference = auto_difference(self.setup.tokenizer, folder) if jax.process_index() == 0 else None
         if difference:
             self.log.say(difference)
+
+
+@contextlib.contextmanager
+def _ending_in_order():
+    """Ends the run in order where weights cannot be written."""
+    try:
+        yield
+    except ValueError as error:
+        raise Guard(str(error)) from error
 
 
 @contextlib.contextmanager
@@ -277,6 +295,10 @@ def _introduce(run, needs, judge):
             f"rewards: by the model in {config.task.reward_model.path}, {parameter_count(judge.model) / 1e6:,.2f}M "
             f"parameters, in {judge.precision.name}; evaluation keeps the task's own"
         )
+    if run.model.lora is not None:
+        lora, few = run.model.lora, trained_count(run.model)
+        run.log.say(f"LoRA: {few / 1e6:,.2f}M parameters are trained, adapters of rank {lora.rank}; all others stay as "
+                    f"they are, in {compute}")
     run.log.say("memory, about: " + ", ".join(f"{name} {value / MIB:,.1f} MiB" for name, value in needs.items()))
 
 

@@ -19,7 +19,7 @@ from jaxrl_fp16.telemetry import TelemetryConfig
 from jaxrl_fp16.training.checkpoints.checkpoint import CheckpointConfig
 from jaxrl_fp16.training.runs.sections import (
     AlgorithmSection, CompareConfig, CriticConfig, DPOConfig, EvaluationConfig, FilterConfig, GenerateConfig,
-    InfoConfig, MismatchConfig, ModelConfig, PlanConfig, RunConfig, SFTConfig, TrainingConfig,
+    InfoConfig, LoraSection, MismatchConfig, ModelConfig, PlanConfig, RunConfig, SFTConfig, TrainingConfig,
 )
 from jaxrl_fp16.training.updates.optimizer import OptimizerConfig
 
@@ -30,7 +30,7 @@ MAY_CHANGE = ("run.steps", "sft.steps", "dpo.steps", "run.dir", "run.compile_cac
               "mismatch", "plan", "task.workers", "task.deadline_seconds", "task.batch_seconds", "task.memory_mb",
               "training.stage_seconds", "training.stop_above", "run.heartbeat_seconds", "model.allow_longer",
               "model.remat", "rollout.python", "rollout.exchange", "rollout.memory_fraction", "rollout.stop_above",
-              "rollout.deadline_seconds")
+              "rollout.deadline_seconds", "lora.merge")
 
 # Keys that are no longer there, with the defaults that they had: a run that was started with those is resumed.
 GONE: dict[str, Any] = {}
@@ -57,6 +57,7 @@ class Config:
     run: RunConfig = RunConfig()
     loss_scale: LossScaleConfig = LossScaleConfig()
     model: ModelConfig = ModelConfig()
+    lora: LoraSection = LoraSection()
     numerics: NumericsConfig = NumericsConfig()
     task: TaskConfig = TaskConfig()
     sampling: SamplingConfig = SamplingConfig()
@@ -85,6 +86,7 @@ class Config:
         if algorithm.overlong_penalty:
             overlong_zone(algorithm.overlong_penalty, self.sampling.max_new_tokens)
         self._check_engine()
+        self._check_lora()
         self._check_reward()
         self._check_rows()
         self._check_microbatches()
@@ -99,6 +101,12 @@ class Config:
 
     def _check_engine(self):
         check_sampling(self.rollout.engine, self.sampling)
+
+    def _check_lora(self):
+        given = {name: value for name, value in vars(self.lora).items() if value is not None and name != "merge"}
+        if given and not given.keys() & {"rank", "path"}:
+            name, value = next(iter(given.items()))
+            raise ValueError(f"lora.{name} is {value} without adapters; allowed: with lora.rank or lora.path, or null")
 
     def _check_reward(self):
         if self.task.reward_model.path is not None and self.training.truncated == "zero":
@@ -180,6 +188,7 @@ class UntrainedConfig(Config):
 
     def __post_init__(self):
         self._check_engine()
+        self._check_lora()
         self._check_numerics()
 
 
@@ -190,12 +199,13 @@ class MeasuredConfig(Config):
     def __post_init__(self):
         resolve_algorithm(self)
         self._check_engine()
+        self._check_lora()
         self._check_microbatches()
         self._check_numerics()
 
 
 # What the commands that train nothing read, beside the keys at the top: others may be at fault there.
-SAMPLING = ("run", "model", "numerics", "task", "sampling", "training", "mesh")
+SAMPLING = ("run", "model", "lora", "numerics", "task", "sampling", "training", "mesh")
 USED = {
     "eval": (*SAMPLING, "rollout", "evaluation"),
     "filter": (*SAMPLING, "rollout", "evaluation", "filter"),

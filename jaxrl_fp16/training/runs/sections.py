@@ -9,6 +9,7 @@ from jaxrl_fp16.config import Doc
 from jaxrl_fp16.engines import KINDS
 from jaxrl_fp16.models.attention import AttentionKind
 from jaxrl_fp16.models.decoder import DecoderConfig
+from jaxrl_fp16.models.lora import LoraConfig
 from jaxrl_fp16.objectives import PRESETS, AlgorithmConfig, PreferenceConfig
 from jaxrl_fp16.precision import LossScaleConfig, get_policy
 from jaxrl_fp16.training.updates.optimizer import OptimizerConfig
@@ -81,6 +82,31 @@ ModelConfig = dataclasses.make_dataclass(
     ],
     frozen=True,
     namespace={"__doc__": "The model: a folder, or a shape to be filled at random."},
+)
+
+def _null_lora(field):
+    """What null means for a field of the adapters."""
+    if field.name == "rank":
+        return "that of lora.path; without it there are no adapters, and all weights are trained"
+    default = ", ".join(field.default) or "all" if isinstance(field.default, tuple) else str(field.default).lower()
+    return f"that of lora.path, or {default}"
+
+
+# The fields of a LoraConfig, a folder to go on from, and what `export` makes of them.
+LoraSection = dataclasses.make_dataclass(
+    "LoraSection",
+    [
+        *_optional_fields(LoraConfig, _null_lora),
+        ("path", Annotated[
+            str | None, Doc("folder of adapters in PEFT's format to go on from; null: new ones, which change nothing yet")
+        ], None),
+        ("merge", Annotated[
+            bool, Doc("let `export` write the whole model too: adapters added in float32 to what model.path holds, and "
+                      "rounded once")
+        ], False),
+    ],
+    frozen=True,
+    namespace={"__doc__": "Adapters, which alone are trained beside frozen weights; without a rank or path none."},
 )
 
 # A preset, and what differs from it.

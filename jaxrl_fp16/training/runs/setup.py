@@ -18,10 +18,14 @@ from jaxrl_fp16.config import ConfigError, load_unchecked, naming, naming_at_ent
 from jaxrl_fp16.console import Console
 from jaxrl_fp16.engines import Engines
 from jaxrl_fp16.folders import local_folder
-from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, load_pretrained, read_config
+from jaxrl_fp16.models import (
+    Decoder, DecoderConfig, LoraConfig, init_lora, init_params, load_adapter, load_pretrained, merge_lora, read_adapter,
+    read_config,
+)
+from jaxrl_fp16.models.init import adapter_table
 from jaxrl_fp16.models.families.config_json import read_json
 from jaxrl_fp16.parallel import check_same_config, from_first_process, initialize_distributed, make_mesh
-from jaxrl_fp16.precision import Precision, get_precision_on
+from jaxrl_fp16.precision import Precision, get_precision, get_precision_on
 from jaxrl_fp16.tasks import TASKS, Task, asks_for_date, check_template, open_task, remark_on
 from jaxrl_fp16.tokenizer import character_tokenizer, check_vocabulary, end_ids, load_tokenizer, pad_id, vocabulary_size
 from jaxrl_fp16.training.runs.run_config import Config, check_mesh_rows
@@ -69,9 +73,9 @@ class Opened:
     task: Task
     model: Decoder
 
-    def load_params(self, any_weights=False):
+    def load_params(self, **which):
         """`load_params` of this model."""
-        return load_params(self.setup, self.model, any_weights)
+        return load_params(self.setup, self.model, **which)
 
 
 @contextlib.contextmanager
@@ -162,6 +166,7 @@ def _at_home(config):
     task = dataclasses.replace(config.task, reward_model=home(config.task.reward_model, "path", "tokenizer"))
     return dataclasses.replace(
         home(config, "resume"), run=home(config.run, "dir"), model=home(config.model, "path", "tokenizer"),
+        lora=home(config.lora, "path"),
         critic=home(config.critic, "path"), task=task,
     )
 
@@ -171,10 +176,12 @@ def _check_folders(config):
     if config.resume is not None:
         check_run_folder(config.resume)
     model = config.model
-    _check_there({"model.path": (model.path, "model"), "model.tokenizer": (model.tokenizer, "tokenizer")})
+    _check_there({"model.path": (model.path, "model"), "model.tokenizer": (model.tokenizer, "tokenizer"),
+                  "lora.path": (config.lora.path, "adapter")})
     if model.path is not None:
         with _naming_model():
             read_config(model.path)
+    lora_of(config)
 
 
 def check_models_beside(config, critic, rewarded):
@@ -258,7 +265,10 @@ def make_model(setup):
         else:
             config = _decoder_config(section, setup.tokenizer)
         check_vocabulary(setup.tokenizer, config.vocab_size)
-        model = Decoder(config, attention=section.attention, remat=False, numerics=setup.config.numerics)
+        model = Decoder(config, attention=section.attention, remat=False, numerics=setup.config.numerics,
+                        lora=lora_of(setup.config))
+        with naming("lora"):
+            adapter_table(model)
         return model.clone(remat=_needs_remat(setup, model) if section.remat == "auto" else section.remat)
 
 
@@ -273,16 +283,53 @@ def _needs_remat(setup, model):
     return sum(needs.values()) > int(from_first_process(lambda: str(device_bytes(setup.mesh.local_devices[0])))) / 8
 
 
-def load_params(setup, model, any_weights=False):
-    """float32 parameters of `make_model`'s model on the mesh: from `model.path`, or random. Raises ConfigError.
+def lora_of(config):
+    """The `LoraConfig` of section `lora`, or of the folder that it names; None without adapters. Raises ConfigError."""
+    section = config.lora
+    given = {field.name: getattr(section, field.name) for field in dataclasses.fields(LoraConfig)
+             if getattr(section, field.name) is not None}
+    with naming("lora"):
+        if section.path is None:
+            return LoraConfig(**given) if section.rank is not None else None
+        found = read_adapter(section.path)
+        asked = dataclasses.replace(found, **given)
+        for name in ("rank", "alpha", "targets", "rslora"):
+            if getattr(asked, name) != getattr(found, name):
+                raise ValueError(f"{name} is {given[name]} and path {section.path} has {getattr(found, name)}; allowed: "
+                                 "the folder's, or null")
+        return asked
+
+
+def load_params(setup, model, *, any_weights=False, several=False):
+    """float32 parameters of `make_model`'s model on the mesh: from `model.path`, or random. With adapters `{"base",
+    "lora"}`, the base in the run's compute dtype. Raises ConfigError.
 
     any_weights: also weights that are no finite numbers of the compute dtype.
+    several: they are computed with in several precisions, and no base is rounded to one.
     """
-    path, compute = setup.config.model.path, None if any_weights else setup.precision.policy.compute_dtype.name
+    config, policy = setup.config, setup.precision.policy
+    path, compute = config.model.path, None if any_weights else policy.compute_dtype.name
+    several = several or any_weights or model.lora is None
     with _naming_model():
         if path is None:
-            return init_params(model, setup.keys.weights, setup.mesh)
-        return load_pretrained(path, mesh=setup.mesh, compute_dtype=compute)[1]
+            params = init_params(model, setup.keys.weights, setup.mesh)
+        else:
+            dtype = "float32" if several else policy.compute_dtype.name
+            params = load_pretrained(path, mesh=setup.mesh, compute_dtype=compute, dtype=dtype)[1]
+    if model.lora is None:
+        return params
+    policy = get_precision("fp32").policy if several else policy
+    with naming("lora"):
+        if config.lora.path is None:
+            return init_lora(model, params, jax.random.fold_in(setup.keys.weights, 1), policy=policy)
+        return load_adapter(config.lora.path, model, params, policy=policy)
+
+
+def merged(setup, model, params):
+    """`(the plain Decoder, float32 parameters)`: adapters added to what `model.path` holds, which is read again: what
+    the run computed with was rounded once already."""
+    _, base = load_pretrained(setup.config.model.path, mesh=setup.mesh, compute_dtype=None)
+    return merge_lora(model, params, base)
 
 
 @contextlib.contextmanager

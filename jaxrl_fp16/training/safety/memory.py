@@ -11,6 +11,8 @@ import numpy as np
 from jaxrl_fp16.forward import LOGIT_BYTES
 from jaxrl_fp16.lengths import rows_at
 from jaxrl_fp16.models import FAMILIES, param_shapes
+from jaxrl_fp16.models.frozen import trained_of
+from jaxrl_fp16.models.init import plain
 
 MIB = 2**20
 LOWERS_MEMORY = "sampling.max_rows, training.microbatch_size, training.microbatch_tokens, model.remat, mesh.fsdp"
@@ -36,8 +38,9 @@ def phases(config, model, mesh, compute_dtype, *, command="train", reference=Fal
     command: whose rows there are; None for one that only holds a state. What evaluation samples is not counted.
     benchmarks/aot.py holds the sums against what compilers for GPUs say.
     """
-    c, count = model.config, parameter_count(model)
-    trained = count + (parameter_count(critic) if critic is not None else 0)
+    c, count, adapted = model.config, parameter_count(plain(model)), model.lora is not None
+    learns = trained_count(model)
+    trained = learns + (trained_count(critic) if critic is not None else 0)
     tensor = mesh.shape["tensor"]
     shared, parts = mesh.shape["fsdp"] * tensor, mesh.shape["data"] * mesh.shape["fsdp"]
     # A sampler may divide the same devices otherwise.
@@ -54,7 +57,10 @@ def phases(config, model, mesh, compute_dtype, *, command="train", reference=Fal
     states = {
         "parameters": 4 * trained // shared,
         "Adam's moments": 8 * trained // shared,
-        "reference": 4 * count // shared if reference else 0,
+        # Held once by policy, reference and critic, unless that has a folder of its own.
+        "frozen weights": half * count * (2 if critic is not None and config.critic.path else 1) // shared
+        if adapted else 0,
+        "reference": 4 * count // shared if reference and not adapted else 0,
         "reward model": (4 + half) * parameter_count(reward_model) // shared if reward_model else 0,
     }
     cached = half * c.num_layers * attention.cached // (1 if attention.kv_heads % apart else apart)
@@ -76,10 +82,10 @@ def phases(config, model, mesh, compute_dtype, *, command="train", reference=Fal
         7 * c.hidden_size + (6 * c.intermediate_size + 4 * heads) // tensor)
     learning = {
         # Their sum, and those of the rows at work.
-        "gradients": (4 + (4 if on_cpu else half)) * count // shared,
-        "compute copy": (half + upcast) * count // shared,
+        "gradients": (4 + (4 if on_cpu else half)) * learns // shared,
+        "compute copy": ((half + upcast) * learns + (upcast * count if adapted else 0)) // shared,
         # Gathered from all devices, and its gradient from a device's own rows.
-        "head": (half + 4) * head,
+        "head": (half + (0 if adapted else 4)) * head,
         "activations": int(learnt * (c.num_layers * kept + inside)),
         "logits": 3 * LOGIT_BYTES,
     } if learnt else {}
@@ -111,8 +117,17 @@ TOKENS = {
 
 
 def parameter_count(model):
-    """Parameters of a Decoder or Critic."""
-    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(param_shapes(model)))
+    """Parameters of a Decoder or Critic, adapters included."""
+    return _entries(param_shapes(model))
+
+
+def trained_count(model):
+    """Those that are trained: all, or the adapters, of a Critic with its head."""
+    return _entries(trained_of(param_shapes(model)))
+
+
+def _entries(tree):
+    return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(tree))
 
 
 def device_bytes(device):

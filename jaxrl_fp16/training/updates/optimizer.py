@@ -10,6 +10,7 @@ import optax
 from jaxrl_fp16.config import Doc
 
 Leaf = Literal["kernel", "embedding", "head", "bias", "scale"]  # the last name of a parameter's path
+ADAPTERS = {"a": "kernel", "b": "kernel"}  # those of an adapter, as what they count
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,7 @@ class OptimizerConfig:
     eps: Annotated[float, Gt(0), Doc("number added to the root of Adam's second moment")] = 1e-8
     weight_decay: Annotated[float, Ge(0), Doc("weight decay, multiplied by the learning rate; 0: off")] = 0.0
     decayed: Annotated[
-        tuple[Leaf, ...], Doc("kinds of parameters that weight decay acts on; `scale` is a norm's")
+        tuple[Leaf, ...], Doc("kinds of parameters that weight decay acts on; `scale` is a norm's, an adapter is a kernel")
     ] = ("kernel", "embedding", "head")
     max_grad_norm: Annotated[float, Gt(0), Doc("global norm that larger gradients are scaled down to")] = 1.0
 
@@ -68,4 +69,5 @@ def make_optimizer(config):
 
 
 def _named(names, params):
-    return jax.tree_util.tree_map_with_path(lambda path, _: path[-1].key in names, params)
+    kind = lambda name: ADAPTERS.get(name, name)
+    return jax.tree_util.tree_map_with_path(lambda path, _: kind(path[-1].key) in names, params)

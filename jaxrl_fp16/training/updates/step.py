@@ -123,7 +123,7 @@ def _first_of(microbatch):
 
 def _add_gradient(loss_fn, state, sums, microbatch):
     def scaled_loss(params):
-        share, aux = loss_fn(state.with_trained(params).sampling_params, microbatch)
+        share, aux = loss_fn(state.with_trained(params).learning_params, microbatch)
         return state.loss_scale.scale(share), (share, aux)
 
     new, (share, aux) = jax.grad(scaled_loss, has_aux=True)(state.trained_params)
@@ -134,11 +134,29 @@ def _add_gradient(loss_fn, state, sums, microbatch):
 def jit_update(update, model, state_shardings=None, **settings):
     """`update(state, batch) -> (state, metrics)` jitted as `model` asks for, the state donated.
 
+    A frozen part of the parameters goes in beside the rest, is not donated and does not come out: whoever else holds
+    it, as a reference or a critic, keeps it.
+
     On a mesh `state_shardings`, a tree like the state, keeps it where it lies:
     XLA would choose anew, and the next call compile again. settings: others of `jax.jit`.
     """
-    shardings = None if state_shardings is None else (state_shardings, None)
-    return jit(update, numerics_of(model), donate_argnums=0, out_shardings=shardings, **settings)
+    shardings = None if state_shardings is None else (state_shardings.frozen_apart()[0], None)
+
+    def apart(state, frozen, *args, **kwargs):
+        state, metrics = update(state.frozen_back(frozen), *args, **kwargs)
+        return state.frozen_apart()[0], metrics
+
+    apart.__name__ = update.__name__    # that of the compiled program
+    program = jit(apart, numerics_of(model), donate_argnums=0, out_shardings=shardings, **settings)
+
+    def call(state, *args, **kwargs):
+        state, frozen = state.frozen_apart()
+        state, metrics = program(state, frozen, *args, **kwargs)
+        return state.frozen_back(frozen), metrics
+
+    call.lower = lambda state, *args, **kwargs: program.lower(*state.frozen_apart(), *args, **kwargs)
+    call._cache_size = program._cache_size
+    return call
 
 
 def split_rows(batch, size):

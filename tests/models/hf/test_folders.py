@@ -121,7 +121,7 @@ def test_a_tensor_of_each_expert_of_each_layer_is_read_and_written(tmp_path):
     wanted = np.arange(2 * 3 * 4 * 5, dtype=np.float32).reshape(2, 3, 4, 5)
     entries = tensor.entries(wanted.shape)
     assert tensor.counted == ("layer", "expert") and entries[4] == ((1, 1), "model.1.experts.1.up.weight")
-    tensors = {name: export._to_hf(tensor, jnp.asarray(wanted), index, "float32") for index, name in entries}
+    tensors = {name: export.hf_array(tensor, jnp.asarray(wanted), index, "float32") for index, name in entries}
     assert len(tensors) == 6 and {array.shape for array in tensors.values()} == {tensor.hf_shape((4, 5))} == {(5, 4)}
     save_file(tensors, tmp_path / "model.safetensors")
     stored = find_tensors(tmp_path)

@@ -55,7 +55,7 @@ def merge_lora(model, params, base_params):
       base_params: the weights that the adapters are added to, float32: those of the model's folder, not "base", which
         was rounded once already.
 
-    For an export alone: weights of half precision that a sum is rounded into at every step lose most of what was learnt.
+    For an export alone: weights of half precision that a sum is rounded into at every step lose what was learnt.
     Raises ValueError for a model without `lora`, or parameters of another model.
     """
     _check_adapted(model)

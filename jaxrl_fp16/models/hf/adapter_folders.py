@@ -98,7 +98,8 @@ def read_adapter(folder):
 def _lora_of(path, found):
     targets = found.get("target_modules")
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets) or not targets:
-        raise ValueError(f"{path}: target_modules is {json.dumps(targets)[:80]}; allowed: a list of linear layers' names")
+        raise ValueError(f"{path}: target_modules is {json.dumps(targets)[:80]}; allowed: a list of linear layers' "
+                         "names")
     numbers = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float, type(None))}
     for key, kinds in numbers.items():
         if not isinstance(found.get(key), kinds) or isinstance(found.get(key), bool):
@@ -119,8 +120,8 @@ def load_adapter(folder, model, base_params, *, policy=None):
       folder: its path.
       model: a Decoder whose `lora` is the folder's, but for dropout: `read_adapter` gives it.
       base_params: parameters of the plain model, as `load_pretrained` gives them.
-      policy: a `jmp.Policy`: the base is kept in its compute dtype, and adapters beyond its range are refused; None: the
-        base stays as it is.
+      policy: a `jmp.Policy`: the base is kept in its compute dtype, and adapters beyond its range are refused; None:
+        the base stays as it is.
 
     Raises PretrainedError, a ValueError, for a folder that is damaged, of another model or of other settings.
     """

@@ -3,8 +3,8 @@
     checkpoints/
       100/                what is here was finished: folders get this name last
         state/            the arrays, written by orbax
-        about.json        step, the leaves' dtypes and shapes, the caller's extra values, digests of the run's inputs and
-                          of what is frozen
+        about.json        step, the leaves' dtypes and shapes, the caller's extra values, digests of the run's inputs
+                          and of what is frozen
         config.yaml       the resolved config
         manifest.json     BLAKE2 of every other file
       200.partial/        a save that is under way, or was killed

@@ -80,8 +80,8 @@ def check_data(setup, task):
     config, t = setup.config, setup.config.training
     lora = lora_of(config)
     if lora is not None and lora.dropout:
-        raise ConfigError(f"lora.dropout is {lora.dropout} with train; allowed: 0, as a policy that drops is not the one "
-                          "that samples; sft, warmup and dpo take it")
+        raise ConfigError(f"lora.dropout is {lora.dropout} with train; allowed: 0, as a policy that drops is not the "
+                          "one that samples; sft, warmup and dpo take it")
     check_critic(setup)
     with naming("training"):
         next_prompts(task, setup.tokenizer, 0, t.prompts_per_step, t.max_prompt_tokens, config.run.seed)

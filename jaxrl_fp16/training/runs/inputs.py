@@ -15,8 +15,8 @@ from jaxrl_fp16.tasks.examples import read_hub_rows
 from jaxrl_fp16.training.checkpoints.checkpoint import newest_about
 
 NAME = "inputs.json"
-PATHS = ("model.path", "model.tokenizer", "lora.path", "critic.path", "task.path", "task.reward_file", "task.reward_model.path",
-         "task.reward_model.tokenizer")
+PATHS = ("model.path", "model.tokenizer", "lora.path", "critic.path", "task.path", "task.reward_file",
+         "task.reward_model.path", "task.reward_model.tokenizer")
 CONFIGS = ("config.json", "generation_config.json")
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
              "chat_template.jinja", "additional_chat_templates/*.jinja")

@@ -295,8 +295,8 @@ def lora_of(config):
         asked = dataclasses.replace(found, **given)
         for name in ("rank", "alpha", "targets", "rslora"):
             if getattr(asked, name) != getattr(found, name):
-                raise ValueError(f"{name} is {given[name]} and path {section.path} has {getattr(found, name)}; allowed: "
-                                 "the folder's, or null")
+                raise ValueError(f"{name} is {given[name]} and path {section.path} has {getattr(found, name)}; "
+                                 "allowed: the folder's, or null")
         return asked
 
 

@@ -31,7 +31,8 @@ class OptimizerConfig:
     eps: Annotated[float, Gt(0), Doc("number added to the root of Adam's second moment")] = 1e-8
     weight_decay: Annotated[float, Ge(0), Doc("weight decay, multiplied by the learning rate; 0: off")] = 0.0
     decayed: Annotated[
-        tuple[Leaf, ...], Doc("kinds of parameters that weight decay acts on; `scale` is a norm's, an adapter is a kernel")
+        tuple[Leaf, ...],
+        Doc("kinds of parameters that weight decay acts on; `scale` is a norm's, an adapter is a kernel")
     ] = ("kernel", "embedding", "head")
     max_grad_norm: Annotated[float, Gt(0), Doc("global norm that larger gradients are scaled down to")] = 1.0
 

@@ -40,12 +40,12 @@ def make_update(
       `lengths` int [B] on the host, the mask's sums, spares it a look at the mask.
 
     Raises:
-      ValueError: for adapters with dropout; the update, where `microbatch_size` does not divide B or the batch lacks what the loss reads.
+      ValueError: for adapters that drop; the update, where `microbatch_size` does not divide B or the batch lacks what the loss reads.
     """
 
     if model.lora is not None and model.lora.dropout:
-        raise ValueError(f"the adapters' dropout is {model.lora.dropout}; allowed in RL: 0, as a policy that drops is not "
-                         "the one that samples")
+        raise ValueError(f"the adapters' dropout is {model.lora.dropout}; allowed in RL: 0, as a policy that drops is "
+                         "not the one that samples")
 
     def loss_of(batch):
         limit = max_new_tokens or batch.tokens.shape[1] - 1

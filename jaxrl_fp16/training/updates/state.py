@@ -39,7 +39,7 @@ class TrainState:
 
     @property
     def learning_params(self):
-        """`sampling_params` as the gradient program takes them: with the key from which adapters draw what they drop."""
+        """`sampling_params` as the gradient program takes them: with the key for what adapters drop."""
         if not is_adapted(self.params):
             return self.params
         return {**self.params, DROPOUT: jax.random.fold_in(self.key, self.step)}

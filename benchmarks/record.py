@@ -37,6 +37,11 @@ def save(name, rows, facts, folder=ROOT / "benchmarks" / "results"):
     return path
 
 
+def folder_of_results():
+    """The folder that OUT names, or benchmarks/results."""
+    return Path(os.environ.get("OUT") or ROOT / "benchmarks" / "results")
+
+
 def print_table(title, rows):
     """One line a row, one column a key, in the order in which keys first appear."""
     columns = list(dict.fromkeys(key for row in rows for key in row))
@@ -58,6 +63,13 @@ def circumstances():
     return {
         **machine(),
         "device": f"{device.platform}: {device.device_kind}",
+        **software(),
+    }
+
+
+def software():
+    """Versions and flags; asks no device."""
+    return {
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
         "xla_flags": os.environ.get("XLA_FLAGS", ""),
@@ -100,4 +112,4 @@ def _commit():
     return head.stdout.strip() + ("+" if changed else "") if head.returncode == 0 else None
 
 
-__all__ = ["circumstances", "machine", "print_table", "record", "save"]
+__all__ = ["circumstances", "folder_of_results", "machine", "print_table", "record", "save", "software"]

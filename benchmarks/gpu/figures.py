@@ -78,9 +78,11 @@ def upper(row):
 
 def setting():
     """The machine and the versions, and the commits, of every result."""
-    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu_*.json"))]
+    found = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("gpu_*.json"))
+             if not path.stem.startswith("gpu_call_")]    # those say how steps ended
     versions = found[0]["versions"]
-    device = {each["device"] for each in found} - {"cpu: cpu"}   # what reads a test's log asks no GPU
+    # What counts tests asks no GPU: it said that it was on a CPU, and says nothing now.
+    device = {each["device"] for each in found if each.get("device", "cpu: cpu") != "cpu: cpu"}
     packages = ", ".join(f"{name} {versions[name]}" for name in ("jax", "flax", "optax", "torch", "transformers"))
     return "\n".join([
         f"- device: {', '.join(sorted(device)).removeprefix('gpu: ')}; {found[0]['cores']} cores of "

@@ -14,7 +14,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_fp16.models.attention import BLOCK, attend, attend_cache, store
+from jaxrl_fp16.models.attention import BLOCK, attend, attend_cache, store, store_keys
 from jaxrl_fp16.models.layers import matmul
 from qwen import SHAPES, Results, arguments, seconds
 
@@ -57,14 +57,16 @@ def measure_attention(kind, shape, dtype, rows, columns):
     full = np.asarray(jax.jit(lambda *x: attend(kind, *x))(q, k, v))
     few = np.asarray(jax.jit(lambda *x: attend(kind, *x))(q[:1], k[:1], v[:1]))
     at = jnp.full(rows, columns - 1, jnp.int32)
-    caches = [store(jnp.pad(x, ((0, 0), (0, 0), (0, -columns % BLOCK), (0, 0)))) for x in (k, v)]
-    last = np.asarray(jax.jit(lambda *x: attend_cache(kind, *x))(q[:, -1:], *caches, at))
+    k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -columns % BLOCK), (0, 0))) for x in (k, v))
+    last = np.asarray(jax.jit(lambda *x: attend_cache(kind, *x))(q[:, -1:], store_keys(kind, k), store(v), at))
     return {"exact_decode": float(np.mean(last[:, 0] == full[:, -1])), "exact_one_row": float(np.mean(few == full[:1])),
             "largest": float(np.abs(last[:, 0].astype(np.float64) - full[:, -1].astype(np.float64)).max())}
 
 
 def main():
-    given = arguments(__doc__, model="1.5B", most=4096, rows=[1, 8, 16, 64, 128, 256, 1024], name="gpu_invariance")
+    given = arguments(__doc__, model="1.5B", most=4096, rows=[1, 8, 16, 64, 128, 256, 1024],
+                      attention=["cudnn", "blockwise", "plain"], columns=[64, 200, 1000], attention_rows=64,
+                      name="gpu_invariance")
     results, s = Results(given.name, vars(given)), SHAPES[given.model]
     width, heads = s["hidden_size"], s["num_heads"] * s["head_dim"]
     shapes = {"q": (width, heads), "k": (width, s["num_kv_heads"] * s["head_dim"]), "o": (heads, width),
@@ -76,10 +78,10 @@ def main():
             rows = [count for count in given.rows if count < most]
             results.add({"what": name, "precision": precision, "inner": inner, "outer": outer, "most": most},
                         measure_product, inner, outer, dtype, rows, most)
-        for kind in ("cudnn", "blockwise", "plain"):
-            for columns in (64, 200, 1000):
+        for kind in given.attention:
+            for columns in given.columns:
                 results.add({"what": "attention", "kind": kind, "precision": precision, "columns": columns},
-                            measure_attention, kind, given.model, dtype, 64, columns)
+                            measure_attention, kind, given.model, dtype, given.attention_rows, columns)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,8 @@ def apart(name, first, second, mask):
 
 def main():
     given = arguments(__doc__, models=["0.5B", "1.5B"], attention=["cudnn", "blockwise", "plain"],
-                      precisions=["fp16", "bf16"], rows=64, columns=64, tokens=192, micro=16)
-    results = Results("gpu_mismatch", vars(given))
+                      precisions=["fp16", "bf16"], rows=64, columns=64, tokens=192, micro=16, name="gpu_mismatch")
+    results = Results(given.name, vars(given))
     for shape in given.models:
         params = params_of(decoder(shape, "plain"))
         for attention in given.attention:

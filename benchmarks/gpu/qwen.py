@@ -6,7 +6,6 @@ Shapes: the config.json of Qwen/Qwen2.5-0.5B and Qwen/Qwen2.5-1.5B. `tiny` serve
 from __future__ import annotations
 
 import argparse
-import os
 from pathlib import Path
 import statistics
 import sys
@@ -82,7 +81,7 @@ class Results:
 
     def __init__(self, name, facts=None):
         self.name, self.rows = name, []
-        self.folder = Path(os.environ.get("OUT") or record.ROOT / "benchmarks" / "results")
+        self.folder = record.folder_of_results()
         self.facts = {**record.circumstances(), **(facts or {})}
 
     def add(self, row, measure=dict, *args):

@@ -127,8 +127,9 @@ def in_empty_memory(measure, *args):
 
 def main():
     given = arguments(__doc__, model="1.5B", rows=64, slots=[512, 2048, 8192], columns=[2048, 8192],
-                      precisions=["fp16", "bf16"], positions=16384, compiled=[2048], limit=1e9)
-    results, began = Results("gpu_torch_speed", {**vars(given), "torch": torch.__version__}), time.monotonic()
+                      precisions=["fp16", "bf16"], positions=16384, compiled=[2048], limit=1e9,
+                      name="gpu_torch_speed")
+    results, began = Results(given.name, {**vars(given), "torch": torch.__version__}), time.monotonic()
     jobs = [("decode", name, size, False) for name in given.precisions[-1:] for size in given.slots]
     jobs += [("update", name, size, checkpointing) for name in given.precisions[::-1] for size in given.columns
              for checkpointing in (True, False)]

@@ -108,7 +108,7 @@ def main():
             memory = measure_memory(given, precision, remat)
             for row in measure_speed(given, precision, remat):
                 held = memory[row["program"]]
-                rows.append({**row, "peak_bytes": held, "peak_of_whole": held / memory["all weights"]})
+                rows.append({**row, "mib": round(held / 2**20), "peak_of_whole": held / memory["all weights"]})
                 print(rows[-1], flush=True)
     facts = {name: value for name, value in vars(given).items() if name not in ("model", "memory_of")}
     print(record("lora_update", rows, facts))

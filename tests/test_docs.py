@@ -117,9 +117,10 @@ def test_the_figures_of_plan_are_those_of_the_results(monkeypatch):
 
 def test_the_figures_of_speed_are_those_of_the_results():
     figures = runpy.run_path(str(DOCS.parent / "benchmarks" / "speed_figures.py"))
-    page = (DOCS / "speed.md").read_text()
-    assert figures["filled"](page) == page, "python benchmarks/speed_figures.py"
-    assert re.findall(r"<!-- (\w+): start -->", page)
+    for name in ("speed.md", "lora.md"):
+        page = (DOCS / name).read_text()
+        assert figures["filled"](page) == page, "python benchmarks/speed_figures.py"
+        assert re.findall(r"<!-- (\w+): start -->", page)
 
 
 def test_the_real_runs_table_is_that_of_its_result(monkeypatch):

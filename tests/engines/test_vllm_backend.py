@@ -16,7 +16,7 @@ from jaxrl_fp16.cli import main
 from jaxrl_fp16.engines import (
     Engine, EngineRefused, RolloutConfig, check_sampling, find_python, make_rollout, vllm_backend,
 )
-from jaxrl_fp16.engines.vllm_backend import Refused, Vllm, cache_bytes, free_bytes
+from jaxrl_fp16.engines.vllm_backend import Refused, Vllm, cache_bytes, free_bytes, room_for
 from jaxrl_fp16.forward import token_logprobs
 from jaxrl_fp16.logs import read_metrics
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, save_pretrained
@@ -47,6 +47,17 @@ class Llm:
         packing = types.SimpleNamespace(process_weights_after_loading=lambda head: self.log.append(("packed", head)))
         self.head = types.SimpleNamespace(quant_method=packing)
         self.dtypes, self.attention = [options["dtype"]], (2, 1, 32)
+        self.llm_engine, self.adapters = self, []
+
+    def add_lora(self, request):
+        self.adapters.append(request.lora_int_id)
+        self.log.append(("added", vars(request)))
+
+    def remove_lora(self, number):
+        self.adapters.remove(number)
+
+    def list_loras(self):
+        return self.adapters
 
     def collective_rpc(self, name, kwargs):
         self.log.append((name, kwargs["weights_path"]))
@@ -61,8 +72,9 @@ class Llm:
         self.log.append("reset")
         return self.empties
 
-    def generate(self, requests, parameters, use_tqdm):
+    def generate(self, requests, parameters, use_tqdm, lora_request):
         self.log.append((requests, parameters))
+        self.adapter = lora_request
         found = {"tokens": [3, 4, 7], "logprobs": [-1.0, -2.0, -0.5], "reason": "stop"} | self.answer
         flat = types.SimpleNamespace(logprobs=found["logprobs"], token_ids=found.get("ids", found["tokens"]))
         one = types.SimpleNamespace(token_ids=found["tokens"], finish_reason=found["reason"], logprobs=flat)
@@ -74,8 +86,10 @@ def make(monkeypatch):
     """make(platform="cpu", **settings) -> a Vllm over the stand-in."""
     def made(platform="cpu", **settings):
         found = types.SimpleNamespace(is_cpu=lambda: platform == "cpu", device_type=platform)
+        request = lambda name, number, path: types.SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=path)
         names = {"vllm": {"LLM": Llm, "SamplingParams": lambda **given: given},
-                 "vllm.platforms": {"current_platform": found}}
+                 "vllm.platforms": {"current_platform": found}, "vllm.lora": {},
+                 "vllm.lora.request": {"LoRARequest": request}}
         for name, attributes in names.items():
             module = types.ModuleType(name)
             vars(module).update(attributes)
@@ -146,6 +160,30 @@ def test_each_response_is_a_request_with_a_seed_of_its_own(make, folder):
     }]
     backend.engine.answer = {"reason": "length"}
     assert backend.generate([[1]], 1, [0], SAMPLING) == [([3, 4, 7], [-1.0, -2.0, -0.5], False)]
+
+
+def test_each_version_of_adapters_has_a_name_and_a_number_of_its_own(make, folder):
+    backend = make(rank=12)
+    backend.load(folder)
+    options = {name: backend.engine.options[name] for name in ("enable_lora", "max_loras", "max_lora_rank")}
+    assert options == {"enable_lora": True, "max_loras": 1, "max_lora_rank": 16}
+    backend.generate([[1]], 1, [0], SAMPLING)
+    assert backend.engine.adapter is None
+    for version in (0, 3):
+        assert backend.adapt("some/folder", version)["dtype"] == "float16" and backend.engine.adapters == [version + 1]
+        assert backend.engine.log[-2:] == [("added", {"lora_name": f"version-{version}", "lora_int_id": version + 1,
+                                                      "lora_path": "some/folder"}), "reset"]
+        backend.generate([[1]], 1, [0], SAMPLING)
+        assert backend.engine.adapter.lora_int_id == version + 1
+    backend.engine.adapters.append(9)
+    with pytest.raises(RuntimeError, match=r"adapters of numbers \[6, 9\] after a load of number 6"):
+        backend.adapt("some/folder", 5)
+    backend.load(folder)
+    backend.generate([[1]], 1, [0], SAMPLING)
+    assert backend.engine.adapter is None, "a load takes adapters away"
+    assert [room_for(rank) for rank in (1, 8, 9, 512)] == [8, 8, 16, 512]
+    with pytest.raises(Refused, match="of rank 512 at most; these have 513"):
+        make(rank=513).load(folder)
 
 
 @pytest.mark.parametrize("seeds, changes, error, says", [

@@ -26,7 +26,7 @@ class Vllm:
     """One `vllm.LLM`, made of the first folder and given the weights of each later one.
 
     Beside what every backend has, settings may say `max_rows`: responses that decode at once, for which the cache of a
-    CPU is made.
+    CPU is made; and `rank`: of the adapters that come, for which room is made at the start.
     """
 
     def __init__(self, settings):
@@ -38,6 +38,9 @@ class Vllm:
         if self.on_cpu != (settings["device"] == "cpu"):
             raise Refused(f"vLLM of {sys.executable} runs on {current_platform.device_type}, JAX on the "
                           f"{settings['device'].upper()}; allowed: an interpreter whose vLLM runs there too")
+        if settings.get("rank") and settings["dtype"] == "float32" and not self.on_cpu:
+            raise Refused("vLLM's adapters compute in float16 or bfloat16 on a GPU, and the run samples in float32; "
+                          "allowed: another precision, or rollout.engine jit")
         self.settings, self.engine, self.tensors, self.length = settings, None, None, None
         self.adapter = None     # the `LoRARequest` of the adapters
 
@@ -67,6 +70,9 @@ class Vllm:
         if set(engine.list_loras()) != {request.lora_int_id}:
             raise RuntimeError(f"vLLM has adapters of numbers {sorted(engine.list_loras())} after a load of number "
                                f"{request.lora_int_id}")
+        wanted, found = sum(".lora_A." in name for name in tensors_of(folder)), sum(self.engine.apply_model(adapted_in))
+        if found != wanted:     # it says nothing of a layer whose adapter it does not find
+            raise RuntimeError(f"vLLM has {found} adapters on its layers of the {wanted} in {folder}")
         self.adapter = request
         return self._facts()
 
@@ -167,6 +173,13 @@ def pack_head(model):
 def dtypes_of(model):
     """Names of the dtypes of a model's parameters."""
     return [str(x.dtype) for x in model.parameters() if x.is_floating_point()]
+
+
+def adapted_in(model):
+    """How many adapters a model's layers have, for a packed layer one for each of its parts."""
+    stacks = [zip(layer.lora_a_stacked, layer.lora_b_stacked) for layer in model.modules()
+              if hasattr(layer, "lora_a_stacked")]
+    return sum(bool(a.any() or b.any()) for each in stacks for a, b in each)
 
 
 def attentions_of(model):

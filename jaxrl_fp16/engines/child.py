@@ -233,7 +233,10 @@ class Transformers:
         import transformers
 
         self.torch, self.transformers, self.settings, self.model = torch, transformers, settings, None
-        self.adapters = beside("peft_adapters") if settings.get("rank") else None
+        self.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        if settings.get("rank"):
+            self.adapters = beside("peft_adapters")
+            self.versions["peft"] = self.adapters.version()
         threads = os.environ.get("OMP_NUM_THREADS", "")
         if threads.isdigit() and int(threads):
             torch.set_num_threads(int(threads))
@@ -261,12 +264,11 @@ class Transformers:
 
     def adapt(self, folder, version):
         self.model = self.adapters.put(self.model, folder, f"version-{version}")
-        return self._facts() | {"peft": self.adapters.peft.__version__}
+        return self._facts()
 
     def _facts(self):
         dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in self.model.parameters()})
-        return {"dtype": ", ".join(dtypes), "device": str(self.model.device), "torch": self.torch.__version__,
-                "transformers": self.transformers.__version__}
+        return {"dtype": ", ".join(dtypes), "device": str(self.model.device), **self.versions}
 
     def generate(self, prompts, n, seeds, sampling):
         with self.torch.inference_mode():

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from pathlib import Path
 import signal
 import sys
 import types
@@ -14,9 +15,11 @@ import pytest
 from jaxrl_fp16.cli import main
 from jaxrl_fp16.engines import (
     KINDS, Engine, EngineError, EngineRefused, RolloutConfig, check_rank, child, find_python, make_rollout,
+    pipe,
 )
 from jaxrl_fp16.engines import weights as exchange
 from jaxrl_fp16.forward import token_logprobs
+from jaxrl_fp16.logs import read_metrics
 from jaxrl_fp16.models import Decoder, DecoderConfig, LoraConfig, init_lora, init_params, save_adapter, save_pretrained
 from jaxrl_fp16.models.frozen import BASE, LORA
 from jaxrl_fp16.models.init import adapter_table, at
@@ -24,6 +27,7 @@ from jaxrl_fp16.precision import get_precision
 from jaxrl_fp16.sampling import SamplingConfig
 
 PROMPTS, SAMPLING = [[1, 2, 3], [4], [5, 6]], SamplingConfig(max_new_tokens=6, group_size=2)
+FAKE = Path(__file__).with_name("fake_child.py")
 FILES = "['adapter_config.json', 'adapter_model.safetensors']"
 POLICY = get_precision("fp32").policy
 
@@ -51,6 +55,21 @@ def test_weights_are_sent_once_and_adapters_alone_afterwards(fake, adapted):
     assert len({one.logprobs.tobytes() for one in draws}) == 4 and (draws[1].logprobs == draws[5].logprobs).all()
     draw(found.engine, {**versions[1], BASE: jax.tree.map(lambda x: x + 1, versions[1][BASE])})
     assert [line.split()[1] for line in found.notes("load")] == ["version-0", "version--1", "version--1"]
+
+
+def test_a_run_sends_its_weights_once(tiny, tmp_path, monkeypatch):
+    """An update gives new adapters beside the same arrays."""
+    monkeypatch.setattr(pipe, "CHILD", FAKE)
+    monkeypatch.setenv("FAKE_LOG", str(tmp_path / "fake.log"))
+    without_peft = {**vars(KINDS["transformers"]), "adapting": ()}
+    monkeypatch.setitem(KINDS, "transformers", types.SimpleNamespace(**without_peft))
+    own = ["--lora.rank", "2", "--rollout.engine", "transformers", "--rollout.stop_above", "99"]
+    assert main(["train", str(tiny), *own, "--run.dir", str(tmp_path / "runs")]) == 0
+    lines = [line.split()[:2] for line in (tmp_path / "fake.log").read_text().splitlines()]
+    assert [line for line in lines if line[0] in ("load", "adapt")] == [
+        ["load", "version-0"], ["load", "version--1"], *(["adapt", str(version)] for version in range(4))]
+    steps = read_metrics(next((tmp_path / "runs").iterdir()))[1:]
+    assert [step["rollout/version"] for step in steps] == [2, 3] and all(step["seconds/weights"] > 0 for step in steps)
 
 
 @pytest.mark.fault(36)

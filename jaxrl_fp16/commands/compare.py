@@ -26,7 +26,7 @@ from typing import Any
 
 from jaxrl_fp16.config import ConfigError, naming, parse_config, to_dict, to_yaml
 from jaxrl_fp16.console import Console
-from jaxrl_fp16.engines import check_sampling
+from jaxrl_fp16.engines import check_rank, check_sampling
 from jaxrl_fp16.lab.compare.page import show_comparison, write_comparison
 from jaxrl_fp16.lab.compare.processes import Job, core_count, run_jobs, shares_of_cores
 from jaxrl_fp16.lab.compare.runs import CONFIGS, OUTCOMES, Planned, last_step, plan_runs, read_comparison
@@ -84,6 +84,7 @@ def check_runs(config):
     with naming("compare.engines"):
         for engine in config.compare.engines:
             check_sampling(engine, config.sampling)
+            check_rank(engine, config.lora.rank)
     planned = plan_runs(config, Path("."), warm=False)
     first = [run for run in planned if run.seed == planned[0].seed]
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:

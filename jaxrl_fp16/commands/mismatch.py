@@ -32,7 +32,7 @@ from jaxrl_fp16.precision import get_precision_on
 from jaxrl_fp16.training.rollouts.engine import check_engine
 from jaxrl_fp16.training.runs.positions import check_positions
 from jaxrl_fp16.training.runs.run_folder import new_folder, write_record
-from jaxrl_fp16.training.runs.setup import set_up
+from jaxrl_fp16.training.runs.setup import lora_of, set_up
 from jaxrl_fp16.training.safety.deadlines import caught_signals
 from jaxrl_fp16.training.safety.memory import parameter_count
 
@@ -94,7 +94,7 @@ def _engines(config):
     for engine in engines if section.rollouts is None else ():
         with naming("mismatch.engines"):
             check_sampling(engine, config.sampling)
-        check_engine(dataclasses.replace(config.rollout, engine=engine))
+        check_engine(dataclasses.replace(config.rollout, engine=engine), lora_of(config))
     return engines
 
 

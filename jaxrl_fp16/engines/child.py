@@ -10,9 +10,12 @@ body, arrays of int32 and float32 back to back, as the header's `arrays` lists t
 
 A backend has
   `__init__(settings)`, a dict: `dtype` (float32, float16, bfloat16), `device` (cpu, gpu), `memory_fraction`, `seed`,
-    `max_length` (of a prompt with its response, in tokens), `max_rows` (responses that decode at once);
+    `max_length` (of a prompt with its response, in tokens), `max_rows` (responses that decode at once), `rank` (of the
+    adapters that come, 0: none do);
   `load(folder)`: reads a model folder, every weight anew, and gives a dict with the `dtype` that it then sees on the
     parameters, and what else is worth a record;
+  `adapt(folder, version)`: puts the adapters of a folder in PEFT's format beside those weights, in place of the ones
+    before, under a name that no other version has, and gives such a dict. A load takes adapters away;
   `generate(prompts, n, seeds, sampling)`: `n` responses to each prompt, a list of ids. `seeds` has one for each
     response, all different. sampling: `max_new_tokens`, `temperature` (0: greedy), `top_k` (0: off), `top_p` (1: off),
     `max_support` (most ids that top-p keeps), `end_ids` (each ends a response, and is its last token). Gives a list of
@@ -106,12 +109,13 @@ class _Server:
 
     def __init__(self, backends):
         self.backends, self.backend, self.version = backends, None, None
+        self.ops = {"open": self.open, "load": self.load, "adapt": self.adapt, "generate": self.generate}
 
     def answer(self, header, arrays):
         """The frame that answers a request; an error is an answer too."""
         op = header.get("op")
         try:
-            found, more = {"open": self.open, "load": self.load, "generate": self.generate}[op](header, arrays)
+            found, more = self.ops[op](header, arrays)
             return pack({"op": op, "version": self.version, **found}, **more)
         except Exception as error:
             return pack({"op": op, "version": self.version, "error": one_line(error), "kind": kind_of(error)})
@@ -121,13 +125,21 @@ class _Server:
         return {"facts": {"python": platform.python_version()}}, {}
 
     def load(self, header, arrays):
-        """The weights of a folder whose files are those that the header has checksums of."""
+        return self.take(header, self.backend.load)
+
+    def adapt(self, header, arrays):
+        if self.version is None:
+            raise ValueError("no weights are loaded that adapters belong to")
+        return self.take(header, lambda folder: self.backend.adapt(folder, header["version"]))
+
+    def take(self, header, read):
+        """What `read` makes of a folder whose files are those that the header has checksums of."""
         self.version, folder = None, header["folder"]
         found = {name: checksum(os.path.join(folder, name)) for name in sorted(os.listdir(folder))}
         if found != header["files"]:
             names = set(found.items()) ^ set(header["files"].items())
             raise ValueError(f"the weights in {folder} are not those that were written: {min(names)[0]}")
-        facts = self.backend.load(folder)
+        facts = read(folder)
         self.version = header["version"]
         return {"facts": facts}, {}
 
@@ -221,6 +233,10 @@ class Transformers:
         import transformers
 
         self.torch, self.transformers, self.settings, self.model = torch, transformers, settings, None
+        self.versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+        if settings.get("rank"):
+            self.adapters = beside("peft_adapters")
+            self.versions["peft"] = self.adapters.version()
         threads = os.environ.get("OMP_NUM_THREADS", "")
         if threads.isdigit() and int(threads):
             torch.set_num_threads(int(threads))
@@ -244,9 +260,15 @@ class Transformers:
             if names:   # a missing tensor would be random
                 raise ValueError(f"{what} of the weights in {folder}: {sorted(map(str, names))[0]}")
         self.model = model.eval().to(self.device)
+        return self._facts()
+
+    def adapt(self, folder, version):
+        self.model = self.adapters.put(self.model, folder, f"version-{version}")
+        return self._facts()
+
+    def _facts(self):
         dtypes = sorted({str(parameter.dtype).removeprefix("torch.") for parameter in self.model.parameters()})
-        return {"dtype": ", ".join(dtypes), "device": str(self.model.device), "torch": self.torch.__version__,
-                "transformers": self.transformers.__version__}
+        return {"dtype": ", ".join(dtypes), "device": str(self.model.device), **self.versions}
 
     def generate(self, prompts, n, seeds, sampling):
         with self.torch.inference_mode():
@@ -332,13 +354,17 @@ def _at(values, places):
     return values.gather(-1, places[:, None])[:, 0].tolist()
 
 
-def vllm(settings):
-    """The backend of the file beside this one, which has no package to be imported from."""
-    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), "vllm_backend.py")
-    spec = importlib.util.spec_from_file_location("vllm_backend", path)
+def beside(name):
+    """The module of a file beside this one, which has no package to be imported from."""
+    path = os.path.join(os.path.dirname(os.path.abspath(__file__)), f"{name}.py")
+    spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    return module.Vllm(settings)
+    return module
+
+
+def vllm(settings):
+    return beside("vllm_backend").Vllm(settings)
 
 
 BACKENDS = {"transformers": Transformers, "vllm": vllm}

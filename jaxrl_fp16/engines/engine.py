@@ -14,12 +14,14 @@ import numpy as np
 
 from jaxrl_fp16.engines.answers import join_responses, read_responses
 from jaxrl_fp16.engines.pipe import EngineError, EngineRefused, Pipe
-from jaxrl_fp16.engines.settings import KINDS, find_python
-from jaxrl_fp16.engines.weights import changed, exchange_folder, written
+from jaxrl_fp16.engines.settings import KINDS
+from jaxrl_fp16.engines.weights import Seen, adapters_written, changed, changed_adapters, exchange_folder, written
+from jaxrl_fp16.models.frozen import BASE, base_of, is_adapted
 from jaxrl_fp16.sampling import Sampled
 from jaxrl_fp16.sampling.support import support_size
 
 SEEDS = 2**31 - 1                       # seeds are below it
+CHANGED, ALONE = 0, -1                  # versions of what is changed to be seen; of weights without their adapters
 PROBE_PROMPT = 8                        # tokens
 PROBE = dict(max_new_tokens=4, temperature=0.0, top_k=0, top_p=1.0, max_support=1, end_ids=[])
 PROBE_LENGTH = PROBE_PROMPT + PROBE["max_new_tokens"]
@@ -30,7 +32,8 @@ class Engine:
 
     Weights are known by their arrays: where they are others than before their `version` is one more, and they are sent
     before anything is drawn. Version 0 is that of the changed weights by which an engine is shown at its start that a
-    synchronisation acts.
+    synchronisation acts. Of a model with adapters a process gets the weights that they belong to once, as version -1,
+    and then the adapters alone.
 
     Args:
       config: a `RolloutConfig` with another engine than jit.
@@ -41,10 +44,12 @@ class Engine:
     """
 
     def __init__(self, config, python, model, settings, say):
-        self._config, self._python, self._model, self._settings, self._say = config, python, model, settings, say
+        self._config, self._python, self._model, self._say = config, python, model, say
+        self._settings = settings | {"rank": model.lora.rank if model.lora else 0}
         self._stack = contextlib.ExitStack()
         self._pipe = self._place = self._sent = None    # process, exchange folder, version that it has
-        self._arrays, self._acts = None, False
+        self._arrays = self._base = None    # `Seen`: what came last, and what the process was sent of all weights
+        self._acts = False
         self.version, self.restarts, self.seconds, self.facts = 0, 0, 0.0, {}
         weakref.finalize(self, self._stack.close)
 
@@ -79,10 +84,20 @@ class Engine:
     # -- the protocol ------------------------------------------------------------------------------
 
     def load(self, params, version):
-        """Sends all weights, in the dtype that is asked for; whatever is drawn from now on must carry `version`."""
+        """Sends all weights of the plain model, in the dtype that is asked for; whatever is drawn from now on must
+        carry `version`."""
+        self._base = None
+        self._exchange("load", written, params, version)
+        self._base = Seen(params)
+
+    def adapt(self, params, version):
+        """Sends the adapters of `{"base", "lora"}` alone, otherwise as `load`; the process has "base"."""
+        self._exchange("adapt", adapters_written, params, version)
+
+    def _exchange(self, op, write, params, version):
         began, self._sent = time.perf_counter(), None
-        with written(self._place, self._model, params, self.dtype, version) as (folder, files):
-            answer, _ = self._pipe.ask({"op": "load", "version": version, "folder": str(folder), "files": files})
+        with write(self._place, self._model, params, self.dtype, version) as (folder, files):
+            answer, _ = self._pipe.ask({"op": op, "version": version, "folder": str(folder), "files": files})
         self.facts |= answer["facts"]
         found = answer["facts"].get("dtype")
         if found != self.dtype:
@@ -143,16 +158,23 @@ class Engine:
 
     def _bring(self, params):
         """The process runs and has `params`."""
-        leaves = jax.tree.leaves(params)
-        if self._arrays is None or any(ref() is not leaf for ref, leaf in zip(self._arrays, leaves, strict=True)):
-            self._arrays = [weakref.ref(leaf) for leaf in leaves]
+        if self._arrays is None or not self._arrays.are(params):
+            self._arrays = Seen(params)
             self.version += 1
         if self._pipe is None:
-            self._start(sum(leaf.size for leaf in leaves))
+            self._start(sum(leaf.size for leaf in jax.tree.leaves(params)))
         if not self._acts:
             self._see_it_act(params)
         if self._sent != self.version:
-            self.load(params, self.version)
+            self._send(params)
+
+    def _send(self, params):
+        """What the process lacks of `params`, as the engine's version."""
+        if not is_adapted(params):
+            return self.load(params, self.version)
+        if self._base is None or not self._base.are(params[BASE]):
+            self.load(params[BASE], ALONE)
+        return self.adapt(params, self.version)
 
     def _start(self, count):
         if self._place is None:
@@ -168,30 +190,39 @@ class Engine:
         self.facts = answer["facts"]
 
     def _stop(self):
-        pipe, self._pipe, self._sent = self._pipe, None, None
+        pipe, self._pipe, self._sent, self._base = self._pipe, None, None, None
         if pipe is not None:
             pipe.close()
 
     def _see_it_act(self, params):
-        """Loads changed weights, then `params`, and refuses an engine that answers alike."""
-        self.load(changed(params), 0)
-        first, second = self._probe(0), self._probe(0)
-        self.load(params, self.version)
-        third = self._probe(self.version)
+        """Loads changed weights, then `params`, and refuses an engine that answers alike; with adapters likewise."""
+        base, adapted = base_of(params), is_adapted(params)
+        self.load(changed(base), CHANGED)
+        self._see_change(lambda version: self.load(base, version), ALONE if adapted else self.version,
+                         "weights that differ by a fifth")
+        if adapted:
+            self.adapt(changed_adapters(self._model, params), CHANGED)
+            self._see_change(lambda version: self.adapt(params, version), self.version, "adapters that differ")
+        self._acts = True
+
+    def _see_change(self, send, version, what):
+        """Refuses an engine that has what was changed, is sent what it ought to have, and answers alike."""
+        first, second = self._probe(CHANGED), self._probe(CHANGED)
+        send(version)
+        third = self._probe(version)
         if np.array_equal(first[0], third[0]):
             noise, gap = (np.abs(first[1] - other[1]).max() for other in (second, third))
             if gap <= 2 * noise:    # changed weights may overflow: a NaN is another answer too
                 raise EngineRefused(
-                    f"the engine {self.name} answers alike, to {gap:g}, with weights that differ by a fifth: what it "
-                    "is sent does not act; allowed: a version of it that is known to work (docs/engines.md)")
-        self._acts = True
+                    f"the engine {self.name} answers alike, to {gap:g}, with {what}: what it is sent does not act; "
+                    "allowed: a version of it that is known to work (docs/engines.md)")
 
     def _probe(self, version):
-        """`(tokens, log-probs)` of a few greedy tokens; of changed weights, version 0, they need not be finite."""
+        """`(tokens, log-probs)` of a few greedy tokens; of what was changed they need not be finite."""
         size = self._model.config.vocab_size
         prompt = [place % size for place in range(1, PROBE_PROMPT + 1)]
         arrays = self._ask([prompt], 1, [0], PROBE, version)
-        found = read_responses(arrays, 1, PROBE["max_new_tokens"], size, [], finite=version > 0)
+        found = read_responses(arrays, 1, PROBE["max_new_tokens"], size, [], finite=version != CHANGED)
         return found.tokens, found.logprobs
 
     def _ask(self, prompts, group, seeds, sampling, version=None, meanwhile=None):
@@ -207,42 +238,3 @@ class Engine:
         if answer.get("version") != version:
             raise EngineError(f"the engine answered with weights of version {answer.get('version')}; it was sent "
                               f"version {version}")
-
-
-class Engines:
-    """The engine of a command, started when a first sampler needs it and shared by all of them; closed by its owner.
-
-    A sampler of another engine or dtype, as `mismatch` has them one after another, ends the one before it.
-    """
-
-    def __init__(self, say):
-        self._say, self._engine = say, None
-
-    def get(self, config, model, settings):
-        """The `Engine` of a RolloutConfig, for `model`. Raises EngineRefused where its interpreter does not do."""
-        found = self._engine
-        if found is None or (found.name, found.dtype) != (config.engine, settings["dtype"]):
-            self.close()
-            try:
-                python = find_python(config)
-            except ValueError as error:
-                raise EngineRefused(str(error)) from error
-            self._engine = Engine(config, python, model, settings, self._say)
-        return self._engine
-
-    def close(self):
-        """Ends the engine, if there is one."""
-        if self._engine is not None:
-            self._engine.close()
-            self._engine = None
-
-    def facts(self):
-        """Of the engine that is open: its name, the dtype seen on its parameters, versions of its libraries."""
-        return {} if self._engine is None else {"name": self._engine.name, **self._engine.facts}
-
-    def metrics(self):
-        """Of the engine that drew last: `rollout/version` of its weights, `rollout/restarts` so far, `seconds/weights`
-        that the latest took on their way. Nothing where none is open."""
-        found = self._engine
-        return {} if found is None else {"rollout/version": found.version, "rollout/restarts": found.restarts,
-                                         "seconds/weights": found.seconds}

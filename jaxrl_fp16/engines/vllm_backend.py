@@ -14,6 +14,7 @@ import sys
 BLOCK = 128                 # tokens of a block of vLLM's keys and values on a CPU
 MOST_ROWS = 256             # that decode at once, and where nothing is said
 COLDEST, HOTTEST = 0.01, 2  # vLLM raises a lower temperature to 0.01 with a warning alone, and refuses a higher one
+RANKS = 8, 16, 32, 64, 128, 256, 320, 512   # that its matrices of adapters may have room for
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
@@ -25,7 +26,7 @@ class Vllm:
     """One `vllm.LLM`, made of the first folder and given the weights of each later one.
 
     Beside what every backend has, settings may say `max_rows`: responses that decode at once, for which the cache of a
-    CPU is made.
+    CPU is made; and `rank`: of the adapters that come, for which room is made at the start.
     """
 
     def __init__(self, settings):
@@ -37,10 +38,14 @@ class Vllm:
         if self.on_cpu != (settings["device"] == "cpu"):
             raise Refused(f"vLLM of {sys.executable} runs on {current_platform.device_type}, JAX on the "
                           f"{settings['device'].upper()}; allowed: an interpreter whose vLLM runs there too")
+        if settings.get("rank") and settings["dtype"] == "float32" and not self.on_cpu:
+            raise Refused("vLLM's adapters compute in float16 or bfloat16 on a GPU, and the run samples in float32; "
+                          "allowed: another precision, or rollout.engine jit")
         self.settings, self.engine, self.tensors, self.length = settings, None, None, None
+        self.adapter = None     # the `LoRARequest` of the adapters
 
     def load(self, folder):
-        tensors = tensors_of(folder)
+        tensors, self.adapter = tensors_of(folder), None    # a reload takes adapters away
         if self.engine is None:
             self.engine = self._make(folder)
         elif tensors != self.tensors:  # vLLM would keep what a folder lacks, with a warning
@@ -51,6 +56,28 @@ class Vllm:
             if self.on_cpu:
                 self.engine.apply_model(pack_head)
         self.tensors = tensors
+        return self._facts()
+
+    def adapt(self, folder, version):
+        """The prefix cache is keyed by the name and the path of adapters, what a worker has of them by the number."""
+        from vllm.lora.request import LoRARequest
+
+        engine, before, self.adapter = self.engine.llm_engine, self.adapter, None
+        if before is not None:
+            engine.remove_lora(before.lora_int_id)
+        request = LoRARequest(f"version-{version}", version + 1, str(folder))
+        engine.add_lora(request)    # reads it whole: the folder may go
+        if set(engine.list_loras()) != {request.lora_int_id}:
+            raise RuntimeError(f"vLLM has adapters of numbers {sorted(engine.list_loras())} after a load of number "
+                               f"{request.lora_int_id}")
+        wanted, found = sum(".lora_A." in name for name in tensors_of(folder)), sum(self.engine.apply_model(adapted_in))
+        if found != wanted:     # it says nothing of a layer whose adapter it does not find
+            raise RuntimeError(f"vLLM has {found} adapters on its layers of the {wanted} in {folder}")
+        self.adapter = request
+        return self._facts()
+
+    def _facts(self):
+        """What stands after a load, with the keys of the weights before gone."""
         if not self.engine.reset_prefix_cache():
             raise RuntimeError("vLLM did not empty its prefix cache: prompts would go on with keys of old weights")
         dtypes = {str(self.engine.model_config.dtype), *sum(self.engine.apply_model(dtypes_of), [])}
@@ -69,7 +96,7 @@ class Vllm:
         # Requests with one seed draw the same noise: a request for each response.
         parameters = [SamplingParams(seed=seed, **asked) for seed in seeds]
         try:
-            answers = self.engine.generate(requests, parameters, use_tqdm=False)
+            answers = self.engine.generate(requests, parameters, use_tqdm=False, lora_request=self.adapter)
         except RuntimeError as error:
             if "Unsupported" not in str(error):
                 raise
@@ -85,6 +112,8 @@ class Vllm:
         memory = {"gpu_memory_utilization": settings["memory_fraction"]}
         if self.on_cpu:
             memory = {"kv_cache_memory_bytes": cache_bytes(config, BYTES[settings["dtype"]], rows, self.length)}
+        if settings.get("rank"):
+            memory |= {"enable_lora": True, "max_loras": 1, "max_lora_rank": room_for(settings["rank"])}
         try:
             engine = LLM(
                 str(folder), dtype=settings["dtype"], seed=settings["seed"], skip_tokenizer_init=True,
@@ -125,6 +154,14 @@ def response_of(answer):
     return tokens, logprobs, one.finish_reason == "stop"
 
 
+def room_for(rank):
+    """The least `max_lora_rank` of vLLM that adapters of a rank fit in."""
+    found = [room for room in RANKS if room >= rank]
+    if not found:
+        raise Refused(f"vLLM takes adapters of rank {RANKS[-1]} at most; these have {rank}")
+    return found[0]
+
+
 def pack_head(model):
     """On a CPU vLLM multiplies by a packed copy of the head; a reload of tied embeddings leaves the old one."""
     head = getattr(model, "lm_head", None)
@@ -136,6 +173,13 @@ def pack_head(model):
 def dtypes_of(model):
     """Names of the dtypes of a model's parameters."""
     return [str(x.dtype) for x in model.parameters() if x.is_floating_point()]
+
+
+def adapted_in(model):
+    """How many adapters a model's layers have, for a packed layer one for each of its parts."""
+    stacks = [zip(layer.lora_a_stacked, layer.lora_b_stacked) for layer in model.modules()
+              if hasattr(layer, "lora_a_stacked")]
+    return sum(bool(a.any() or b.any()) for each in stacks for a, b in each)
 
 
 def attentions_of(model):

@@ -35,7 +35,7 @@ class Fake:
     def __init__(self, settings):
         print("a line on stdout that is no frame")
         note(f"process {os.getpid()}")
-        self.settings, self.weights = settings, None
+        self.settings, self.weights, self.adapters = settings, None, None
         if FAULT == "no start":
             raise child.Refused("this engine never starts")
 
@@ -44,14 +44,21 @@ class Fake:
         self.size = config["vocab_size"]
         if self.weights is None or FAULT != "stale":
             self.weights = child.checksum(Path(folder) / "model.safetensors")
+        self.adapters = None
         note(f"load {Path(folder).name} {sorted(path.name for path in Path(folder).iterdir())}")
         return {"dtype": "bfloat16" if FAULT == "dtype" else self.settings["dtype"]}
+
+    def adapt(self, folder, version):
+        if self.adapters is None or FAULT != "stale adapters":
+            self.adapters = child.checksum(Path(folder) / "adapter_model.safetensors")
+        note(f"adapt {version} {sorted(path.name for path in Path(folder).iterdir())}")
+        return {"dtype": self.settings["dtype"]}
 
     def generate(self, prompts, n, seeds, sampling):
         faulty = AT <= note("answer") < AT + TIMES
         if faulty and FAULT in FAULTS:
             FAULTS[FAULT]()
-        shift = int(self.weights[:6], 16) / 2**24 * 1e-3
+        shift = sum(int(found[:6], 16) / 2**24 * 1e-3 for found in (self.weights, self.adapters) if found)
         rows = [self.draw(seed, sampling, shift) for seed in seeds]
         if faulty and FAULT in SPOILT:
             rows = SPOILT[FAULT](rows)

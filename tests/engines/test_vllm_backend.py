@@ -16,10 +16,12 @@ from jaxrl_fp16.cli import main
 from jaxrl_fp16.engines import (
     Engine, EngineRefused, RolloutConfig, check_sampling, find_python, make_rollout, vllm_backend,
 )
-from jaxrl_fp16.engines.vllm_backend import Refused, Vllm, cache_bytes, free_bytes
+from jaxrl_fp16.engines.vllm_backend import Refused, Vllm, cache_bytes, free_bytes, room_for
 from jaxrl_fp16.forward import token_logprobs
 from jaxrl_fp16.logs import read_metrics
-from jaxrl_fp16.models import Decoder, DecoderConfig, init_params, save_pretrained
+from jaxrl_fp16.models import (
+    Decoder, DecoderConfig, LoraConfig, init_lora, init_params, save_adapter, save_pretrained,
+)
 from jaxrl_fp16.precision import get_precision
 from jaxrl_fp16.sampling import SamplingConfig
 
@@ -47,6 +49,17 @@ class Llm:
         packing = types.SimpleNamespace(process_weights_after_loading=lambda head: self.log.append(("packed", head)))
         self.head = types.SimpleNamespace(quant_method=packing)
         self.dtypes, self.attention = [options["dtype"]], (2, 1, 32)
+        self.llm_engine, self.adapters, self.taken = self, [], 14
+
+    def add_lora(self, request):
+        self.adapters.append(request.lora_int_id)
+        self.log.append(("added", vars(request)))
+
+    def remove_lora(self, number):
+        self.adapters.remove(number)
+
+    def list_loras(self):
+        return self.adapters
 
     def collective_rpc(self, name, kwargs):
         self.log.append((name, kwargs["weights_path"]))
@@ -54,15 +67,18 @@ class Llm:
     def apply_model(self, function):
         weights = [types.SimpleNamespace(dtype=f"torch.{name}", is_floating_point=lambda: True) for name in self.dtypes]
         layer = types.SimpleNamespace(**dict(zip(("num_heads", "num_kv_heads", "head_size"), self.attention)))
+        stack = (np.ones(1),) * self.taken + (np.zeros(1),)
+        adapters = types.SimpleNamespace(lora_a_stacked=stack, lora_b_stacked=stack)
         return [function(types.SimpleNamespace(lm_head=self.head, parameters=lambda: weights,
-                                               modules=lambda: [self.head, layer]))]
+                                               modules=lambda: [self.head, layer, adapters]))]
 
     def reset_prefix_cache(self):
         self.log.append("reset")
         return self.empties
 
-    def generate(self, requests, parameters, use_tqdm):
+    def generate(self, requests, parameters, use_tqdm, lora_request):
         self.log.append((requests, parameters))
+        self.adapter = lora_request
         found = {"tokens": [3, 4, 7], "logprobs": [-1.0, -2.0, -0.5], "reason": "stop"} | self.answer
         flat = types.SimpleNamespace(logprobs=found["logprobs"], token_ids=found.get("ids", found["tokens"]))
         one = types.SimpleNamespace(token_ids=found["tokens"], finish_reason=found["reason"], logprobs=flat)
@@ -74,8 +90,10 @@ def make(monkeypatch):
     """make(platform="cpu", **settings) -> a Vllm over the stand-in."""
     def made(platform="cpu", **settings):
         found = types.SimpleNamespace(is_cpu=lambda: platform == "cpu", device_type=platform)
+        request = lambda name, number, path: types.SimpleNamespace(lora_name=name, lora_int_id=number, lora_path=path)
         names = {"vllm": {"LLM": Llm, "SamplingParams": lambda **given: given},
-                 "vllm.platforms": {"current_platform": found}}
+                 "vllm.platforms": {"current_platform": found}, "vllm.lora": {},
+                 "vllm.lora.request": {"LoRARequest": request}}
         for name, attributes in names.items():
             module = types.ModuleType(name)
             vars(module).update(attributes)
@@ -146,6 +164,39 @@ def test_each_response_is_a_request_with_a_seed_of_its_own(make, folder):
     }]
     backend.engine.answer = {"reason": "length"}
     assert backend.generate([[1]], 1, [0], SAMPLING) == [([3, 4, 7], [-1.0, -2.0, -0.5], False)]
+
+
+def test_each_version_of_adapters_has_a_name_and_a_number_of_its_own(make, folder, tmp_path):
+    model, place = Decoder(CONFIG, lora=LoraConfig(rank=12)), str(tmp_path / "adapter")
+    save_adapter(place, model, init_lora(model, init_params(model, jax.random.key(0)), jax.random.key(1),
+                                         policy=get_precision("fp32").policy))
+    backend = make(rank=12)
+    backend.load(folder)
+    options = {name: backend.engine.options[name] for name in ("enable_lora", "max_loras", "max_lora_rank")}
+    assert options == {"enable_lora": True, "max_loras": 1, "max_lora_rank": 16}
+    backend.generate([[1]], 1, [0], SAMPLING)
+    assert backend.engine.adapter is None
+    for version in (0, 3):
+        assert backend.adapt(place, version)["dtype"] == "float16" and backend.engine.adapters == [version + 1]
+        assert backend.engine.log[-2:] == [("added", {"lora_name": f"version-{version}", "lora_int_id": version + 1,
+                                                      "lora_path": place}), "reset"]
+        backend.generate([[1]], 1, [0], SAMPLING)
+        assert backend.engine.adapter.lora_int_id == version + 1
+    backend.engine.taken = 13
+    with pytest.raises(RuntimeError, match="vLLM has 13 adapters on its layers of the 14 in "):
+        backend.adapt(place, 4)
+    backend.engine.adapters[:] = [9]
+    with pytest.raises(RuntimeError, match=r"adapters of numbers \[6, 9\] after a load of number 6"):
+        backend.adapt(place, 5)
+    backend.load(folder)
+    backend.generate([[1]], 1, [0], SAMPLING)
+    assert backend.engine.adapter is None, "a load takes adapters away"
+    assert [room_for(rank) for rank in (1, 8, 9, 512)] == [8, 8, 16, 512]
+    with pytest.raises(Refused, match="of rank 512 at most; these have 513"):
+        make(rank=513).load(folder)
+    make("cuda", device="gpu", rank=4), make(rank=4, dtype="float32")
+    with pytest.raises(Refused, match="compute in float16 or bfloat16 on a GPU, and the run samples in float32"):
+        make("cuda", device="gpu", rank=4, dtype="float32")
 
 
 @pytest.mark.parametrize("seeds, changes, error, says", [

@@ -1,7 +1,7 @@
 """A Decoder's adapters <-> a folder in PEFT's format, which Transformers with PEFT and vLLM load.
 
-`adapter_config.json` and `adapter_model.safetensors`, float32: two matrices for each layer and target. The weights that
-they belong to are not in it.
+`adapter_config.json` and `adapter_model.safetensors`, float32 unless otherwise asked: two matrices for each layer and
+target. The weights that they belong to are not in it.
 """
 
 from contextlib import nullcontext
@@ -38,16 +38,17 @@ PLAIN = {
 }
 
 
-def save_adapter(folder, model, params, *, base_model=None, overwrite=False, durable=True):
+def save_adapter(folder, model, params, *, base_model=None, dtype="float32", overwrite=False, durable=True):
     """Writes the adapters of `{"base", "lora"}` as a folder in PEFT's format; in a run of several processes all call.
 
     Args:
       folder: its path. It must be new or empty, unless `overwrite`.
       model, params: a Decoder with `lora` and its parameters.
       base_model: folder or name of the model that they belong to, for `base_model_name_or_path`.
+      dtype: of the stored matrices: float32, float16 or bfloat16.
       durable: wait until the disk has it all.
 
-    Raises ValueError for a model without adapters, parameters of another one, or an entry that is not finite;
+    Raises ValueError for a model without adapters, parameters of another one, or an entry that `dtype` does not hold;
     FileExistsError where the folder holds something and `overwrite` is false.
     """
     folder = Path(folder).expanduser()
@@ -57,8 +58,8 @@ def save_adapter(folder, model, params, *, base_model=None, overwrite=False, dur
     check_same(param_shapes(model)[LORA], params[LORA], 'params["lora"]')
     table = adapter_table(model)
     arrays = [at(params[LORA], tensor.path) for tensor in table]
-    check_arrays(table, arrays, "float32", f"export to {folder}")
-    tensors = {name: hf_array(tensor, array, index, "float32") for tensor, array in zip(table, arrays)
+    check_arrays(table, arrays, dtype, f"export to {folder}")
+    tensors = {name: hf_array(tensor, array, index, dtype) for tensor, array in zip(table, arrays)
                for index, name in tensor.entries(array.shape)}
     with new_folder(folder, durable) if jax.process_index() == 0 else nullcontext() as place:
         if place is not None:

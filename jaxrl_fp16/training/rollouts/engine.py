@@ -10,7 +10,9 @@ import jax
 import jax.numpy as jnp
 
 from jaxrl_fp16.config import ConfigError, naming
-from jaxrl_fp16.engines import PROBE_LENGTH, EngineRefused, check_sampling, cut_at_stops, find_python, make_rollout
+from jaxrl_fp16.engines import (
+    PROBE_LENGTH, EngineRefused, check_rank, check_sampling, cut_at_stops, find_python, make_rollout,
+)
 from jaxrl_fp16.models import param_shardings
 from jaxrl_fp16.models.attention import kind_for
 from jaxrl_fp16.parallel import batch_sharding, row_shards, sampling_mesh, shard_batch
@@ -81,16 +83,19 @@ def first_batch(setup):
     return "compiling the sampler" if engine == "jit" else f"sampling by {engine}"
 
 
-def check_engine(rollout):
+def check_engine(rollout, lora=None):
     """Refuses a section `rollout` whose engine cannot run here: a run of several processes, an interpreter that is not
-    there or lacks the engine's packages. Raises ConfigError; starts nothing."""
+    there or lacks the engine's packages, adapters beyond it. lora: the model's `LoraConfig`, or None. Raises
+    ConfigError; starts nothing."""
     if rollout.engine == "jit":
         return
     with naming("rollout"):
         if jax.process_count() > 1:
             raise ValueError(f"engine is {rollout.engine} in a run of {jax.process_count()} processes; allowed: jit, "
                              "or a run of one process")
-        find_python(rollout)
+        if lora is not None:
+            check_rank(rollout.engine, lora.rank)
+        find_python(rollout, lora is not None)
 
 
 def begin_engine(setup, model, params):
@@ -103,7 +108,7 @@ def begin_engine(setup, model, params):
 
 def _other_engine(setup, model, sampling, precision, engine):
     check_sampling(engine, sampling)
-    check_engine(dataclasses.replace(setup.config.rollout, engine=engine))
+    check_engine(dataclasses.replace(setup.config.rollout, engine=engine), model.lora)
     ends = end_ids(setup.tokenizer, names=sampling.end_tokens) if sampling.end_tokens else setup.eos_ids
     vocab_size = model.config.vocab_size
     stops = stop_table(sampling.stop, token_bytes(setup.tokenizer, vocab_size)[:vocab_size]) if sampling.stop else None

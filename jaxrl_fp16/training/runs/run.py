@@ -222,7 +222,7 @@ def open_run(config, command, *, check=None, reference=False, critic=False, rewa
             evaluators = make_evaluators(bench) if command is not None else []
         samples = command == "train" or bool(evaluators)
         if samples:
-            check_engine(config.rollout)
+            check_engine(config.rollout, model.lora)
         others = dict(command=command, reference=reference and config.training.reference == "device",
                       critic=critic_model(config, model) if critic else None)
         needs = _check_memory(setup, model, **others)   # before `check` makes rows: as many as the config asks for

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Annotated, Any, ClassVar, Literal
 
 from jaxrl_fp16.config import Doc, load_config
-from jaxrl_fp16.engines import RolloutConfig, check_sampling
+from jaxrl_fp16.engines import RolloutConfig, check_rank, check_sampling
 from jaxrl_fp16.logs import LoggingConfig
 from jaxrl_fp16.models.attention import PACKABLE
 from jaxrl_fp16.models.numerics import NumericsConfig
@@ -101,6 +101,7 @@ class Config:
 
     def _check_engine(self):
         check_sampling(self.rollout.engine, self.sampling)
+        check_rank(self.rollout.engine, self.lora.rank)
 
     def _check_lora(self):
         given = {name: value for name, value in vars(self.lora).items() if value is not None and name != "merge"}

@@ -94,8 +94,7 @@ def hidden_states(model, params, tokens, mask, policy, segments=None):
 
 def _dropout_keys(model, params, tokens):
     """Linen's keys of a gradient program whose adapters drop, by the step's key and what the rows hold; else None."""
-    lora = getattr(decoder_of(model), "lora", None)
-    if DROPOUT not in params or lora is None or not lora.dropout:
+    if DROPOUT not in params or not dropout_of(model):
         return None
     places = jnp.arange(1, tokens.size + 1, dtype=jnp.uint32).reshape(tokens.shape)
     return {"dropout": jax.random.fold_in(params[DROPOUT], jnp.sum(tokens.astype(jnp.uint32) * places))}
@@ -108,6 +107,12 @@ def align_rows(tokens, mask, segments=None):
     if segments is not None:
         segments = _aligned_segments(segments, mask, order)
     return tokens, segments, (order, inverse)
+
+
+def dropout_of(model):
+    """The share that the adapters of a Decoder or Critic drop; 0 of a module without."""
+    lora = getattr(decoder_of(model), "lora", None)
+    return 0.0 if lora is None else lora.dropout
 
 
 def numerics_of(model):

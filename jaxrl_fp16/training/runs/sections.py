@@ -98,7 +98,8 @@ LoraSection = dataclasses.make_dataclass(
     [
         *_optional_fields(LoraConfig, _null_lora),
         ("path", Annotated[
-            str | None, Doc("folder of adapters in PEFT's format to go on from; null: new ones, that change nothing yet")
+            str | None,
+            Doc("folder of adapters in PEFT's format to go on from; null: new ones, that change nothing yet"),
         ], None),
         ("merge", Annotated[
             bool, Doc("let `export` write the whole model too: adapters added in float32 to what model.path holds, and "

@@ -7,7 +7,7 @@ from functools import partial
 
 import jax.numpy as jnp
 
-from jaxrl_fp16.forward import score
+from jaxrl_fp16.forward import dropout_of, score
 from jaxrl_fp16.objectives import normalizer_of, policy_loss
 from jaxrl_fp16.training.updates.by_length import Microbatches, Objective, make_step
 
@@ -40,11 +40,11 @@ def make_update(
       `lengths` int [B] on the host, the mask's sums, spares it a look at the mask.
 
     Raises:
-      ValueError: for adapters that drop; the update, where `microbatch_size` does not divide B or the batch lacks what the loss reads.
+      ValueError: for adapters that drop; the update, where `microbatch_size` does not divide B or the batch lacks what
+        the loss reads.
     """
-
-    if model.lora is not None and model.lora.dropout:
-        raise ValueError(f"the adapters' dropout is {model.lora.dropout}; allowed in RL: 0, as a policy that drops is "
+    if dropout_of(model):
+        raise ValueError(f"the adapters' dropout is {dropout_of(model)}; allowed in RL: 0, as a policy that drops is "
                          "not the one that samples")
 
     def loss_of(batch):

@@ -323,7 +323,8 @@ def casts_to_compute(node):
 
 
 def test_parameters_are_cast_in_one_place():
-    casting = {f"forward.py: {name}" for name in ("cast_to_compute", "cast_kernels", "cast")}
+    names = ("cast_to_compute", "_cast_adapted", "cast_kernels", "cast", "cast_variables")
+    casting = {f"forward.py: {name}" for name in names}
     assert functions_with(["**/*.py"], casts_to_compute) == casting
     # Beside them only what hands the dtype to the module, for its residual stream.
     reading = functions_with(NUMERICS, names_attribute("compute_dtype"))

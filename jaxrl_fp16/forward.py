@@ -109,15 +109,15 @@ def align_rows(tokens, mask, segments=None):
     return tokens, segments, (order, inverse)
 
 
+def dropout_of(model):
+    """The share that the adapters of a Decoder or Critic drop; 0 of a module without."""
+    lora = getattr(decoder_of(model), "lora", None)
+    return 0.0 if lora is None else lora.dropout
+
+
 def numerics_of(model):
     """The `NumericsConfig` of a Decoder or Critic; the default for a module of a user's own that has none."""
     return getattr(decoder_of(model), "numerics", DEFAULT)
-
-
-def dropout_of(model):
-    """The share of their inputs that a model's adapters drop in training; 0 without any."""
-    lora = getattr(decoder_of(model), "lora", None)
-    return 0.0 if lora is None else lora.dropout
 
 
 def _aligned_segments(segments, mask, order):

@@ -29,7 +29,7 @@ SLOW = """
 commands lab/mismatch models parallel telemetry training/checkpoints training/updates
 training/loops/test_mismatch_terms training/rollouts/test_reward_model training/rollouts/test_evaluate
 training/rollouts/test_engine training/runs/test_setup test_finite
-sampling/test_agreement sampling/test_cache sampling/test_sampler
+sampling/test_agreement sampling/test_cache sampling/test_lora_sampling sampling/test_sampler
 objectives/test_losses objectives/test_preference objectives/test_properties tasks/test_math_task tasks/grading
 test_api test_benchmarks test_forward test_jaxprs test_real_data test_refusals test_reliability_scripts
 test_sanity_configs test_security

@@ -323,11 +323,14 @@ def casts_to_compute(node):
 
 
 def test_parameters_are_cast_in_one_place():
-    casting = {f"forward.py: {name}" for name in ("cast_to_compute", "cast_kernels", "cast")}
+    names = ("cast_to_compute", "_cast_adapted", "cast_kernels", "cast", "cast_variables")
+    casting = {f"forward.py: {name}" for name in names}
     assert functions_with(["**/*.py"], casts_to_compute) == casting
     # Beside them only what hands the dtype to the module, for its residual stream.
     reading = functions_with(NUMERICS, names_attribute("compute_dtype"))
-    assert reading == casting | {"forward.py: in_compute_dtype"}
+    # And what rounds a base beside adapters, once, before any program.
+    rounding = {"models/adapters.py: init_lora", "models/hf/adapter_folders.py: load_adapter"}
+    assert reading == casting | rounding | {"forward.py: in_compute_dtype"}
 
 
 def test_no_program_names_a_half_dtype():

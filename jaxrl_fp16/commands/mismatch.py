@@ -32,7 +32,7 @@ from jaxrl_fp16.precision import get_precision_on
 from jaxrl_fp16.training.rollouts.engine import check_engine
 from jaxrl_fp16.training.runs.positions import check_positions
 from jaxrl_fp16.training.runs.run_folder import new_folder, write_record
-from jaxrl_fp16.training.runs.setup import lora_of, set_up
+from jaxrl_fp16.training.runs.setup import check_no_dropout, lora_of, set_up
 from jaxrl_fp16.training.safety.deadlines import caught_signals
 from jaxrl_fp16.training.safety.memory import parameter_count
 
@@ -45,6 +45,7 @@ def run_mismatch(config):
     _refuse_unused(config)
     setup = set_up(config, "mismatch")
     config, section = setup.config, setup.config.mismatch
+    check_no_dropout(config, "mismatch")
     precisions = [_open_precision(setup, "precisions", name) for name in section.precisions]
     reference = _open_precision(setup, "reference", section.reference)
     names = [precision.name for precision in precisions]

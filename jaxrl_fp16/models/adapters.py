@@ -79,8 +79,10 @@ def _sum(kernel, a, b, scale):
 
 
 def _check_adapted(model):
+    """ValueError for what has no adapters, or a target that it lacks."""
     if not isinstance(model, Decoder) or model.lora is None:
         raise ValueError(f"{type(model).__name__} has no adapters; allowed: Decoder(config, lora=LoraConfig(...))")
+    adapter_table(model)
 
 
 def check_same(shapes, given, name):

@@ -36,9 +36,9 @@ class LoraConfig:
     ] = 0.0
 
     def __post_init__(self):
-        if self.rank < 1 or not self.alpha > 0 or not 0 <= self.dropout < 1:
+        if self.rank < 1 or not 0 < self.alpha < math.inf or not 0 <= self.dropout < 1:
             raise ValueError(f"rank is {self.rank}, alpha {self.alpha}, dropout {self.dropout}; allowed: rank >= 1, "
-                             "alpha > 0, 0 <= dropout < 1")
+                             "0 < alpha < inf, 0 <= dropout < 1")
         given = (self.targets,) if isinstance(self.targets, str) else tuple(self.targets or ())
         object.__setattr__(self, "targets", tuple(dict.fromkeys(name.removesuffix("_proj") for name in given)))
 

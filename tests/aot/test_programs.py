@@ -5,13 +5,15 @@ Results are right whatever the layout: only here is it seen that devices would d
 
 import functools
 import math
+import re
 
 import jax
 import pytest
 
-from jaxrl_fp16.models import Decoder, DecoderConfig, param_shapes
+from jaxrl_fp16.models import Decoder, DecoderConfig, LoraConfig, param_shapes
 from jaxrl_fp16.plan.compilers import compile_program, find_compiler
 from jaxrl_fp16.plan.targets import get_target
+from jaxrl_fp16.training.safety.memory import trained_count
 
 pytestmark = pytest.mark.aot
 
@@ -25,18 +27,19 @@ HALF = {"fp16": "f16", "bf16": "bf16"}
 
 
 @functools.cache
-def compiled(name, target, mesh=None, micro=MICRO):
-    """What `summary_of` says of a program of the model, compiled for the target."""
+def compiled(name, target, mesh=None, micro=MICRO, rank=None, text=None):
+    """What `summary_of` says of a program of the model, compiled for the target; rank: of adapters. text: a file for
+    the program."""
     precision, usual = TARGETS[target]
     data, fsdp, tensor = mesh or usual
     config = {
         "precision": precision, "model": {**SHAPE, "attention": "blockwise"}, "task": {"name": "arithmetic"},
         "mesh": {"data": data, "fsdp": fsdp, "tensor": tensor},
-        "sampling": {"max_new_tokens": NEW, "group_size": 4},
+        "sampling": {"max_new_tokens": NEW, "group_size": 4}, "lora": {"rank": rank},
         "training": {"prompts_per_step": ROWS // 4, "minibatch_size": ROWS, "microbatch_size": micro,
                      "max_prompt_tokens": PROMPT},
     }
-    return compile_program(config, get_target(target), name, seconds=300)
+    return compile_program(config, get_target(target), name, text=text, seconds=300)
 
 
 @pytest.fixture(params=TARGETS)
@@ -140,3 +143,47 @@ def test_gradients_of_copies_cross_once_a_step():
     # A copy's metrics, a few numbers for each microbatch, go along.
     sizes = [sum(one["bytes"] for one in each) for each in summed.values()]
     assert sizes == pytest.approx([4 * PARAMETERS / 2] * 2, rel=0.005)
+
+
+# -- adapters beside frozen weights ----------------------------------------------------------------------
+
+
+RANK = 8
+ADAPTERS = trained_count(Decoder(DecoderConfig(**SHAPE), lora=LoraConfig(rank=RANK)))
+
+
+def on_a_device(text, dtype):
+    """Shapes that a program holds in a dtype, the length of 1 of a layer's slice left out."""
+    found = {tuple(map(int, each.split(","))) for each in re.findall(rf"\b{dtype}\[([\d,]+)\]", text)}
+    return {tuple(size for size in shape if size > 1) for shape in found}
+
+
+def test_an_update_of_adapters_has_no_gradient_of_the_base(tmp_path):
+    target, text = there("h100x8"), tmp_path / "update.txt"
+    found = compiled("update", target, (4, 2, 1), rank=RANK, text=str(text))
+    assert found["dots"] == ["f16 x f16 -> f32"]
+    # Kernels of the MLP, of all layers or one, whole and as the mesh divides them; and the head.
+    kernels = [(WIDTH, INNER), (WIDTH // 2, INNER), (WIDTH, INNER // 2), (INNER, WIDTH), (INNER, WIDTH // 2)]
+    base = {(*layers, *shape) for layers in ((), (LAYERS,)) for shape in kernels if shape != (WIDTH, WIDTH)}
+    base |= {(VOCAB, WIDTH), (VOCAB, WIDTH // 2)}
+    assert len(base & on_a_device(text.read_text(), "f16")) > 3
+    assert not base & on_a_device(text.read_text(), "f32")
+    # What crosses the copies of the model is the adapters' gradient, once; weights are gathered in the compute dtype.
+    summed = [each for each in found["moved"] if "data" in each["axes"] and each["bytes"] > 2**12]
+    assert sum(each["times"] for each in summed) == len(summed) > 0
+    assert 2 * ADAPTERS < sum(each["bytes"] for each in summed) < 4 * ADAPTERS     # B is not divided by fsdp
+    back = [each for each in found["moved"] if each["kind"] == "reduce-scatter"]
+    assert all(elements(each) <= ADAPTERS / LAYERS for each in back)
+    gathered = [one for each in gathered_weights(found["moved"]) for one in each["arrays"]]
+    assert {dtype for dtype, shape in gathered if math.prod(shape) > ROWS * WIDTH} == {"f16"}
+    memory = found["memory"]
+    assert memory["donated"] <= 12 * ADAPTERS < 2 * PARAMETERS / 2 < memory["arguments"] < 3 * PARAMETERS / 2
+
+
+def test_a_decode_step_with_adapters_moves_nothing_that_grows_with_the_weights():
+    """Over the tensor axis of a layer also what two adapters make of their inputs, a few numbers a row."""
+    found = compiled("sampler", there("h100x8"), rank=RANK)
+    rows, decode = ROWS // 4, found["decode"]
+    assert found["dots"] == ["f16 x f16 -> f32"] and decode["largest"] <= 4 * rows * (WIDTH + RANK)
+    assert decode["cache"] == {"written": 2 * LAYERS, "others": []}
+    assert all(each["place"] != "decode" for each in gathered_weights(found["moved"]))

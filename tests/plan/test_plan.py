@@ -8,6 +8,8 @@ import pytest
 
 from jaxrl_fp16 import cli
 from jaxrl_fp16.config import to_dict
+from jaxrl_fp16.models import Critic
+from jaxrl_fp16.models.init import plain
 from jaxrl_fp16.plan import compilers
 from jaxrl_fp16.plan.compilers import CompileError, compile_program, find_compiler
 from jaxrl_fp16.plan.facts import facts_of
@@ -15,6 +17,7 @@ from jaxrl_fp16.plan.programs import lowered, names_of
 from jaxrl_fp16.plan.targets import get_target
 from jaxrl_fp16.training.runs.run_config import load_for
 from jaxrl_fp16.training.runs.setup import make_model, set_up
+from jaxrl_fp16.training.safety.memory import parameter_count, trained_count
 
 CONFIG = """
 run: {name: toy}
@@ -123,6 +126,33 @@ def test_every_program_of_a_step_can_be_lowered_from_shapes(config, flags):
     facts = facts_of(setup, model)
     assert facts["scored"] == (2 if "ppo" in flags else 1)
     assert (facts["learner"]["critic"] > 0) == ("ppo" in flags)
+
+
+def test_every_program_with_adapters_can_be_lowered_and_reckoned(config):
+    """PPO with a KL term: policy, critic and reference share what is frozen, which is half of float32's bytes."""
+    flags = ("--platform", "cpu", "--run.compile_cache", "null", "--precision", "fp16", "--algorithm.preset", "ppo",
+             "--algorithm.kl_coef", "0.1")
+    facts = {}
+    for rank in ("null", "4"):
+        given = load_for("plan", config, (*flags, "--lora.rank", rank))
+        setup = set_up(given)
+        model = make_model(setup)
+        facts[rank] = facts_of(setup, model)
+    assert names_of(given) == ["sampler", "scorer", "values", "critic update", "update"]
+    for name in names_of(given):
+        assert "func.func public @main" in lowered(setup, model, name).as_text(), name
+    whole, few = facts["null"], facts["4"]
+    count, own = parameter_count(plain(model)), trained_count(model)
+    needs, learner = few["estimate"], few["learner"]
+    assert needs["frozen weights"] == 2 * count and "reference" not in needs and "reference" in whole["estimate"]
+    assert needs["parameters"] == 4 * (own + trained_count(Critic(model))) < whole["estimate"]["parameters"] / 8
+    assert needs["Adam's moments"] == 2 * needs["parameters"]
+    assert learner["reference"] == 0 < whole["learner"]["reference"]
+    assert learner["policy parameters"] == 2 * count + 4 * own
+    assert few["scored"] == whole["scored"] == 2
+    # Two matmuls of three remain of a frozen kernel, and the adapters add their own.
+    assert 0.6 < few["flops"]["update"] / whole["flops"]["update"] < 0.95
+    assert few["flops"]["decode"] > whole["flops"]["decode"]
 
 
 @pytest.mark.aot

@@ -89,7 +89,7 @@ def read_adapter(folder):
         found = read_json(path)
         for key, allowed in PLAIN.items():
             if found.get(key) not in allowed:
-                raise ValueError(f"{path}: {key} is {json.dumps(found[key])[:80]}; allowed: "
+                raise ValueError(f"{path}: {key} is {json.dumps(found.get(key))[:80]}; allowed: "
                                  f"{' or '.join(json.dumps(value) for value in allowed)}")
         return _lora_of(path, found)
     except ValueError as error:
@@ -101,10 +101,14 @@ def _lora_of(path, found):
     if not isinstance(targets, list) or not all(isinstance(name, str) for name in targets) or not targets:
         raise ValueError(f"{path}: target_modules is {json.dumps(targets)[:80]}; allowed: a list of linear layers' "
                          "names")
+    if found.get("use_rslora") not in (None, False, True):
+        raise ValueError(f"{path}: use_rslora is {json.dumps(found['use_rslora'])[:80]}; allowed: true or false")
     numbers = {"r": int, "lora_alpha": (int, float), "lora_dropout": (int, float, type(None))}
     for key, kinds in numbers.items():
         if not isinstance(found.get(key), kinds) or isinstance(found.get(key), bool):
             raise ValueError(f"{path}: {key} is {json.dumps(found.get(key))[:80]}; allowed: a number")
+        if abs(found[key] or 0) >= 2**31:    # an integer of any length is one of JSON
+            raise ValueError(f"{path}: {key} is {json.dumps(found[key])[:80]}; allowed: a number below 2^31")
     try:
         return LoraConfig(
             rank=found["r"], alpha=float(found["lora_alpha"]), rslora=bool(found.get("use_rslora")),

@@ -202,7 +202,11 @@ class Checkpoints:
         Raises:
           CheckpointError: there is none, names, shapes or dtypes of its leaves are not the template's, or what is
             frozen is not what it was saved beside.
+          ValueError: what is frozen is a shape alone in the template.
         """
+        _, frozen = frozen_apart(named_leaves(template))
+        if name := next((name for name, leaf in frozen.items() if isinstance(leaf, jax.ShapeDtypeStruct)), None):
+            raise ValueError(f"{name} is a shape alone; allowed: what is frozen as arrays, which the result will hold")
         self.wait()
         self._tell_unfinished()
         known = self.steps()

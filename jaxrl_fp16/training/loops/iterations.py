@@ -5,7 +5,7 @@ import time
 
 import jax
 
-from jaxrl_fp16.config import ConfigError, naming
+from jaxrl_fp16.config import naming
 from jaxrl_fp16.objectives import needs_critic, needs_reference
 from jaxrl_fp16.parallel import to_host
 from jaxrl_fp16.training.loops.follow import Step
@@ -21,7 +21,7 @@ from jaxrl_fp16.training.rollouts.engine import first_batch, make_engine
 from jaxrl_fp16.training.runs.learner import check_critic, critic_model
 from jaxrl_fp16.training.runs.run import announced, open_run
 from jaxrl_fp16.training.runs.run_config import resolve_algorithm
-from jaxrl_fp16.training.runs.setup import lora_of
+from jaxrl_fp16.training.runs.setup import check_no_dropout
 from jaxrl_fp16.training.safety.guards import Guard
 from jaxrl_fp16.training.safety.memory import peak_bytes
 
@@ -78,10 +78,7 @@ def check_data(setup, task):
     """Refuses data without a prompt, or for the warm start a solution, that fits; and a critic that does not. Gives the
     lines that say what is set aside."""
     config, t = setup.config, setup.config.training
-    lora = lora_of(config)
-    if lora is not None and lora.dropout:
-        raise ConfigError(f"lora.dropout is {lora.dropout} with train; allowed: 0, as a policy that drops is not the "
-                          "one that samples; sft, warmup and dpo take it")
+    check_no_dropout(config, "train")
     check_critic(setup)
     with naming("training"):
         next_prompts(task, setup.tokenizer, 0, t.prompts_per_step, t.max_prompt_tokens, config.run.seed)

@@ -300,6 +300,14 @@ def lora_of(config):
         return asked
 
 
+def check_no_dropout(config, command):
+    """Refuses adapters that drop for a command whose gradients are RL's."""
+    lora = lora_of(config)
+    if lora is not None and lora.dropout:
+        raise ConfigError(f"lora.dropout is {lora.dropout} with {command}; allowed: 0, as a policy that drops is not "
+                          "the one that samples; sft, warmup and dpo take it")
+
+
 def load_params(setup, model, *, any_weights=False, several=False):
     """float32 parameters of `make_model`'s model on the mesh: from `model.path`, or random. With adapters `{"base",
     "lora"}`, the base in the run's compute dtype. Raises ConfigError.

@@ -43,7 +43,6 @@ def make_update(
       ValueError: for adapters that drop; the update, where `microbatch_size` does not divide B or the batch lacks what
         the loss reads.
     """
-
     if dropout_of(model):
         raise ValueError(f"the adapters' dropout is {dropout_of(model)}; allowed in RL: 0, as a policy that drops is "
                          "not the one that samples")

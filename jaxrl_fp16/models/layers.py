@@ -135,14 +135,15 @@ class Projection(nn.Module):
         return y
 
     def _adapter(self, x):
-        """`(x A) B scale` in float32; between the two rounded once, as every input of a matmul is."""
+        """`(x A scale) B` in float32; between the two rounded once, as every input of a matmul is."""
         lora, parts = self.lora, factors(self.spec, self.shape, self.lora.rank)
         a = self.variable(COLLECTION, "a", lambda: uniform_init(self.make_rng("params"), parts.down_shape, jnp.float32))
         b = self.variable(COLLECTION, "b", lambda: jnp.zeros(parts.up_shape, jnp.float32))
         if lora.dropout and self.has_rng("dropout"):
             x = nn.Dropout(lora.dropout, deterministic=False)(x)
-        inner = project(parts.down, x, a.value).astype(b.value.dtype)
-        return matmul(parts.up, inner, b.value) * lora.scale
+        # Scaled where it is narrow; of a power of two no bit depends on where.
+        inner = (project(parts.down, x, a.value) * lora.scale).astype(b.value.dtype)
+        return matmul(parts.up, inner, b.value)
 
 
 class RMSNorm(nn.Module):

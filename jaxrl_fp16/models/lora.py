@@ -1,12 +1,11 @@
 """Low-rank adapters (2106.09685): beside a frozen kernel W, `x W + (x A) B scale`, in every program alike.
 
-r: rank.  The other letters are those of a projection's einsum.
 W is never changed and A B never added to it: what is sampled from is what is trained, to the last bit.
 """
 
 import dataclasses
 import math
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from annotated_types import Ge, Gt, Lt
 import jax
@@ -52,27 +51,13 @@ class LoraConfig:
         return not self.targets or name.removesuffix("_proj") in self.targets
 
 
-class Factors(NamedTuple):
-    """How a projection's einsum goes through the two matrices of an adapter."""
-
-    down: str                   # the einsum of x and A
-    up: str                     # of their product and B
-    down_shape: tuple[int, ...]
-    up_shape: tuple[int, ...]
-
-
-def factors(spec, shape, rank):
-    """`Factors` of a projection `spec` with a kernel of `shape`: A has the letters that it sums over, B the others."""
-    inputs, out = spec.split("->")
+def factor_shapes(spec, shape, rank):
+    """Shapes of A and B beside a projection `spec` with a kernel of `shape`: A has the axes that it sums over, B the
+    others."""
+    inputs, _ = spec.split("->")
     left, kernel = inputs.split(",")
-    size = dict(zip(kernel, shape, strict=True))
-    summed = "".join(letter for letter in kernel if letter in left)
-    made = "".join(letter for letter in kernel if letter not in left)
-    inner = "".join(letter for letter in left if letter not in summed) + "r"
-    return Factors(
-        f"{left},{summed}r->{inner}", f"{inner},r{made}->{out}",
-        (*(size[letter] for letter in summed), rank), (rank, *(size[letter] for letter in made)),
-    )
+    summed = [size for letter, size in zip(kernel, shape, strict=True) if letter in left]
+    return (*summed, rank), (rank, *shape[len(summed):])
 
 
 def uniform_init(key, shape, dtype):

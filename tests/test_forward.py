@@ -184,7 +184,7 @@ def test_logits_exist_a_chunk_at_a_time():
     targets = jax.ShapeDtypeStruct((rows, columns), jnp.int32)
 
     def total(hidden, head, targets):
-        return jnp.sum(forward._chunked(1.0, False, hidden, head, targets, None)[0])
+        return jnp.sum(forward._chunked(1.0, False, False, hidden, head, targets, None)[0])
 
     memory = jax.jit(jax.grad(total, (0, 1))).lower(hidden, head, targets).compile().memory_analysis()
     assert memory.temp_size_in_bytes < 6 * forward.LOGIT_BYTES < 2 * 4 * rows * columns * vocab
@@ -196,7 +196,7 @@ def test_the_heads_gradient_is_summed_over_chunks_in_float32(monkeypatch):
     columns = 4096
     hidden, head = jnp.ones((1, columns, 1), jnp.float16), jnp.array([[0.0], [60.0]], jnp.float16)
     total = lambda head: jnp.sum(
-        forward._chunked(1.0, False, hidden, head, jnp.zeros((1, columns), jnp.int32), None)[0])
+        forward._chunked(1.0, False, False, hidden, head, jnp.zeros((1, columns), jnp.int32), None)[0])
     grad = jax.grad(total)(head)
     assert grad.dtype == jnp.float16
     np.testing.assert_array_equal(grad[:, 0], [columns, -columns])

@@ -20,7 +20,7 @@ import optax
 import jaxrl_fp16 as rl
 from jaxrl_fp16.forward import cast_to_compute, in_compute_dtype, logits_of
 from jaxrl_fp16.models.attention import store, store_keys
-from jaxrl_fp16.models.decoder import Cache, decode_step, unstack_layers
+from jaxrl_fp16.models.decoder import Cache, decode_step, layers_of, unstack_layers
 from jaxrl_fp16.sampling.support import draw
 from qwen import Results, arguments, decoder, params_of, seconds, sizes
 
@@ -56,7 +56,7 @@ def decode_program(model, params, precision, rows, slots):
     caches = [Cache(store_keys(half.attention, filled(2 * i)), store(filled(2 * i + 1))) for i in range(c.num_layers)]
 
     def loop(params, caches, token):
-        layers = unstack_layers(params["layers"], c.num_layers)
+        layers = unstack_layers(layers_of(params), c.num_layers)
 
         def step(number, carry):
             token, caches = carry

@@ -10,7 +10,7 @@ import pytest
 from jaxrl_fp16.forward import cast_to_compute, in_compute_dtype
 from jaxrl_fp16.models import FAMILIES, Critic, Decoder, DecoderConfig, critic_params, init_params, param_shapes
 from jaxrl_fp16.models.attention import BLOCK, store, store_keys
-from jaxrl_fp16.models.decoder import Cache, decode_step, embed, unstack_layers
+from jaxrl_fp16.models.decoder import Cache, decode_step, embed, layers_of, unstack_layers
 from jaxrl_fp16.models.layers import RMSNorm, RopeScaling, matmul, rope_angles
 from jaxrl_fp16.precision import get_precision
 
@@ -82,7 +82,7 @@ def test_one_step_at_a_time_is_all_at_once(case, kind):
     params = cast_to_compute(random_params(model), get_precision("fp32").policy)
     tokens = jax.random.randint(jax.random.key(1), (2, BLOCK + 8), 0, 50)
     hidden, stacked = jax.jit(lambda p, t: model.apply({"params": p}, t, keep_cache=True))(params, tokens)
-    layers, lengths, slots = unstack_layers(params["layers"], 3), jnp.array([BLOCK - 4, 2]), 2 * BLOCK
+    layers, lengths, slots = unstack_layers(layers_of(params), 3), jnp.array([BLOCK - 4, 2]), 2 * BLOCK
     # Beyond a row's length a cache may hold anything finite.
     beyond = (jnp.arange(slots) >= lengths[:, None])[:, None]
     wide = stacked.widened("blockwise", slots)
@@ -103,7 +103,7 @@ def test_a_step_writes_one_slot_of_each_row():
     empty = jnp.full((2, 2, BLOCK, 6), 9.0)
     caches = [Cache(store_keys("blockwise", empty), store(empty)) for _ in range(3)]
     positions = jnp.array([5, 40])
-    layers = unstack_layers(params["layers"], 3)
+    layers = unstack_layers(layers_of(params), 3)
     step = jax.jit(lambda *args: decode_step(model, params, layers, *args))
     _, written = step(jnp.array([1, 2]), caches, positions)
     for cache in written:

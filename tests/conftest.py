@@ -112,6 +112,19 @@ def quick_compile(quick_option):
     jax.config.update("jax_disable_most_optimizations", before)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def room_for_programs():
+    """JAX keeps the fast paths of 8,192 calls in a process; with as many alive a later function gets none, is slower and
+    has a `_cache_size` of 0. A worker of the whole suite comes to that."""
+    yield
+    FILES.append(1)
+    if len(FILES) % 20 == 0 and "jax" in sys.modules:
+        sys.modules["jax"].clear_caches()
+
+
+FILES = []  # of tests that this process is done with
+
+
 @pytest.fixture(scope="session")
 def quick_environment(quick_option):
     """What makes a process of its own compile in this way: environment variables."""

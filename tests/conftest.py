@@ -114,8 +114,8 @@ def quick_compile(quick_option):
 
 @pytest.fixture(scope="module", autouse=True)
 def room_for_programs():
-    """JAX keeps the fast paths of 8,192 calls in a process; with as many alive a later function gets none, is slower and
-    has a `_cache_size` of 0. A worker of the whole suite comes to that."""
+    """JAX keeps the fast paths of 8,192 calls in a process; with as many alive a later function gets none, is slower
+    and has a `_cache_size` of 0. A worker of the whole suite comes to that."""
     yield
     FILES.append(1)
     if len(FILES) % 20 == 0 and "jax" in sys.modules:

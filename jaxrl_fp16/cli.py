@@ -35,7 +35,7 @@ COMMANDS = {
     "generate": "responses to prompts, printed",
     "info": "is the model safe in FP16: its weights, activations and gradients against float16's range",
     "plan": "does it fit --target h100x8 or v5e-16, and what crosses the wires: compiled for it, without having one",
-    "export": "the newest checkpoint of --resume RUN_FOLDER as a Hugging Face folder, model/",
+    "export": "the newest checkpoint of --resume RUN_FOLDER as a Hugging Face folder, model/; adapters as adapter/",
 }
 
 # Flags of a command that are short for a key; those of a list take several values.

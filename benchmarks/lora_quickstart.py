@@ -1,6 +1,6 @@
 """The quickstart's task by adapters and by all weights, each from one warm start, with several seeds.
 
-    JAX_PLATFORMS=cpu python benchmarks/lora_quickstart.py [--rank 8] [--seeds 3] [--steps 240] [--times 2]
+    JAX_PLATFORMS=cpu python benchmarks/lora_quickstart.py [--rank 8] [--seeds 3] [--steps 240] [--times 3]
         [--precision fp16]
 
 A warm start of configs/quickstart.yaml gives a model folder; from it GRPO by the config as it is, and by adapters with
@@ -61,7 +61,7 @@ def measure(given, seed, folder):
 
 
 def main():
-    parser = parser_of(__doc__, rank=8, seeds=3, steps=240, times=2)
+    parser = parser_of(__doc__, rank=8, seeds=3, steps=240, times=3)
     parser.add_argument("--precision", default="fp16")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -46,18 +46,8 @@ def step_of(given, precision, rank, remat):
     policy = rl.get_precision(precision).policy
     old = rl.token_logprobs(model, params, batch.tokens, batch.mask, policy=policy) * batch.response_mask
     batch = batch.replace(old_logprobs=old, rollout_logprobs=old)
-    step, state = update.make_step(model, precision, params, microbatch_size=given.microbatch)
-    del params
-    state = state.replace(loss_scale=rl.get_precision(precision, rl.LossScaleConfig(initial=SCALE)).loss_scale)
-    positions, batch = int(batch.mask.sum()), jax.tree.map(jax.numpy.asarray, batch)
-
-    def run():
-        nonlocal state
-        state, metrics = jax.block_until_ready(step(state, batch))
-        assert float(metrics["skipped"]) == 0
-        return positions
-
-    return run
+    return update.ours(model, precision, params, batch, microbatch_size=given.microbatch,
+                       loss_scale=rl.LossScaleConfig(initial=SCALE))
 
 
 def measure_speed(given, precision, remat):

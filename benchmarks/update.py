@@ -39,17 +39,17 @@ def bound(rows, positions, width):
     return {"microbatch_size": max(positions // width, 1)}
 
 
-def make_step(model, precision, params, **bounds):
-    """`(update, state)` of one optimizer step of GRPO."""
-    chosen = rl.get_precision(precision)
+def make_step(model, precision, params, loss_scale=None, **bounds):
+    """`(update, state)` of one optimizer step of GRPO; loss_scale: a LossScaleConfig, None: the usual one."""
+    chosen = rl.get_precision(precision, loss_scale or rl.LossScaleConfig())
     optimizer = optax.chain(optax.clip_by_global_norm(MAX_NORM), optax.adamw(LEARNING_RATE, weight_decay=0.0))
     update = rl.make_update(model, chosen.policy, rl.get_algorithm("grpo"), optimizer, **bounds)
     return update, rl.init_train_state(params, optimizer, chosen.loss_scale, jax.random.key(0))
 
 
-def ours(model, precision, params, batch, **bounds):
-    """A function that takes a step and returns the batch's real positions."""
-    update, state = make_step(model, precision, params, **bounds)
+def ours(model, precision, params, batch, **settings):
+    """A function that takes a step and returns the batch's real positions; settings: of `make_step`."""
+    update, state = make_step(model, precision, params, **settings)
     positions, batch = int(batch.mask.sum()), jax.tree.map(jnp.asarray, batch)
 
     def run():

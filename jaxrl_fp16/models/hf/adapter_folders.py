@@ -20,7 +20,7 @@ from jaxrl_fp16.models.families import FAMILIES
 from jaxrl_fp16.models.families.config_json import read_json
 from jaxrl_fp16.models.frozen import BASE, LORA
 from jaxrl_fp16.models.hf.export import check_free, hf_array, new_folder, write_json
-from jaxrl_fp16.models.hf.load import check_arrays, expected_tensors, load_array
+from jaxrl_fp16.models.hf.load import check_arrays, check_stored, expected_tensors, load_array
 from jaxrl_fp16.models.hf.other_folders import ADAPTER
 from jaxrl_fp16.models.hf.weight_files import PICKLES, PretrainedError, read_header
 from jaxrl_fp16.models.init import adapter_table, at, param_shapes, param_shardings, put
@@ -135,7 +135,7 @@ def load_adapter(folder, model, base_params, *, policy=None):
     _check_settings(folder, model, found)
     table, shapes = adapter_table(model), param_shapes(model)[LORA]
     stored = _find(folder)
-    _check_tensors(folder, stored, expected_tensors(table, shapes))
+    check_stored(folder, stored, expected_tensors(table, shapes), ADAPTER)
     sharding = getattr(jax.tree.leaves(base)[0], "sharding", None)
     places = param_shardings(model, sharding.mesh)[LORA] if isinstance(sharding, NamedSharding) else None
     lora, arrays = {}, []
@@ -170,20 +170,6 @@ def _find(folder):
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     held = f"holds pickled weights only ({pickles[0]}), which are never opened" if pickles else f"lacks {WEIGHTS}"
     raise PretrainedError(f"{folder} {held}; allowed: {WEIGHTS}")
-
-
-def _check_tensors(folder, stored, expected):
-    missing = [name for name in expected if name not in stored]
-    if missing:
-        raise PretrainedError(f"{folder}: tensor {missing[0]} is missing, with {len(missing) - 1} others; allowed: "
-                              f"all {len(expected)} tensors that {ADAPTER} and the model ask for")
-    for name, tensor in stored.items():
-        if name not in expected:
-            raise PretrainedError(f"{folder}: tensor {name} in {WEIGHTS} is unknown; allowed: the {len(expected)} "
-                                  f"tensors that {ADAPTER} and the model ask for")
-        if tensor.shape != expected[name]:
-            raise PretrainedError(f"{folder}: tensor {name} has shape {list(tensor.shape)}; allowed: "
-                                  f"{list(expected[name])}")
 
 
 __all__ = ["load_adapter", "read_adapter", "save_adapter"]

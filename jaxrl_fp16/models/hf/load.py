@@ -172,21 +172,28 @@ def expected_tensors(table, shapes):
 
 def _check_tensors(folder, model, stored, expected):
     """PretrainedError unless the stored tensors are those that the config asks for, each of its shape."""
-    config = decoder_of(model).config
-    asked = f"config.json ({config.family}, {config.num_layers} layers)"
+    config, extra = decoder_of(model).config, set()
+    tied = config.tie_embeddings and isinstance(model, Decoder) and HEAD not in expected
+    for name in stored:
+        if name.endswith("rotary_emb.inv_freq") or (name == HEAD and tied):
+            extra.add(name)     # the first is a constant that Transformers saved until 4.31
+    check_stored(folder, {name: tensor for name, tensor in stored.items() if name not in extra}, expected,
+                 f"config.json ({config.family}, {config.num_layers} layers)")
+    if HEAD in extra:
+        _check_tied(folder, stored[HEAD], stored[EMBEDDING])
+
+
+def check_stored(folder, stored, expected, asked):
+    """PretrainedError unless the stored tensors are the expected ones, each of its shape; asked: who asks for them."""
     missing = [name for name in expected if name not in stored]
     if missing:
         raise PretrainedError(f"{folder}: tensor {missing[0]} is missing, with {len(missing) - 1} others; "
                               f"allowed: all {len(expected)} tensors that {asked} asks for")
     for name, tensor in stored.items():
-        if name.endswith("rotary_emb.inv_freq"):
-            continue  # a constant that Transformers saved until 4.31
-        if name == HEAD and config.tie_embeddings and isinstance(model, Decoder):
-            _check_tied(folder, tensor, stored[EMBEDDING])
-        elif name not in expected:
+        if name not in expected:
             raise PretrainedError(f"{folder}: tensor {name} in {tensor.file.name} is unknown; "
                                   f"allowed: the {len(expected)} tensors that {asked} asks for")
-        elif tensor.shape != expected[name]:
+        if tensor.shape != expected[name]:
             raise PretrainedError(f"{folder}: tensor {name} has shape {list(tensor.shape)}; "
                                   f"allowed: {list(expected[name])}, as {asked} asks for")
 

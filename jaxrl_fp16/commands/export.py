@@ -6,6 +6,7 @@ from jaxrl_fp16.objectives import needs_critic, needs_reference
 from jaxrl_fp16.training.runs.learner import Learner, make_learner
 from jaxrl_fp16.training.runs.run import open_run
 from jaxrl_fp16.training.runs.run_config import resolve_algorithm
+from jaxrl_fp16.training.runs.setup import lora_of
 
 
 def run_export(config):
@@ -13,7 +14,7 @@ def run_export(config):
     `lora.merge` as both."""
     if config.resume is None:
         raise ConfigError("export needs --resume RUN_FOLDER, the run whose checkpoint is to be exported")
-    merge, adapted = config.lora.merge, config.lora.rank is not None or config.lora.path is not None
+    merge, adapted = config.lora.merge, lora_of(config) is not None
     if merge and (not adapted or config.model.path is None):
         why = "the run has no folder of the weights that they are added to" if adapted else "the run has no adapters"
         raise ConfigError(f"lora.merge is true and {why}; allowed: false, or adapters with model.path")

@@ -52,8 +52,14 @@ def _gradients(spec, a, b, cotangent):
     """float32: with respect to both inputs of a matmul, from its cotangent rounded to their dtype."""
     inputs, out = spec.split("->")
     left, right = inputs.split(",")
-    cotangent = cotangent.astype(a.dtype)
-    return _einsum(f"{out},{right}->{left}", cotangent, b), _einsum(f"{left},{out}->{right}", a, cotangent)
+    return _input_gradient(spec, b, cotangent), _einsum(f"{left},{out}->{right}", a, cotangent.astype(a.dtype))
+
+
+def _input_gradient(spec, b, cotangent):
+    """float32: the first of them, which needs the second input alone."""
+    inputs, out = spec.split("->")
+    left, right = inputs.split(",")
+    return _einsum(f"{out},{right}->{left}", cotangent.astype(b.dtype), b)
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)
@@ -95,10 +101,7 @@ def _frozen_forward(spec, x, kernel):
 
 def _frozen_backward(spec, saved, cotangent):
     like, kernel = saved
-    inputs, out = spec.split("->")
-    left, right = inputs.split(",")
-    grad_x = _einsum(f"{out},{right}->{left}", cotangent.astype(kernel.dtype), kernel)
-    return grad_x.astype(like.dtype), None
+    return _input_gradient(spec, kernel, cotangent).astype(like.dtype), None
 
 
 project_frozen.defvjp(_frozen_forward, _frozen_backward)
@@ -143,10 +146,10 @@ class Projection(nn.Module):
         if lora.dropout and self.has_rng("dropout"):
             x = nn.Dropout(lora.dropout, deterministic=False)(x)
         # Heads as one axis: a CPU is slow to sum over two.
-        x, a, b_flat = x.reshape(*x.shape[:2], -1), a.reshape(-1, lora.rank), b.reshape(lora.rank, -1)
+        x, a, b = x.reshape(*x.shape[:2], -1), a.reshape(-1, lora.rank), b.reshape(lora.rank, -1)
         # Scaled where it is narrow; of a power of two no bit depends on where.
         inner = (project("btd,dr->btr", x, a) * lora.scale).astype(b.dtype)
-        return matmul("btr,rf->btf", inner, b_flat).reshape(*x.shape[:2], *b.shape[1:])
+        return matmul("btr,rf->btf", inner, b).reshape(*x.shape[:2], *up[1:])
 
 
 class RMSNorm(nn.Module):

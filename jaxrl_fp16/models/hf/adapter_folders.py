@@ -16,7 +16,6 @@ from safetensors.numpy import save_file
 from jaxrl_fp16.folders import local_folder
 from jaxrl_fp16.models.adapters import check_same, with_dtype
 from jaxrl_fp16.models.decoder import Decoder
-from jaxrl_fp16.models.families import FAMILIES
 from jaxrl_fp16.models.families.config_json import read_json
 from jaxrl_fp16.models.frozen import BASE, LORA
 from jaxrl_fp16.models.hf.export import check_free, hf_array, new_folder, write_json
@@ -74,7 +73,7 @@ def _config_of(model, base_model):
     return {
         "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": base_model, "inference_mode": True,
         "r": lora.rank, "lora_alpha": lora.alpha, "use_rslora": lora.rslora, "lora_dropout": lora.dropout,
-        "target_modules": sorted({tensor.name.split(".")[-3] for tensor in adapter_table(model)}),
+        "target_modules": _targets(model),
         "bias": "none", "fan_in_fan_out": False, "init_lora_weights": True, "modules_to_save": None,
     }
 
@@ -149,19 +148,21 @@ def load_adapter(folder, model, base_params, *, policy=None):
 
 def _check_settings(folder, model, found):
     lora = model.lora
-    known = {name: set(_targets(model, each)) for name, each in (("model", lora), ("folder", found))}
+    try:
+        theirs = _targets(model.clone(lora=found))
+    except ValueError as error:
+        raise PretrainedError(f"{folder}: {error}") from error
     pairs = [("rank", lora.rank, found.rank), ("alpha", lora.alpha, found.alpha), ("rslora", lora.rslora, found.rslora),
-             ("targets", sorted(known["model"]), sorted(known["folder"]))]
+             ("targets", _targets(model), theirs)]
     for name, ours, theirs in pairs:
         if ours != theirs:
             raise PretrainedError(f"{folder}: {name} is {theirs}, and the model's lora has {ours}; allowed: "
                                   "the folder's, as read_adapter gives it")
 
 
-def _targets(model, lora):
-    table = FAMILIES[model.config.family].tensors(model.config)
-    unknown = [name for name in lora.targets if f"{name}_proj" not in {tensor.linear for tensor in table}]
-    return [*unknown, *(tensor.linear for tensor in table if tensor.linear and lora.adapts(tensor.linear))]
+def _targets(model):
+    """The names of the linear layers with an adapter. Raises ValueError for one that the model lacks."""
+    return sorted({tensor.name.split(".")[-3] for tensor in adapter_table(model)})
 
 
 def _find(folder):

@@ -163,7 +163,7 @@ class Run:
         if self.model.lora is None:
             return self._export_model(self.model, params)
         folder = self.folder / "adapter"
-        with _ending_in_order():
+        with _stopping_the_run():
             save_adapter(folder, self.model, params, base_model=self.config.model.path, overwrite=True)
         self.log.say(f"adapters for PEFT and vLLM, beside {self.config.model.path or 'random weights'}: {folder}")
         if merge:
@@ -176,7 +176,7 @@ class Run:
             generation |= {"do_sample": True, "temperature": s.temperature, "top_k": s.top_k, "top_p": s.top_p}
         if s.stop:
             generation["stop_strings"] = list(s.stop)
-        with _ending_in_order():
+        with _stopping_the_run():
             save_pretrained(
                 folder, model, params, dtype=self.setup.precision.policy.compute_dtype.name,
                 tokenizer=self.setup.tokenizer, generation_config=generation, overwrite=True,
@@ -188,7 +188,7 @@ class Run:
 
 
 @contextlib.contextmanager
-def _ending_in_order():
+def _stopping_the_run():
     """Ends the run in order where weights cannot be written."""
     try:
         yield

@@ -11,7 +11,7 @@ from jaxrl_fp16.objectives import get_algorithm
 from jaxrl_fp16.parallel import MeshConfig, make_mesh, shard_batch, to_host
 from jaxrl_fp16.precision import get_precision
 from jaxrl_fp16.sampling import SamplingConfig, make_sampler
-from jaxrl_fp16.training.checkpoints.leaves import describe_frozen, frozen_apart, named_leaves
+from jaxrl_fp16.training.checkpoints.leaves import describe_frozen, named_leaves, saved_and_frozen
 from jaxrl_fp16.training.updates import make_update
 from jaxrl_fp16.training.updates.state import create_train_state, shardings_of
 from jaxrl_fp16.types import Batch
@@ -107,7 +107,7 @@ def test_the_digest_of_the_base_is_that_of_one_device():
     digests = set()
     for shape in ((4, 1, 1), (2, 2, 1), (1, 1, 4), (1, 4, 1)):
         placed = jax.device_put(params, param_shardings(MODEL, make_mesh(MeshConfig(*shape))))
-        digests.add(describe_frozen(frozen_apart(named_leaves(placed))[1])["digest"])
+        digests.add(describe_frozen(saved_and_frozen(named_leaves(placed))[1])["digest"])
     assert len(digests) == 1
 
 

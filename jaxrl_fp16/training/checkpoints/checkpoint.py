@@ -36,7 +36,7 @@ import orbax.checkpoint as ocp
 from jaxrl_fp16.config import Doc
 from jaxrl_fp16.training.checkpoints import manifest
 from jaxrl_fp16.training.checkpoints.leaves import (
-    abstract_leaf, describe_frozen, frozen_apart, is_key, like_leaf, named_leaves, table_of, target_of,
+    abstract_leaf, describe_frozen, saved_and_frozen, is_key, like_leaf, named_leaves, table_of, target_of,
 )
 
 ABOUT, CONFIG, STATE = "about.json", "config.yaml", "state"
@@ -164,7 +164,7 @@ class Checkpoints:
             return False
         if step in self.steps():
             raise CheckpointError(f"{self.folder / str(step)}: exists already; allowed: a new step or folder")
-        leaves, frozen = frozen_apart(named_leaves(state))
+        leaves, frozen = saved_and_frozen(named_leaves(state))
         about = {"step": step, "leaves": table_of(leaves), "extra": extra or {}}
         if frozen:
             about["frozen"] = describe_frozen(frozen)
@@ -204,7 +204,7 @@ class Checkpoints:
             frozen is not what it was saved beside.
           ValueError: what is frozen is a shape alone in the template.
         """
-        _, frozen = frozen_apart(named_leaves(template))
+        _, frozen = saved_and_frozen(named_leaves(template))
         if name := next((name for name, leaf in frozen.items() if isinstance(leaf, jax.ShapeDtypeStruct)), None):
             raise ValueError(f"{name} is a shape alone; allowed: what is frozen as arrays, which the result will hold")
         self.wait()
@@ -297,7 +297,7 @@ class Checkpoints:
     def _read(self, path: Path, template: Any) -> tuple[Any, dict[str, Any]]:
         about = json.loads((path / ABOUT).read_text(encoding="utf-8"))
         whole = named_leaves(template)
-        leaves, frozen = frozen_apart(whole)
+        leaves, frozen = saved_and_frozen(whole)
         _check_table(path, about["leaves"], table_of(leaves))
         if frozen:
             _check_frozen(path, about.get("frozen", {}), describe_frozen(frozen))

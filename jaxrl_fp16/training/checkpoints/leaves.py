@@ -24,7 +24,7 @@ def named_leaves(tree: Any) -> dict[str, Any]:
     return leaves
 
 
-def frozen_apart(leaves: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def saved_and_frozen(leaves: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """`(those that are saved, those of frozen parts)`: what lies below a "base" beside which there is a "lora"."""
     frozen = {name: leaf for name, leaf in leaves.items() if _is_frozen(name, leaves)}
     return {name: leaf for name, leaf in leaves.items() if name not in frozen}, frozen

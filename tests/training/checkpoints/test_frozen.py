@@ -11,7 +11,7 @@ import pytest
 from jaxrl_fp16.models import Decoder, DecoderConfig, LoraConfig, critic_params, param_shapes
 from jaxrl_fp16.precision import get_precision
 from jaxrl_fp16.training.checkpoints.checkpoint import CheckpointConfig, CheckpointError, Checkpoints
-from jaxrl_fp16.training.checkpoints.leaves import frozen_apart, named_leaves
+from jaxrl_fp16.training.checkpoints.leaves import named_leaves, saved_and_frozen
 from jaxrl_fp16.training.updates import init_train_state
 
 MODEL = Decoder(DecoderConfig(
@@ -59,7 +59,7 @@ def test_what_is_frozen_is_not_written(kept):
     assert not any("base" in name for name in about["leaves"])
     assert "policy.params.lora.layers.attention.q.a" in about["leaves"]
     assert "critic.params.lora.value.kernel" in about["leaves"]
-    frozen = frozen_apart(named_leaves(state))[1]
+    frozen = saved_and_frozen(named_leaves(state))[1]
     assert about["frozen"]["arrays"] == len(frozen) == 2 * len(jax.tree.leaves(state["policy"].params["base"]))
     assert about["frozen"]["dtypes"] == ["float16"]
     assert about["frozen"]["bytes"] == 2 * sum(x.nbytes for x in jax.tree.leaves(state["policy"].params["base"]))

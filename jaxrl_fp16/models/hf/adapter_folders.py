@@ -21,7 +21,7 @@ from jaxrl_fp16.models.frozen import BASE, LORA
 from jaxrl_fp16.models.hf.export import check_free, hf_array, new_folder, write_json
 from jaxrl_fp16.models.hf.load import check_arrays, check_stored, expected_tensors, load_array
 from jaxrl_fp16.models.hf.other_folders import ADAPTER
-from jaxrl_fp16.models.hf.weight_files import PICKLES, PretrainedError, read_header
+from jaxrl_fp16.models.hf.weight_files import PretrainedError, read_header, refuse_pickles
 from jaxrl_fp16.models.init import adapter_table, at, param_shapes, param_shardings, put
 from jaxrl_fp16.models.lora import LoraConfig
 
@@ -168,9 +168,8 @@ def _targets(model):
 def _find(folder):
     if (folder / WEIGHTS).is_file():
         return read_header(folder / WEIGHTS)
-    pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
-    held = f"holds pickled weights only ({pickles[0]}), which are never opened" if pickles else f"lacks {WEIGHTS}"
-    raise PretrainedError(f"{folder} {held}; allowed: {WEIGHTS}")
+    refuse_pickles(folder, WEIGHTS)
+    raise PretrainedError(f"{folder} lacks {WEIGHTS}; allowed: {WEIGHTS}")
 
 
 __all__ = ["load_adapter", "read_adapter", "save_adapter"]

@@ -57,11 +57,16 @@ def find_tensors(folder):
         return read_header(folder / SINGLE)
     if (folder / INDEX).is_file():
         return _read_shards(folder)
+    refuse_pickles(folder, WEIGHTS)
+    raise PretrainedError(f"{folder} holds no weights{what_lies_in(folder, UNLISTED)}; allowed: {WEIGHTS}")
+
+
+def refuse_pickles(folder, allowed):
+    """PretrainedError for a folder, without the files that are allowed, that holds pickles."""
     pickles = sorted(path.name for path in folder.iterdir() if path.suffix in PICKLES)
     if pickles:
         raise PretrainedError(f"{folder} holds pickled weights only ({pickles[0]}), which are never opened; "
-                              f"allowed: {WEIGHTS}")
-    raise PretrainedError(f"{folder} holds no weights{what_lies_in(folder, UNLISTED)}; allowed: {WEIGHTS}")
+                              f"allowed: {allowed}")
 
 
 def _read_shards(folder):

@@ -2,7 +2,7 @@
 
     JAX_PLATFORMS=cpu python benchmarks/earlier.py --earlier FOLDER [--rows 64] [--tokens 128] [--repeats 5]
 
-FOLDER: a checkout of the earlier commit. The sampler's tokens and the update's positions (with remat) a CPU second;
+FOLDER: a checkout of the earlier commit. The sampler's tokens and the update's positions, with remat and without, a CPU second;
 `times_earlier` is the median of the ratios of turns that followed one another. `mib_earlier` and `mib_this`: the most
 memory that each one's process has held, Python and libraries included.
 """
@@ -20,7 +20,7 @@ from peer import Peer
 from record import record
 from timing import PAUSE, parser_of, use_one_core
 
-THIS = Path(__file__).parents[1]
+THIS, PARTS = Path(__file__).parents[1], ("sampler", "update", "update_without_remat")
 
 
 def paired(programs, repeats):
@@ -47,7 +47,7 @@ def row_of(part, precision, pairs):
 def main():
     parser = parser_of(__doc__, rows=64, tokens=128, microbatch=8, repeats=5)
     parser.add_argument("--earlier", required=True, help="a checkout of the earlier commit")
-    parser.add_argument("--parts", nargs="+", choices=("sampler", "update"), default=["sampler", "update"])
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--precisions", nargs="+", choices=("fp32", "fp16", "bf16"), default=["fp32", "fp16"])
     given = parser.parse_args()
     use_one_core()

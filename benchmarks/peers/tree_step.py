@@ -19,7 +19,7 @@ params = make_params()
 if given["part"] == "sampler":
     run = sampler.ours(MODEL, given["precision"], params, make_prompts(given["rows"]), given["tokens"])
 else:
-    model, batch = MODEL.clone(remat=True), make_full_batch(given["rows"], given["tokens"])
+    model, batch = MODEL.clone(remat=given["part"] == "update"), make_full_batch(given["rows"], given["tokens"])
     run = update.ours(model, given["precision"], params, batch, microbatch_size=given["microbatch"])
 while True:
     turns.start()

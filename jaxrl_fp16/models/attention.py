@@ -17,7 +17,7 @@ from jax import lax
 import jax.numpy as jnp
 
 from jaxrl_fp16.masking import segment_positions
-from jaxrl_fp16.models.layers import matmul
+from jaxrl_fp16.models.layers import kept, matmul
 from jaxrl_fp16.parallel import platform_of
 
 BLOCK = 64
@@ -222,7 +222,7 @@ def _blocks_forward(weights_dtype, q, k, v, segments):
         peak, total, mixed = lax.fori_loop(0 if first is None else first[i], i + 1, body, _start(chunk))
         return (mixed / total[..., None]).astype(q.dtype), (peak + jnp.log(total))[..., None]
 
-    out, log_total = (_join(x) for x in lax.map(queries_of_block, jnp.arange(q.shape[-2] // BLOCK)))
+    out, log_total = (kept(_join(x)) for x in lax.map(queries_of_block, jnp.arange(q.shape[-2] // BLOCK)))
     return out, (q, k, v, segments, out, log_total)
 
 

@@ -23,7 +23,9 @@ from jaxrl_fp16.masking import segment_positions
 from jaxrl_fp16.models import attention
 from jaxrl_fp16.models.families import FAMILIES
 from jaxrl_fp16.models.families.family import AttentionShape
-from jaxrl_fp16.models.layers import Projection, RMSNorm, RopeScaling, YarnScaling, rope_angles, rotate, shared
+from jaxrl_fp16.models.layers import (
+    Projection, RMSNorm, RopeScaling, YarnScaling, keep_marked, kept, rope_angles, rotate, shared,
+)
 from jaxrl_fp16.models.lora import COLLECTION, LoraConfig
 from jaxrl_fp16.models.numerics import DEFAULT, NumericsConfig
 from jaxrl_fp16.parallel import constrain
@@ -101,15 +103,15 @@ class Attention(nn.Module):
     @nn.compact
     def __call__(self, x, angles, cache, positions, segments):
         c = self.shape
-        kept = jnp.float32 if self.numerics.float32_cache else x.dtype
+        dtype = jnp.float32 if self.numerics.float32_cache else x.dtype
         weights = jnp.float32 if self.numerics.float32_weights else None
         wide = shared(x)
         q = self._heads("q", c.heads)(wide)
         k = self._heads("k", c.kv_heads)(wide)
-        v = self._heads("v", c.kv_heads)(wide).astype(kept)
+        v = kept(self._heads("v", c.kv_heads)(wide).astype(dtype))
         if c.qk_norm:
             q, k = RMSNorm(self.norm_eps, name="q_norm")(q), RMSNorm(self.norm_eps, name="k_norm")(k)
-        q, k = (rotate(x, angles, c.rotary_scale).astype(kept) for x in (q, k))
+        q, k = (kept(rotate(x, angles, c.rotary_scale).astype(dtype)) for x in (q, k))
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if positions is None:
             mixed = attention.attend(self.kind, q, k, v, segments, weights)
@@ -166,7 +168,7 @@ class Block(nn.Module):
         normed = RMSNorm(c.norm_eps, name="attention_norm")(x).astype(self.dtype)
         attend = attention_of(c, self.kind, self.numerics, lora=self.lora, name="attention")
         mixed, cache = attend(normed, angles, cache, positions, segments)
-        x = rows_apart((x + mixed).astype(x.dtype))
+        x = kept(rows_apart((x + mixed).astype(x.dtype)))
         normed = RMSNorm(c.norm_eps, name="mlp_norm")(x).astype(self.dtype)
         x = rows_apart((x + mlp_of(c, self.lora, name="mlp")(normed)).astype(x.dtype))
         return x, cache if self.keep else None
@@ -176,8 +178,9 @@ class Decoder(nn.Module):
     """Tokens to final hidden states; `forward.py` turns those into logits and log-probs.
 
     attention: which kernel every program uses. remat: keep only each layer's
-    input for the backward pass and compute the rest again. dtype: the compute
-    dtype; `forward.py` sets it from the policy. numerics: what is not rounded to it.
+    input for the backward pass and compute the rest again; without, what products
+    and attention gave is kept too. dtype: the compute dtype; `forward.py` sets it
+    from the policy. numerics: what is not rounded to it.
     lora: adapters beside all or some linear layers, which alone are trained; None: all is.
     """
 
@@ -217,7 +220,7 @@ class Decoder(nn.Module):
         return (x, cache) if keep_cache else x
 
     def _layers(self, keep):
-        block = nn.remat(Block, prevent_cse=False) if self.remat else Block
+        block = nn.remat(Block, prevent_cse=False, policy=None if self.remat else keep_marked)
         scanned = nn.scan(
             block,
             variable_axes={"params": 0, COLLECTION: 0},

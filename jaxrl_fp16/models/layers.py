@@ -14,6 +14,7 @@ from annotated_types import Gt
 from flax import linen as nn
 import jax
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from jaxrl_fp16.config import Doc
@@ -112,6 +113,23 @@ def shared(x):
     return x.astype(jnp.float32)
 
 
+KEPT = "kept"
+
+
+def kept(x):
+    """`x`, marked as what a layer without remat keeps for its backward pass: all else there is cheap to make again."""
+    return checkpoint_name(x, KEPT)
+
+
+def _of_cudnn(primitive, *_, **__):
+    return primitive.name.startswith("dot_product_attention_fwd")
+
+
+# Of `jax.checkpoint`: what is marked, and what cuDNN's attention gives, where no mark can stand.
+keep_marked = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(KEPT), _of_cudnn)
+
+
 class Projection(nn.Module):
     """`x @ kernel (+ bias)` in float32, not yet rounded: what follows decides where.
 
@@ -148,7 +166,7 @@ class Projection(nn.Module):
         # Heads as one axis: a CPU is slow to sum over two.
         x, a, b = x.reshape(*x.shape[:2], -1), a.reshape(-1, lora.rank), b.reshape(lora.rank, -1)
         # Scaled where it is narrow; of a power of two no bit depends on where.
-        inner = (project("btd,dr->btr", x, a) * lora.scale).astype(b.dtype)
+        inner = kept((project("btd,dr->btr", x, a) * lora.scale).astype(b.dtype))
         return matmul("btr,rf->btf", inner, b).reshape(*x.shape[:2], *up[1:])
 
 
@@ -180,9 +198,9 @@ class GatedMLP(nn.Module):
         width, inner, lora = x.shape[-1], self.intermediate_size, self.lora
         projected = partial(Projection, "btd,df->btf", (width, inner), width, (inner,) if self.bias else None, lora)
         wide = shared(x)
-        hidden = nn.silu(projected(name="gate")(wide)) * projected(name="up")(wide)
+        gate, up = kept(projected(name="gate")(wide)), kept(projected(name="up")(wide))
         down = Projection("btf,fd->btd", (inner, width), inner, (width,) if self.bias else None, lora, name="down")
-        return down(hidden.astype(x.dtype))
+        return down((nn.silu(gate) * up).astype(x.dtype))
 
 
 @dataclasses.dataclass(frozen=True)

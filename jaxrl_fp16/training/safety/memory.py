@@ -76,10 +76,10 @@ def phases(config, model, mesh, compute_dtype, *, command="train", reference=Fal
     heads = attention.heads * attention.head_dim
     inside = 4 * (3 * c.intermediate_size + 4 * heads) // tensor  # float32, of the layer at work
     inside += 0 if tensor == 1 else 16 * c.hidden_size            # and what is summed over the tensor axis
-    # Without remat the compiled updates of two shapes in three precisions kept 5 to 6 such arrays of a layer's MLP and
-    # 10 to 11 of its width, most of them in float32.
-    kept = c.hidden_size * half if model.remat else 4 * (
-        7 * c.hidden_size + (6 * c.intermediate_size + 4 * heads) // tensor)
+    residual = c.hidden_size * (4 if model.numerics.float32_residual else half)
+    # A layer's input, and without remat what `layers.kept` marks.
+    kept = residual if model.remat else (
+        2 * residual + (2 * 4 * c.intermediate_size + half * (2 * heads + attention.cached)) // tensor)
     learning = {
         # Their sum, and those of the rows at work.
         "gradients": (4 + (4 if on_cpu else half)) * learns // shared,

@@ -8,7 +8,9 @@ import numpy as np
 import pytest
 
 from jaxrl_fp16.config import parse_config
-from jaxrl_fp16.models import Critic, critic_params
+from jaxrl_fp16.forward import token_logprobs
+from jaxrl_fp16.models import Critic, Decoder, DecoderConfig, critic_params, param_shapes
+from jaxrl_fp16.precision import get_precision
 from jaxrl_fp16.training.runs.run_config import Config
 from jaxrl_fp16.training.safety.memory import MIB, check_fits, device_bytes, estimate, phases
 from jaxrl_fp16.training.updates.optimizer import OptimizerConfig, make_optimizer
@@ -86,11 +88,23 @@ def test_a_mesh_divides_what_it_shares(toy):
     assert spread["key-value cache"] == alone["key-value cache"] // (4 if heads % 2 else 8)
 
 
-def test_keeping_activations_takes_more(toy):
-    toy.model = toy.model.clone(remat=True)
-    kept = needs(toy)
-    toy.model = toy.model.clone(remat=False)
-    assert needs(toy)["activations"] > kept["activations"]
+@pytest.mark.parametrize("name, dtype", [("fp16", HALF), ("fp32", FULL)])
+def test_keeping_activations_takes_what_a_compiled_gradient_takes_more(toy, name, dtype):
+    shape = DecoderConfig("qwen2", 50, hidden_size=48, intermediate_size=96, num_layers=24, num_heads=4, num_kv_heads=2,
+                          head_dim=16)
+    rows = {"microbatch_size": 4, "max_prompt_tokens": 192}
+    tokens = jax.ShapeDtypeStruct((4, 256), jnp.int32)
+    policy = get_precision(name).policy
+
+    def both(remat):
+        toy.model = Decoder(shape, remat=remat)
+        run = lambda params, tokens: jnp.sum(token_logprobs(toy.model, params, tokens, tokens > 0, policy=policy))
+        program = jax.jit(jax.grad(run)).lower(param_shapes(toy.model), tokens).compile()
+        asked = needs(toy, dtype=dtype, training=rows, sampling={"max_new_tokens": 64})
+        return np.array([asked["activations"], program.memory_analysis().temp_size_in_bytes])
+
+    estimated, compiled = both(False) - both(True)
+    assert estimated == pytest.approx(compiled, rel=0.1)
 
 
 def test_what_cannot_fit_is_refused_with_what_lowers_it():

@@ -2,9 +2,9 @@
 
     JAX_PLATFORMS=cpu python benchmarks/earlier.py --earlier FOLDER [--rows 64] [--tokens 128] [--repeats 5]
 
-FOLDER: a checkout of the earlier commit. The sampler's tokens and the update's positions, with remat and without, a CPU second;
-`times_earlier` is the median of the ratios of turns that followed one another. `mib_earlier` and `mib_this`: the most
-memory that each one's process has held, Python and libraries included.
+FOLDER: a checkout of the earlier commit. The sampler's tokens and the update's positions, with remat and without, a CPU
+second; `times_earlier` is the median of the ratios of turns that followed one another. `mib_earlier` and `mib_this`:
+the most memory that each one's process has held, Python and libraries included.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
 """The quickstart's task by adapters and by all weights, each from one warm start, with several seeds.
 
-    JAX_PLATFORMS=cpu python benchmarks/lora_quickstart.py [--rank 8] [--seeds 3] [--steps 240] [--times 3]
-        [--precision fp16]
+    JAX_PLATFORMS=cpu python benchmarks/lora_quickstart.py [--ranks 8 32] [--seeds 3] [--steps 240]
+        [--times 3] [--precision fp16]
 
 A warm start of configs/quickstart.yaml gives a model folder; from it GRPO by the config as it is, and by adapters with
-`--times` its learning rate. `gap`: held-out accuracy, sampled, of all weights less that of the adapters.
+`--times` its learning rate, alpha / rank 4. `gap`: held-out accuracy, sampled, of all weights less the adapters'.
 
 Writes `results/lora_quickstart.json`.
 """
@@ -21,7 +21,7 @@ import tempfile
 from record import ROOT, record
 from timing import parser_of
 
-CONFIG, RATE = ROOT / "configs" / "quickstart.yaml", 5e-4
+CONFIG, RATE, SCALE = ROOT / "configs" / "quickstart.yaml", 5e-4, 4
 
 
 def run(command, folder, name, *more):
@@ -49,19 +49,22 @@ def measure(given, seed, folder):
     own = [*common, "--sft.steps", 0, "--sft.until_accuracy", "null", "--run.steps", given.steps, "--model.path",
            warm / "model", "--evaluation.every", 0]
     rate = ["--optimizer.learning_rate", given.times * RATE]
-    ways = {"all weights": [], f"rank {given.rank}": ["--lora.rank", given.rank, *rate]}
+    ways = {"all weights": [], **{f"rank {rank}": ["--lora.rank", rank, "--lora.alpha", SCALE * rank, *rate]
+                                  for rank in given.ranks}}
     rows = []
     for number, (name, more) in enumerate(ways.items()):
         done, seconds = run("train", folder, f"run-{seed}-{number}", *own, *more)
         first, last = accuracies(done)
-        rows.append({"seed": seed, "program": name, "before": first, "after": last, "cpu_seconds": seconds})
+        whole = rows[0]["after"] if rows else last
+        rows.append({"seed": seed, "program": name, "before": first, "after": last, "gap": whole - last,
+                     "cpu_seconds": seconds})
         print(rows[-1], flush=True)
-    rows[-1]["gap"] = rows[0]["after"] - rows[1]["after"]
     return rows
 
 
 def main():
-    parser = parser_of(__doc__, rank=8, seeds=3, steps=240, times=3)
+    parser = parser_of(__doc__, seeds=3, steps=240, times=3)
+    parser.add_argument("--ranks", nargs="+", type=int, default=[8, 32])
     parser.add_argument("--precision", default="fp16")
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

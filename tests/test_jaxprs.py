@@ -277,11 +277,11 @@ def test_a_convolution_is_seen():
 @pytest.mark.parametrize("program", PROGRAMS)
 @pytest.mark.parametrize("wrong", ["float32", "bfloat16"])
 def test_a_cast_in_a_real_program_is_seen(monkeypatch, program, kind, wrong):
-    """One spec of the model's own matmul in another dtype: the MLP's projection down."""
+    """One spec of the model's own matmul in another dtype: a projection forward."""
     original = layers._einsum
 
     def other(spec, a, b):
-        if spec == "btf,fd->btd":
+        if spec == "btd,df->btf":
             a, b = a.astype(wrong), b.astype(wrong)
         return original(spec, a, b)
 

@@ -22,9 +22,7 @@ class Critic(nn.Module):
     @nn.compact
     def __call__(self, tokens, segments=None):
         hidden = self.body(tokens, segments=segments)
-        width = self.body.config.hidden_size
-        bias = (1,) if self.bias else None
-        return Projection("btd,dn->btn", (width, 1), width, bias, name="value")(hidden)[..., 0]
+        return Projection((self.body.config.hidden_size,), (1,), self.bias, name="value")(hidden)[..., 0]
 
 
 def critic_params(body_params, bias=True):

@@ -120,14 +120,12 @@ class Attention(nn.Module):
             in_keys, in_values = attention.slot_axes(self.kind)
             cache = Cache(_write(cache.keys, in_keys, positions, k), _write(cache.values, in_values, positions, v))
             mixed = attention.attend_cache(self.kind, q, cache.keys, cache.values, positions, weights)
-        kernel, inner = (c.heads, c.head_dim, self.width), c.heads * c.head_dim
-        bias = (self.width,) if c.output_bias else None
-        return Projection("bthe,hed->btd", kernel, inner, bias, self.lora, name="o")(mixed.astype(x.dtype)), cache
+        output = Projection((c.heads, c.head_dim), (self.width,), c.output_bias, self.lora, name="o")
+        return output(mixed.astype(x.dtype)), cache
 
     def _heads(self, name, heads):
         c = self.shape
-        bias = (heads, c.head_dim) if c.qkv_bias else None
-        return Projection("btd,dhe->bthe", (self.width, heads, c.head_dim), self.width, bias, self.lora, name=name)
+        return Projection((self.width,), (heads, c.head_dim), c.qkv_bias, self.lora, name=name)
 
 
 def _write(stored, axis, positions, new):

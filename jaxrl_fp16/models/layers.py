@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 import jax.numpy as jnp
 
 from jaxrl_fp16.config import Doc
-from jaxrl_fp16.models.lora import COLLECTION, LoraConfig, factor_shapes, uniform_init
+from jaxrl_fp16.models.lora import COLLECTION, LoraConfig, uniform_init
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -66,43 +66,47 @@ def _input_gradient(spec, b, cotangent):
 matmul.defvjp(_matmul_forward, _matmul_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project(spec, x, kernel):
-    """`matmul` of `x`, rounded to the dtype of `kernel`, whose gradient with respect to a float32 `x` is not rounded.
+_PROJECTION = "btd,df->btf"
+
+
+@jax.custom_vjp
+def project(x, kernel):
+    """float32 `x @ kernel` of `x` [B,T,D], rounded to the dtype of `kernel` [D,F]; its gradient with respect to a
+    float32 `x` is not rounded.
 
     So several projections of one input add up their gradients in float32, and round the sum once; over a mesh's tensor
     axis they are then one sum.
     """
-    return _einsum(spec, x.astype(kernel.dtype), kernel)
+    return _einsum(_PROJECTION, x.astype(kernel.dtype), kernel)
 
 
-def _project_forward(spec, x, kernel):
+def _project_forward(x, kernel):
     rounded = x.astype(kernel.dtype)
-    return _einsum(spec, rounded, kernel), (jnp.zeros((), x.dtype), rounded, kernel)
+    return _einsum(_PROJECTION, rounded, kernel), (jnp.zeros((), x.dtype), rounded, kernel)
 
 
-def _project_backward(spec, saved, cotangent):
+def _project_backward(saved, cotangent):
     like, x, kernel = saved
-    grad_x, grad_kernel = _gradients(spec, x, kernel, cotangent)
+    grad_x, grad_kernel = _gradients(_PROJECTION, x, kernel, cotangent)
     return grad_x.astype(like.dtype), grad_kernel.astype(kernel.dtype)
 
 
 project.defvjp(_project_forward, _project_backward)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def project_frozen(spec, x, kernel):
+@jax.custom_vjp
+def project_frozen(x, kernel):
     """`project` onto a kernel that is not trained: it has no gradient, and `x` is not kept for one."""
-    return _einsum(spec, x.astype(kernel.dtype), kernel)
+    return _einsum(_PROJECTION, x.astype(kernel.dtype), kernel)
 
 
-def _frozen_forward(spec, x, kernel):
-    return _einsum(spec, x.astype(kernel.dtype), kernel), (jnp.zeros((), x.dtype), kernel)
+def _frozen_forward(x, kernel):
+    return project_frozen(x, kernel), (jnp.zeros((), x.dtype), kernel)
 
 
-def _frozen_backward(spec, saved, cotangent):
+def _frozen_backward(saved, cotangent):
     like, kernel = saved
-    return _input_gradient(spec, kernel, cotangent).astype(like.dtype), None
+    return _input_gradient(_PROJECTION, kernel, cotangent).astype(like.dtype), None
 
 
 project_frozen.defvjp(_frozen_forward, _frozen_backward)
@@ -133,41 +137,41 @@ keep_marked = jax.checkpoint_policies.save_from_both_policies(
 class Projection(nn.Module):
     """`x @ kernel (+ bias)` in float32, not yet rounded: what follows decides where.
 
-    `spec` is the einsum of input and kernel; `shape` the kernel's. With `lora` the kernel is frozen, and has an adapter
+    x [B,T,*inputs], kernel [*inputs,*outputs] -> [B,T,*outputs]. With `lora` the kernel is frozen, and has an adapter
     beside it where the variables hold one: without, the layer is as it was before any training.
     """
 
-    spec: str
-    shape: tuple[int, ...]
-    fan_in: int
-    bias_shape: tuple[int, ...] | None = None
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    bias: bool = False
     lora: LoraConfig | None = None
 
     @nn.compact
     def __call__(self, x):
-        normal = nn.initializers.normal(self.fan_in**-0.5)
-        kernel = self.param("kernel", normal, self.shape, jnp.float32)
-        y = project(self.spec, x, kernel) if self.lora is None else project_frozen(self.spec, x, kernel)
-        if self.bias_shape is not None:
-            y = y + self.param("bias", nn.initializers.zeros, self.bias_shape, jnp.float32)
+        fan_in, rows = math.prod(self.inputs), x.shape[:2]
+        normal = nn.initializers.normal(fan_in**-0.5)
+        kernel = self.param("kernel", normal, (*self.inputs, *self.outputs), jnp.float32)
+        # Heads as one axis: a CPU is slow to sum over two.
+        x, product = x.reshape(*rows, fan_in), project if self.lora is None else project_frozen
+        y = product(x, kernel.reshape(fan_in, -1))
+        if self.bias:
+            y = y + self.param("bias", nn.initializers.zeros, self.outputs, jnp.float32).reshape(-1)
         adapted = self.lora is not None and self.lora.adapts(self.name)
         if adapted and (self.is_initializing() or self.has_variable(COLLECTION, "a")):
             y = y + self._adapter(x)
-        return y
+        return y.reshape(*rows, *self.outputs)
 
     def _adapter(self, x):
         """`(x A scale) B` in float32; between the two rounded once, as every input of a matmul is."""
         lora = self.lora
-        down, up = factor_shapes(self.spec, self.shape, lora.rank)
+        down, up = (*self.inputs, lora.rank), (lora.rank, *self.outputs)
         a = self.variable(COLLECTION, "a", lambda: uniform_init(self.make_rng("params"), down, jnp.float32)).value
         b = self.variable(COLLECTION, "b", lambda: jnp.zeros(up, jnp.float32)).value
         if lora.dropout and self.has_rng("dropout"):
             x = nn.Dropout(lora.dropout, deterministic=False)(x)
-        # Heads as one axis: a CPU is slow to sum over two.
-        x, a, b = x.reshape(*x.shape[:2], -1), a.reshape(-1, lora.rank), b.reshape(lora.rank, -1)
         # Scaled where it is narrow; of a power of two no bit depends on where.
-        inner = kept((project("btd,dr->btr", x, a) * lora.scale).astype(b.dtype))
-        return matmul("btr,rf->btf", inner, b).reshape(*x.shape[:2], *up[1:])
+        inner = kept((project(x, a.reshape(-1, lora.rank)) * lora.scale).astype(b.dtype))
+        return matmul("btr,rf->btf", inner, b.reshape(lora.rank, -1))
 
 
 class RMSNorm(nn.Module):
@@ -196,10 +200,10 @@ class GatedMLP(nn.Module):
     @nn.compact
     def __call__(self, x):
         width, inner, lora = x.shape[-1], self.intermediate_size, self.lora
-        projected = partial(Projection, "btd,df->btf", (width, inner), width, (inner,) if self.bias else None, lora)
+        projected = partial(Projection, (width,), (inner,), self.bias, lora)
         wide = shared(x)
         gate, up = kept(projected(name="gate")(wide)), kept(projected(name="up")(wide))
-        down = Projection("btf,fd->btd", (inner, width), inner, (width,) if self.bias else None, lora, name="down")
+        down = Projection((inner,), (width,), self.bias, lora, name="down")
         return down((nn.silu(gate) * up).astype(x.dtype))
 
 

@@ -51,15 +51,6 @@ class LoraConfig:
         return not self.targets or name.removesuffix("_proj") in self.targets
 
 
-def factor_shapes(spec, shape, rank):
-    """Shapes of A and B beside a projection `spec` with a kernel of `shape`: A has the axes that it sums over, B the
-    others."""
-    inputs, _ = spec.split("->")
-    left, kernel = inputs.split(",")
-    summed = [size for letter, size in zip(kernel, shape, strict=True) if letter in left]
-    return (*summed, rank), (rank, *shape[len(summed):])
-
-
 def uniform_init(key, shape, dtype):
     """A's first values, as PEFT draws them: uniform within 1 / sqrt(its inputs). B begins at 0."""
     bound = 1 / math.sqrt(math.prod(shape[:-1]))

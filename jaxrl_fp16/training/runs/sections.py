@@ -72,8 +72,8 @@ ModelConfig = dataclasses.make_dataclass(
         ], "auto"),
         ("remat", Annotated[
             Literal["auto"] | bool,
-            Doc("keep only layer inputs for the backward pass and compute the rest again, not norms and activations alone; "
-                "auto: not on a CPU where the estimate of memory without it is below an eighth of what is there")
+            Doc("keep only layer inputs for the backward pass and compute products again too; auto: not on a CPU "
+                "where the estimate of memory without it is below an eighth of what is there")
         ], "auto"),
         ("allow_longer", Annotated[
             bool, Doc("allow prompts with responses beyond the positions that the model's weights were made for")

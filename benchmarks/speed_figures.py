@@ -29,6 +29,7 @@ COLUMNS = {
     "of_whole": "CPU seconds, of all weights'", "mib": "MiB", "peak_of_whole": "of all weights'",
     "changed": "weights changed", "of": "of", "drift": "moved, of their size", "kl_k3": "token KL (k3)",
     "prob_abs_diff_mean": "mean abs dp", "kl_of_merged": "times the merged one's",
+    "before": "accuracy before", "after": "after", "gap": "less than all weights by",
     "seed": "seed", "by_length": "by length", "full_width": "full width", "of_full_width": "ratio",
 }
 

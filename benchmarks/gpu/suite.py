@@ -19,6 +19,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from record import ROOT, folder_of_results, machine, save, software  # noqa: E402  benchmarks are scripts, no package
 
+GRACE = 20  # seconds for a report
 COUNTS = ("tests", "failures", "errors", "skipped", "time")
 
 
@@ -26,11 +27,14 @@ def run(tests, limit, file):
     """`(exit code, whether it was interrupted)` of pytest with the words `tests`; it writes the JUnit `file`."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark", "--junit-xml", str(file)]
     with subprocess.Popen([*command, *shlex.split(tests)], cwd=ROOT) as process:
-        try:
-            return process.wait(limit), False
-        except subprocess.TimeoutExpired:
-            process.send_signal(signal.SIGINT)
-            return process.wait(), True
+        interrupted = False
+        while True:
+            try:
+                return process.wait(GRACE if interrupted else limit), interrupted
+            except subprocess.TimeoutExpired:
+                # A signal that comes while pytest starts may be lost.
+                process.send_signal(signal.SIGINT)
+                interrupted = True
 
 
 def rows_of(file):

@@ -89,7 +89,7 @@ def test_a_mesh_divides_what_it_shares(toy):
 
 
 @pytest.mark.parametrize("name, dtype", [("fp16", HALF), ("fp32", FULL)])
-def test_keeping_activations_takes_what_a_compiled_gradient_takes_more(toy, name, dtype):
+def test_keeping_activations_takes_what_a_compiled_gradient_takes_more(name, dtype):
     shape = DecoderConfig("qwen2", 50, hidden_size=48, intermediate_size=96, num_layers=24, num_heads=4, num_kv_heads=2,
                           head_dim=16)
     rows = {"microbatch_size": 4, "max_prompt_tokens": 192}
@@ -97,10 +97,10 @@ def test_keeping_activations_takes_what_a_compiled_gradient_takes_more(toy, name
     policy = get_precision(name).policy
 
     def both(remat):
-        toy.model = Decoder(shape, remat=remat)
-        run = lambda params, tokens: jnp.sum(token_logprobs(toy.model, params, tokens, tokens > 0, policy=policy))
-        program = jax.jit(jax.grad(run)).lower(param_shapes(toy.model), tokens).compile()
-        asked = needs(toy, dtype=dtype, training=rows, sampling={"max_new_tokens": 64})
+        model = Decoder(shape, remat=remat)
+        run = lambda params, tokens: jnp.sum(token_logprobs(model, params, tokens, tokens > 0, policy=policy))
+        program = jax.jit(jax.grad(run)).lower(param_shapes(model), tokens).compile()
+        asked = needs(SimpleNamespace(model=model), dtype=dtype, training=rows, sampling={"max_new_tokens": 64})
         return np.array([asked["activations"], program.memory_analysis().temp_size_in_bytes])
 
     estimated, compiled = both(False) - both(True)

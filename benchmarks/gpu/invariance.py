@@ -14,7 +14,7 @@ from jax import lax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxrl_fp16.models.attention import BLOCK, attend, attend_cache, store, store_keys
+from jaxrl_fp16.models.attention import BLOCK, attend, attend_cache, stored
 from jaxrl_fp16.models.layers import matmul
 from qwen import SHAPES, Results, arguments, seconds
 
@@ -58,7 +58,7 @@ def measure_attention(kind, shape, dtype, rows, columns):
     few = np.asarray(jax.jit(lambda *x: attend(kind, *x))(q[:1], k[:1], v[:1]))
     at = jnp.full(rows, columns - 1, jnp.int32)
     k, v = (jnp.pad(x, ((0, 0), (0, 0), (0, -columns % BLOCK), (0, 0))) for x in (k, v))
-    last = np.asarray(jax.jit(lambda *x: attend_cache(kind, *x))(q[:, -1:], store_keys(kind, k), store(v), at))
+    last = np.asarray(jax.jit(lambda *x: attend_cache(kind, *x))(q[:, -1:], *stored(kind, k, v), at))
     return {"exact_decode": float(np.mean(last[:, 0] == full[:, -1])), "exact_one_row": float(np.mean(few == full[:1])),
             "largest": float(np.abs(last[:, 0].astype(np.float64) - full[:, -1].astype(np.float64)).max())}
 

@@ -19,7 +19,7 @@ import optax
 
 import jaxrl_fp16 as rl
 from jaxrl_fp16.forward import cast_to_compute, in_compute_dtype, logits_of
-from jaxrl_fp16.models.attention import store, store_keys
+from jaxrl_fp16.models.attention import stored
 from jaxrl_fp16.models.decoder import Cache, decode_step, layers_of, unstack_layers
 from jaxrl_fp16.sampling.support import draw
 from qwen import Results, arguments, decoder, params_of, seconds, sizes
@@ -53,7 +53,7 @@ def decode_program(model, params, precision, rows, slots):
     def filled(seed):
         return jax.random.normal(jax.random.key(seed), shape, policy.compute_dtype)
 
-    caches = [Cache(store_keys(half.attention, filled(2 * i)), store(filled(2 * i + 1))) for i in range(c.num_layers)]
+    caches = [Cache(*stored(half.attention, filled(2 * i), filled(2 * i + 1))) for i in range(c.num_layers)]
 
     def loop(params, caches, token):
         layers = unstack_layers(layers_of(params), c.num_layers)

@@ -1,7 +1,7 @@
 """One causal attention for sampler, scorer and gradient program.
 
 B: rows.  T: queries.  S: key slots.  H: query heads.  K: key-value heads.
-G = H / K: query heads that share one.  E: head dim.  C: keys in a block.
+G = H / K: query heads that share one.  E: head dim.  C: keys in a block.  J: blocks.
 A key's slot is its position in its row, whatever the padding of the caller's
 arrays, so that every program reduces over the same blocks in the same order.
 Packed rows are the exception: there a key's slot is its column, wherever its segment begins.
@@ -51,7 +51,7 @@ def attend(kind, q, k, v, segments=None, weights_dtype=None):
 def attend_cache(kind, q, k, v, positions, weights_dtype=None):
     """One query a row against its cache: the query at `positions` int32 [B] sees slots `0..position`.
 
-    q [B,1,H,E], k and v as `store_keys` and `store` keep [B,K,S,E], S a multiple of BLOCK -> [B,1,H,E].
+    q [B,1,H,E], k and v as `stored` keeps [B,K,S,E], S a multiple of BLOCK -> [B,1,H,E].
     """
     if kind in PACKABLE:
         return KINDS[kind][1](q, k, v, positions, weights_dtype)
@@ -75,17 +75,37 @@ def store(x):
     return lax.bitcast_convert_type(x, jnp.uint16) if bits else x
 
 
-def store_keys(kind, k):
-    """How a cache keeps keys [...,S,E]: slots last, [...,E,S], and for cuDNN as they are; else as `store`.
+def stored(kind, k, v):
+    """How a cache keeps keys and values [...,S,E]: for cuDNN as they are; else keys by blocks, [...,J,E,C].
 
-    A CPU multiplies a query with a row-major matrix [E,S] up to seven times as fast as with its transpose.
+    A CPU multiplies a query with a row-major matrix [E,C] up to seven times as fast as with its transpose, and what it
+    reads then lies in one piece: out of [E,S] it came at half of the speed.
     """
-    return store(k.swapaxes(-1, -2) if kind in PACKABLE else k)
+    if kind in PACKABLE:
+        k = _pad_to_blocks(k)
+        k = k.reshape(*k.shape[:-2], -1, BLOCK, k.shape[-1]).swapaxes(-1, -2)
+    return store(k), store(v)
 
 
-def slot_axes(kind):
-    """The axes of slots in the keys and in the values of a cache."""
-    return (-1 if kind in PACKABLE else -2), -2
+def widen(kind, k, v, slots):
+    """Stored keys and values, with zeros after what is there, up to `slots` slots, a multiple of BLOCK."""
+    return _widen(k, -3, slots // BLOCK) if kind in PACKABLE else _widen(k, -2, slots), _widen(v, -2, slots)
+
+
+def _widen(x, axis, size):
+    return jnp.pad(x, [(0, size - x.shape[i] if i == axis % x.ndim else 0) for i in range(x.ndim)])
+
+
+def write(kind, k, v, positions, new_k, new_v):
+    """Stored keys and values with those of one token a row, [B,K,1,E], in the slots `positions` int32 [B].
+
+    Scatters that XLA does in place.
+    """
+    rows = jnp.arange(len(positions))
+    values = v.at[rows, :, positions]
+    keys = k.at[rows, :, positions // BLOCK, :, positions % BLOCK] if kind in PACKABLE else k.at[rows, :, positions]
+    return tuple(at.set(store(new[:, :, 0]), mode="promise_in_bounds", unique_indices=True)
+                 for at, new in ((keys, new_k), (values, new_v)))
 
 
 def _restore(x, dtype):
@@ -108,9 +128,9 @@ def _ungroup(x):
     return x.transpose(0, 3, 1, 2, 4).reshape(rows, queries, kv_heads * shared, width)
 
 
-def _scores(q, k, visible, spec="bkgte,bkce->bkgtc"):
+def _scores(q, k, visible):
     """float32 [B,K,G,T,C] of q [B,K,G,T,E] and k [B,K,C,E]; -inf where `visible` is false."""
-    scores = matmul(spec, q, k) * q.shape[-1] ** -0.5
+    scores = matmul("bkgte,bkce->bkgtc", q, k) * q.shape[-1] ** -0.5
     return jnp.where(visible, scores, -jnp.inf)
 
 
@@ -171,27 +191,32 @@ def _first_blocks(segments):
 
 def _blockwise_cache(q, k, v, positions, weights_dtype=None):
     """All blocks side by side, then absorbed in order: what `_absorb` does, without a slice of the cache per block."""
-    k, v = _restore(k, q.dtype), _restore(v, q.dtype)
-    grouped, blocks = _group(q, v.shape[1])[..., 0, :], v.shape[2] // BLOCK
-    visible = jnp.arange(v.shape[2]) <= positions[:, None, None, None]
-    scores = matmul("bkge,bkes->bkgs", grouped, k) * q.shape[-1] ** -0.5
-    scores = jnp.where(visible, scores, -jnp.inf).reshape(*scores.shape[:-1], blocks, BLOCK)
-    peaks = lax.cummax(jnp.max(scores, axis=-1), axis=3)
+    scores, values = _cache_scores(q, k, positions), _restore(v, q.dtype)
+    peaks, blocks = lax.cummax(jnp.max(scores, axis=-1), axis=2), scores.shape[2]
     weights = jnp.exp(scores - peaks[..., None])
     totals = jnp.sum(weights, axis=-1)
-    values = v.reshape(*v.shape[:2], blocks, BLOCK, v.shape[-1])
-    mixes = _mix("bkgjc,bkjce->bkjge", weights, values, weights_dtype)
-    fades = jnp.exp(peaks[..., :-1] - peaks[..., 1:])
+    values = values.reshape(*v.shape[:2], blocks, BLOCK, v.shape[-1])
+    mixes = _mix("bkjgc,bkjce->bkjge", weights, values, weights_dtype)
+    fades = jnp.exp(peaks[:, :, :-1] - peaks[:, :, 1:])
 
     def absorb(carry, block):
         (total, mixed), (fade, more, mix) = carry, block
         return (total * fade + more, mixed * fade[..., None] + mix), None
 
-    first, rest = (totals[..., 0], mixes[:, :, 0]), (fades, totals[..., 1:], mixes[:, :, 1:])
-    rest = [jnp.moveaxis(x, axis, 0) for x, axis in zip(rest, (3, 3, 2))]
+    rest = tuple(jnp.moveaxis(x, 2, 0) for x in (fades, totals[:, :, 1:], mixes[:, :, 1:]))
     # Unrolled, or a GPU would launch a kernel for each of these small steps.
-    (total, mixed), _ = lax.scan(absorb, first, tuple(rest), unroll=min(max(blocks - 1, 1), 16))
+    (total, mixed), _ = lax.scan(absorb, (totals[:, :, 0], mixes[:, :, 0]), rest, unroll=min(max(blocks - 1, 1), 16))
     return _ungroup((mixed / total[..., None])[..., None, :]).astype(q.dtype)
+
+
+def _cache_scores(q, k, positions):
+    """float32 [B,K,J,G,C] of one query a row, q [B,1,H,E], and stored keys [B,K,J,E,C]; -inf beyond `positions`."""
+    k, (rows, kv_heads, blocks, width, _) = _restore(k, q.dtype), k.shape
+    q = _group(q, kv_heads)[:, :, None, :, 0]
+    # For each block anew: several small products, each with a matrix in one piece.
+    q = jnp.broadcast_to(q, (rows, kv_heads, blocks, *q.shape[3:]))
+    visible = jnp.arange(blocks * BLOCK).reshape(blocks, 1, BLOCK) <= positions[:, None, None, None, None]
+    return jnp.where(visible, matmul("bkjge,bkjec->bkjgc", q, k) * width ** -0.5, -jnp.inf)
 
 
 def _blockwise(q, k, v, segments=None, weights_dtype=None):
@@ -270,10 +295,10 @@ _blocks.defvjp(_blocks_forward, _blocks_backward)
 # -- plain: one softmax over all keys, kept for comparison ---------------------------------------
 
 
-def _plain_over(q, k, v, visible, weights_dtype, spec="bkgte,bkce->bkgtc"):
-    scores = _scores(_group(q, k.shape[1]), k, visible, spec)
+def _plain_over(scores, v, weights_dtype):
+    """[B,T,H,E] of scores float32 [B,K,G,T,S] and v [B,K,S,E]."""
     weights = jax.nn.softmax(scores, axis=-1)
-    return _ungroup(_mix("bkgtc,bkce->bkgte", weights, v, weights_dtype)).astype(q.dtype)
+    return _ungroup(_mix("bkgtc,bkce->bkgte", weights, v, weights_dtype)).astype(v.dtype)
 
 
 def _plain(q, k, v, segments=None, weights_dtype=None):
@@ -281,13 +306,12 @@ def _plain(q, k, v, segments=None, weights_dtype=None):
     visible = at <= at[:, None]
     if segments is not None:
         visible = visible & (segments[:, :, None] == segments[:, None])[:, None, None]
-    return _plain_over(q, k, v, visible, weights_dtype)
+    return _plain_over(_scores(_group(q, k.shape[1]), k, visible), v, weights_dtype)
 
 
 def _plain_cache(q, k, v, positions, weights_dtype=None):
-    k, v = _restore(k, q.dtype), _restore(v, q.dtype)
-    visible = (jnp.arange(v.shape[2]) <= positions[:, None])[:, None, None, None]
-    return _plain_over(q, k, v, visible, weights_dtype, "bkgte,bkec->bkgtc")
+    scores = _cache_scores(q, k, positions).swapaxes(2, 3)
+    return _plain_over(scores.reshape(*scores.shape[:3], 1, -1), _restore(v, q.dtype), weights_dtype)
 
 
 # -- cudnn: NVIDIA's fused kernel, half precision only -------------------------------------------

@@ -1,6 +1,6 @@
 """A decoder-only transformer for every family: one block, scanned over stacked layers.
 
-B: rows.  T: columns.  S: cache slots.  L: layers.  D: hidden size.
+B: rows.  T: columns.  S: cache slots, J blocks of C.  L: layers.  D: hidden size.
 H: query heads.  K: key-value heads.  E: head dim.  V: vocabulary.
 Rows are left-aligned here: a token's column is its position and its cache slot.
 `forward.py` aligns what callers bring, and casts the kernels.
@@ -77,17 +77,12 @@ class DecoderConfig:
 class Cache:
     """Keys and values of one layer, as `attention.store` keeps the compute dtype or float32; slot = position."""
 
-    keys: jax.Array    # [B,K,E,S], of cuDNN's kernel [B,K,S,E]; a prefill returns them with L in front
+    keys: jax.Array    # [B,K,J,E,C], of cuDNN's kernel [B,K,S,E]; a prefill returns them with L in front
     values: jax.Array  # [B,K,S,E], likewise
 
     def widened(self, kind, slots):
         """With zeros after what is there, up to `slots` slots of an attention of `kind`."""
-        return Cache(*(_pad(x, axis, slots) for x, axis in zip((self.keys, self.values), attention.slot_axes(kind))))
-
-
-def _pad(x, axis, size):
-    axis %= x.ndim
-    return jnp.pad(x, [(0, size - x.shape[i] if i == axis else 0) for i in range(x.ndim)])
+        return Cache(*attention.widen(kind, self.keys, self.values, slots))
 
 
 class Attention(nn.Module):
@@ -115,10 +110,9 @@ class Attention(nn.Module):
         k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if positions is None:
             mixed = attention.attend(self.kind, q, k, v, segments, weights)
-            cache = Cache(attention.store_keys(self.kind, k), attention.store(v))
+            cache = Cache(*attention.stored(self.kind, k, v))
         else:
-            in_keys, in_values = attention.slot_axes(self.kind)
-            cache = Cache(_write(cache.keys, in_keys, positions, k), _write(cache.values, in_values, positions, v))
+            cache = Cache(*attention.write(self.kind, cache.keys, cache.values, positions, k, v))
             mixed = attention.attend_cache(self.kind, q, cache.keys, cache.values, positions, weights)
         output = Projection((c.heads, c.head_dim), (self.width,), c.output_bias, self.lora, name="o")
         return output(mixed.astype(x.dtype)), cache
@@ -126,13 +120,6 @@ class Attention(nn.Module):
     def _heads(self, name, heads):
         c = self.shape
         return Projection((self.width,), (heads, c.head_dim), c.qkv_bias, self.lora, name=name)
-
-
-def _write(stored, axis, positions, new):
-    """`stored` [B,K,S,E] with `new` [B,K,1,E] in each row's slot, along `axis`: a scatter that XLA does in place."""
-    rows = jnp.arange(len(positions))
-    at = stored.at[rows, :, positions] if axis == -2 else stored.at[rows, :, :, positions]
-    return at.set(attention.store(new[:, :, 0]), mode="promise_in_bounds", unique_indices=True)
 
 
 def attention_of(config, kind, numerics=DEFAULT, **module):
@@ -201,7 +188,7 @@ class Decoder(nn.Module):
 
     @nn.compact
     def __call__(self, tokens, keep_cache=False, segments=None):
-        """`tokens` int32 [B,T], left-aligned -> hidden [B,T,D]; with `keep_cache` also a `Cache` [L,B,K,T,E].
+        """`tokens` int32 [B,T], left-aligned -> hidden [B,T,D]; with `keep_cache` also a `Cache` of [L,B,K,T,E].
 
         segments int32 [B,T], of packed rows: positions begin anew and attention ends with each segment.
         """
@@ -264,7 +251,7 @@ def decode_step(model, params, layers, token, caches, positions):
     """The decoder on one token a row: the same modules, layer after layer.
 
     token int32 [B] at `positions` int32 [B]; `layers` from `unstack_layers` of `layers_of`;
-    `caches` a list of one `Cache` [B,K,S,E] a layer -> hidden [B,1,D] and the caches, written.
+    `caches` a list of one `Cache` of [B,K,S,E] a layer -> hidden [B,1,D] and the caches, written.
     """
     c = model.config
     x = embed(params["embedding"], token[:, None], model.residual_dtype)

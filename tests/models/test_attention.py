@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from jaxrl_fp16.models import attention
-from jaxrl_fp16.models.attention import BLOCK, attend, attend_cache, store, store_keys
+from jaxrl_fp16.models.attention import BLOCK, attend, attend_cache, store, stored
 
 B, H, K, E = 2, 4, 2, 8
 
@@ -205,7 +205,7 @@ def test_memory_is_linear_in_length():
 def decode(kind, q, k, v, slots):
     """Each query on its own, over a cache of all keys: [B,T,H,E]."""
     pad = lambda x: jnp.pad(x, ((0, 0), (0, 0), (0, slots - x.shape[2]), (0, 0)), constant_values=7)
-    k, v, rows = store_keys(kind, pad(k)), store(pad(v)), q.shape[0]
+    (k, v), rows = stored(kind, pad(k), pad(v)), q.shape[0]
     step = jax.jit(partial(attend_cache, kind))
     return np.concatenate([step(q[:, t : t + 1], k, v, jnp.full(rows, t)) for t in range(q.shape[1])], axis=1)
 
@@ -224,7 +224,7 @@ def test_rows_stand_at_their_own_positions():
     positions = jnp.array([3, BLOCK + 9])
     full = attend("plain", q, k, v)
     picked = q[jnp.arange(B), positions][:, None]
-    found = attend_cache("blockwise", picked, store_keys("blockwise", k), v, positions)[:, 0]
+    found = attend_cache("blockwise", picked, *stored("blockwise", k, v), positions)[:, 0]
     np.testing.assert_allclose(found, full[jnp.arange(B), positions], rtol=1e-5, atol=1e-6)
 
 

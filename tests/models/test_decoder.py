@@ -9,7 +9,7 @@ import pytest
 
 from jaxrl_fp16.forward import cast_to_compute, in_compute_dtype
 from jaxrl_fp16.models import FAMILIES, Critic, Decoder, DecoderConfig, critic_params, init_params, param_shapes
-from jaxrl_fp16.models.attention import BLOCK, store, store_keys
+from jaxrl_fp16.models.attention import BLOCK, stored
 from jaxrl_fp16.models.decoder import Cache, decode_step, embed, layers_of, unstack_layers
 from jaxrl_fp16.models.layers import RMSNorm, RopeScaling, matmul, rope_angles
 from jaxrl_fp16.precision import get_precision
@@ -43,7 +43,7 @@ def test_shapes_and_dtypes(case):
     assert ("head" in params) is not bool(CASES[case].get("tie_embeddings"))
     assert all(leaf.shape[0] == 3 for leaf in jax.tree.leaves(params["layers"]))
     tokens = jnp.zeros((2, 7), jnp.int32)
-    for name, stored in (("fp16", jnp.float16), ("bf16", jnp.uint16), ("fp32", jnp.float32)):
+    for name, kept in (("fp16", jnp.float16), ("bf16", jnp.uint16), ("fp32", jnp.float32)):
         policy = get_precision(name).policy
 
         def run(params, tokens, policy=policy):
@@ -52,8 +52,8 @@ def test_shapes_and_dtypes(case):
 
         hidden, cache = jax.eval_shape(run, params, tokens)
         assert hidden.shape == (2, 7, 24) and hidden.dtype == policy.compute_dtype
-        assert (cache.keys.shape, cache.values.shape) == ((3, 2, 2, 6, 7), (3, 2, 2, 7, 6))
-        assert cache.keys.dtype == cache.values.dtype == stored
+        assert (cache.keys.shape, cache.values.shape) == ((3, 2, 2, 1, 6, BLOCK), (3, 2, 2, 7, 6))
+        assert cache.keys.dtype == cache.values.dtype == kept
 
 
 @pytest.mark.parametrize("fields, message", [
@@ -84,16 +84,17 @@ def test_one_step_at_a_time_is_all_at_once(case, kind):
     hidden, stacked = jax.jit(lambda p, t: model.apply({"params": p}, t, keep_cache=True))(params, tokens)
     layers, lengths, slots = unstack_layers(layers_of(params), 3), jnp.array([BLOCK - 4, 2]), 2 * BLOCK
     # Beyond a row's length a cache may hold anything finite.
-    beyond = (jnp.arange(slots) >= lengths[:, None])[:, None]
+    beyond = jnp.arange(slots) >= lengths[:, None]
     wide = stacked.widened("blockwise", slots)
-    caches = [Cache(jnp.where(beyond[:, :, None], 9, wide.keys[i]), jnp.where(beyond[..., None], 9, wide.values[i]))
-              for i in range(3)]
+    caches = [Cache(jnp.where(beyond.reshape(2, 1, 2, 1, BLOCK), 9, wide.keys[i]),
+                    jnp.where(beyond[:, None, :, None], 9, wide.values[i])) for i in range(3)]
     step = jax.jit(lambda *args: decode_step(model, params, layers, *args))
     for count in range(8):
         at = lengths + count
         found, caches = step(tokens[jnp.arange(2), at], caches, at)
         np.testing.assert_allclose(found[:, 0], hidden[jnp.arange(2), at], rtol=2e-5, atol=2e-5)
-    written, full = caches[2].keys[0, ..., : BLOCK + 4], stacked.keys[2, 0, ..., : BLOCK + 4]
+    written, full = (np.swapaxes(keys, 1, 2).reshape(2, 6, -1)[..., : BLOCK + 4]
+                     for keys in (caches[2].keys[0], stacked.keys[2, 0]))
     np.testing.assert_allclose(written, full, rtol=2e-5, atol=2e-5)
 
 
@@ -101,13 +102,13 @@ def test_a_step_writes_one_slot_of_each_row():
     model = decoder()
     params = random_params(model)
     empty = jnp.full((2, 2, BLOCK, 6), 9.0)
-    caches = [Cache(store_keys("blockwise", empty), store(empty)) for _ in range(3)]
+    caches = [Cache(*stored("blockwise", empty, empty)) for _ in range(3)]
     positions = jnp.array([5, 40])
     layers = unstack_layers(layers_of(params), 3)
     step = jax.jit(lambda *args: decode_step(model, params, layers, *args))
     _, written = step(jnp.array([1, 2]), caches, positions)
     for cache in written:
-        for found, others in ((cache.keys, (1, 2)), (cache.values, (1, 3))):
+        for found, others in ((cache.keys[:, :, 0], (1, 2)), (cache.values, (1, 3))):
             changed = np.asarray(found != 9.0).any(axis=others)
             np.testing.assert_array_equal(changed, np.arange(BLOCK) == np.asarray(positions)[:, None])
 

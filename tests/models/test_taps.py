@@ -10,7 +10,7 @@ import pytest
 
 from jaxrl_fp16.forward import cast_to_compute, in_compute_dtype
 from jaxrl_fp16.models import Decoder, DecoderConfig, init_params
-from jaxrl_fp16.models.attention import BLOCK, store, store_keys
+from jaxrl_fp16.models.attention import BLOCK, stored
 from jaxrl_fp16.models.decoder import Cache, decode_step, layers_of, unstack_layers
 from jaxrl_fp16.models.taps import by_name, tap_names, tapped_decode_step, tapped_forward
 from jaxrl_fp16.precision import get_precision
@@ -139,7 +139,7 @@ def test_one_decode_step():
     model, params = in_precision("fp32")
     layers, positions = unstack_layers(layers_of(params), LAYERS), jnp.array([0, 3])
     past = jax.random.normal(jax.random.key(3), (2, 1, BLOCK, 16))
-    cache = Cache(store_keys("blockwise", past), store(-past))
+    cache = Cache(*stored("blockwise", past, -past))
     expected, written = jax.jit(partial(decode_step, model))(params, layers, TOKENS[:, 0], [cache] * LAYERS, positions)
 
     def step(replace):

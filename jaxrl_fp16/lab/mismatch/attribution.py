@@ -223,7 +223,7 @@ def _decode(model, params, batch, columns, temperature, group=1):
         """`x`, its rows along `axis` as often as they are shared."""
         return jnp.repeat(x, group, axis=axis)
 
-    caches = jax.tree.map(lambda x: spread(x, -4), caches.widened(model.attention, slots))
+    caches = jax.tree.map(lambda x: spread(x, 1), caches.widened(model.attention, slots))
     longer = lambda x: jnp.pad(x, ((0, 0),) * (x.ndim - 2) + ((0, width - columns), (0, 0)))
     taps = jax.tree.map(lambda x: spread(longer(x), -3), taps)
 

@@ -197,7 +197,8 @@ def test_the_decode_loop_carries_the_cache_in_the_compute_dtype(name, kind):
     stored = jnp.dtype("uint16" if name == "bf16" else PRECISIONS[name])  # bfloat16 is kept as its bits
     slots = -(-(PROMPT + NEW) // attention.BLOCK) * attention.BLOCK
     rows, width = (2 * ROWS, CONFIG.num_kv_heads), CONFIG.head_dim
-    shapes = (*rows, width, slots), (*rows, slots, width)  # keys, values
+    blocks = slots // attention.BLOCK, width, attention.BLOCK
+    shapes = (*rows, *blocks), (*rows, slots, width)  # keys, values
     carries = [
         [variable.aval.dtype for variable in equation.outvars if variable.aval.shape in shapes]
         for equation in equations(sampler_jaxpr(get_precision(name), kind))

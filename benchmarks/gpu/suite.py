@@ -7,6 +7,7 @@ itself asks for no device: the tests' processes have it.
 """
 
 import argparse
+from functools import partial
 from pathlib import Path
 import shlex
 import signal
@@ -19,22 +20,20 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from record import ROOT, folder_of_results, machine, save, software  # noqa: E402  benchmarks are scripts, no package
 
-GRACE = 20  # seconds for a report
 COUNTS = ("tests", "failures", "errors", "skipped", "time")
 
 
 def run(tests, limit, file):
     """`(exit code, whether it was interrupted)` of pytest with the words `tests`; it writes the JUnit `file`."""
     command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-p", "no:benchmark", "--junit-xml", str(file)]
-    with subprocess.Popen([*command, *shlex.split(tests)], cwd=ROOT) as process:
-        interrupted = False
-        while True:
-            try:
-                return process.wait(GRACE if interrupted else limit), interrupted
-            except subprocess.TimeoutExpired:
-                # A signal that comes while pytest starts may be lost.
-                process.send_signal(signal.SIGINT)
-                interrupted = True
+    # What a shell starts in the background ignores the signal, and its children with it.
+    heeded = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    with subprocess.Popen([*command, *shlex.split(tests)], cwd=ROOT, preexec_fn=heeded) as process:
+        try:
+            return process.wait(limit), False
+        except subprocess.TimeoutExpired:
+            process.send_signal(signal.SIGINT)
+            return process.wait(), True
 
 
 def rows_of(file):

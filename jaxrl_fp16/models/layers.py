@@ -152,8 +152,8 @@ class Projection(nn.Module):
         normal = nn.initializers.normal(fan_in**-0.5)
         kernel = self.param("kernel", normal, (*self.inputs, *self.outputs), jnp.float32)
         # Heads as one axis: a CPU is slow to sum over two.
-        x, product = x.reshape(*rows, fan_in), project if self.lora is None else project_frozen
-        y = product(x, kernel.reshape(fan_in, -1))
+        x, kernel = x.reshape(*rows, fan_in), kernel.reshape(fan_in, -1)
+        y = project(x, kernel) if self.lora is None else project_frozen(x, kernel)
         if self.bias:
             y = y + self.param("bias", nn.initializers.zeros, self.outputs, jnp.float32).reshape(-1)
         adapted = self.lora is not None and self.lora.adapts(self.name)

@@ -36,7 +36,7 @@ import orbax.checkpoint as ocp
 from jaxrl_fp16.config import Doc
 from jaxrl_fp16.training.checkpoints import manifest
 from jaxrl_fp16.training.checkpoints.leaves import (
-    abstract_leaf, describe_frozen, saved_and_frozen, is_key, like_leaf, named_leaves, table_of, target_of,
+    abstract_leaf, describe_frozen, is_key, like_leaf, named_leaves, saved_and_frozen, table_of, target_of,
 )
 
 ABOUT, CONFIG, STATE = "about.json", "config.yaml", "state"
